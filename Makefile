@@ -1,0 +1,62 @@
+# The Makefile sets up and calls `memstudy`; it knows no study by name.
+SCALE   ?= quick
+STUDIES ?= $(foreach stem,$(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)),\
+             $(if $(wildcard params/$(SCALE)/$(stem).yaml),$(stem)))
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help report paper test lab clean
+
+help:
+	@echo 'memstudy: which memory technique for which Transformer?'
+	@echo
+	@echo '  make report   run the studies and typeset build/report.pdf'
+	@echo '                  STUDIES="lab4_grid"   only these   (now: $(strip $(STUDIES)))'
+	@echo '                  SCALE=quick|full|gpu  the parameters in params/$$SCALE   (now: $(SCALE))'
+	@echo '  make paper    typeset the committed reference rows; runs no experiment'
+	@echo '  make test     ruff, the tests, and the notebooks against their stored outputs'
+	@echo '  make lab      open the notebooks in JupyterLab'
+	@echo '  make clean    remove build/; results/ and $(VENV) stay'
+	@echo
+	@echo 'Each sets up $(VENV) by itself, once. Stopped half-way? The same command goes on.'
+	@echo 'More: $(BIN)/memstudy --help (after the first make)'
+
+report: $(READY)
+	$(if $(strip $(STUDIES)),,$(error no notebook has a params/$(SCALE)/<stem>.yaml: \
+	  SCALE is one of $(notdir $(wildcard params/*))))
+	$(BIN)/memstudy report --scale $(SCALE) $(strip $(STUDIES))
+
+paper: $(READY)
+	$(BIN)/memstudy report --scale full --reference
+
+test: $(READY)
+	@echo '== 1/3 ruff'
+	$(BIN)/ruff check .
+	@echo '== 2/3 tests'
+	$(BIN)/pytest
+	@echo '== 3/3 notebooks, run and compared with what they store'
+	$(BIN)/pytest --nbval-lax --nbval-current-env notebooks
+
+lab: $(READY)
+	cd notebooks && ../$(BIN)/jupyter lab
+
+clean:
+	rm -rf build
+
+# The stamp goes first and comes back last, so a broken set-up is never taken for a whole one.
+# Without a stamp the environment is built from nothing; with an old one it is brought up to date.
+$(READY): pyproject.toml constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: python3 is $$(python3 --version 2>&1);" \
+	         'memstudy needs Python 3.11 or newer' >&2; exit 1; }
+	@python3 -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'error: python3 cannot make virtual environments; install python3-venv' \
+	         '(Debian, Ubuntu: sudo apt-get install python3-venv)' >&2; exit 1; }
+	@echo '== Set-up, once: Python packages into $(VENV) (about 2 minutes and 2.5 GB)'
+	@[ -e $@ ] || python3 -m venv --clear $(VENV)
+	@rm -f $@
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+	@echo '== Set-up done'

@@ -1,0 +1,6 @@
+"""Which memory technique for which Transformer: predict, measure and compare, to the byte."""
+
+import os
+
+# The profiler's start and stop lines, written to stderr at each measurement; read when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

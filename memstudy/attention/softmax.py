@@ -1,0 +1,208 @@
+"""Exact softmax attention (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+
+    Attention(Q, K, V) = softmax(Q Kᵀ / √d) V
+
+Three implementations of the same equation:
+
+eager
+    matmul, softmax, matmul; keeps the (seq, seq) weights of every head for the backward pass.
+sdpa
+    PyTorch's fused kernels. Without padding no mask is made, so the flash kernel is chosen (Dao et
+    al. 2022, arXiv:2205.14135), which keeps the output and a log-sum-exp a query instead of the
+    weights. On CPU it is chosen with padding too; with dropout PyTorch takes its unfused kernel.
+flash_attention_2
+    The flash_attn package on CUDA (Dao 2023, arXiv:2307.08691), fp16 and bf16, without padding.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from memstudy.attention.base import AttentionConfig, SelfAttention, Unavailable, check_inputs
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+
+
+def softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    implementation: str,
+    is_causal: bool,
+    key_padding_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attend exactly; see `AttentionConfig.attend` for the tensors.
+
+    Parameters
+    ----------
+    implementation : {"eager", "sdpa", "flash_attention_2"}
+
+    Raises
+    ------
+    ValueError
+        For an unknown implementation or tensors that don't fit.
+    Unavailable
+        For "flash_attention_2" without CUDA or without the flash_attn package.
+    """
+    check_inputs(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask)
+    if implementation == "flash_attention_2":
+        return flash_attention_2(
+            query,
+            key,
+            value,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            dropout=dropout,
+        )
+    if implementation == "eager":
+        visible = _visible(query, key, is_causal, key_padding_mask)
+        return _eager(query, key, value, visible, scale, dropout)
+    if implementation != "sdpa":
+        raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
+    # SDPA's own is_causal aligns the first query with the first key: right only for equal lengths.
+    plain_causal = is_causal and key_padding_mask is None and query.shape[2] == key.shape[2]
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if plain_causal else _visible(query, key, is_causal, key_padding_mask),
+        dropout_p=dropout,
+        is_causal=plain_causal,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _visible(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    is_causal: bool,
+    key_padding_mask: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Say which keys a query sees; None for all.
+
+    Returns
+    -------
+    torch.Tensor or None
+        bool, broadcast to (batch, heads, query_len, key_len).
+    """
+    visible = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    query_len, key_len = query.shape[2], key.shape[2]
+    if is_causal and query_len > 1:
+        triangle = torch.ones(query_len, key_len, dtype=torch.bool, device=query.device)
+        triangle = triangle.tril(key_len - query_len)
+        visible = triangle if visible is None else visible & triangle
+    return visible
+
+
+def _eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query @ key.transpose(-1, -2) * scale  # (batch, heads, query_len, key_len)
+    if visible is not None:
+        # The lowest finite number, not -inf: a row without visible keys must not turn into NaN.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)
+    if visible is not None and visible.dim() == 4:  # only padding can hide all keys of a row
+        weights = weights * visible.any(dim=-1, keepdim=True)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return weights @ value
+
+
+def flash_attention_2(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool,
+    key_padding_mask: torch.Tensor | None,
+    scale: float | None,
+    dropout: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Call the flash_attn package; ``window`` as in `window_attention`, None for no window.
+
+    Raises
+    ------
+    ValueError
+        For padding or a dtype other than float16 and bfloat16.
+    Unavailable
+        Without CUDA or without the package.
+    """
+    if not query.is_cuda:
+        raise Unavailable(f"implementation='flash_attention_2' needs CUDA, the tensors are on {query.device.type}")
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise Unavailable(
+            f"implementation='flash_attention_2' needs the flash_attn package ({error}); pip install 'memstudy[cuda]'"
+        ) from error
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"flash_attention_2 takes float16 or bfloat16, not {query.dtype}; use bf16 precision")
+    if key_padding_mask is not None:
+        raise ValueError("flash_attention_2 takes no padding here; use another implementation")
+    left = -1 if window is None else window - 1
+    context = flash_attn_func(  # takes and gives (batch, seq, heads, head_dim)
+        *(t.transpose(1, 2) for t in (query, key, value)),
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=is_causal,
+        window_size=(left, 0 if is_causal and window is not None else left),
+    )
+    return context.transpose(1, 2)
+
+
+class SoftmaxAttention(SelfAttention):
+    """Exact attention with its projections."""
+
+
+@dataclass(frozen=True)
+class SoftmaxConfig(AttentionConfig):
+    """Exact attention.
+
+    Parameters
+    ----------
+    implementation : {"sdpa", "eager", "flash_attention_2"}
+        How the same equation is computed.
+    """
+
+    implementation: str = "sdpa"
+
+    name: ClassVar[str] = "softmax"
+    paper: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762"
+    causal: ClassVar[tuple[bool, ...]] = (False, True)
+    parameter_free: ClassVar[bool] = True
+    module: ClassVar[type[SelfAttention]] = SoftmaxAttention
+
+    def __post_init__(self) -> None:
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"softmax: implementation={self.implementation!r}; one of {IMPLEMENTATIONS}")
+
+    def attend(self, query, key, value, **options) -> torch.Tensor:
+        return softmax_attention(query, key, value, **asdict(self), **options)
+
+    def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
+        qkv = 3 * batch * heads * seq * head_dim
+        if self.implementation == "eager":  # the weights; a causal mask of booleans
+            return qkv + (batch * heads + (is_causal and seq > 1)) * seq**2
+        # The output, and a log-sum-exp for each query (float32 for half-precision tensors).
+        return qkv + batch * heads * seq * head_dim + batch * heads * seq
+
+    def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
+        return 2 * batch * heads * seq * head_dim  # the keys and values of all tokens

@@ -1,0 +1,251 @@
+"""The command line: ``memstudy run | report | list``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memstudy import parameters, runs
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="""Which memory technique for which Transformer?
+
+    A study is a notebook. It asks for rows; rows that have no record yet are run, each in a fresh process; every
+    table, figure and number of the report is computed from the rows.
+
+    memstudy list studies            what there is\n
+    memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
+    memstudy run CONFIG.json         one run: a record in results/, whatever becomes of it\n
+    memstudy list runs               the records there are
+
+    Stopped half-way? The same command goes on: finished runs are never repeated.
+    """,
+)
+
+
+class Listing(StrEnum):
+    """What `memstudy list` can list."""
+
+    variants = "variants"
+    techniques = "techniques"
+    datasets = "datasets"
+    studies = "studies"
+    runs = "runs"
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="JSON file with the run's every choice.")],
+    results: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("results/single"),
+) -> None:
+    """Carry out one run in this process and write its record.
+
+    The file's "kind" says what is run; "language_model" is the one kind so far:
+
+    {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
+    "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],
+    "measure_steps": 3}
+
+    Exit status: 0 with status ok, unavailable or oom in the record; 1 when the run failed; 2 for bad input.
+    """
+    with _bad_input_is_one_line():
+        try:
+            given = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ValueError(f"{config}: {reason}; a JSON file is needed") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config}: not JSON: {error}") from None
+        runs.check_writable(results)
+        import torch
+
+        from memstudy import trainers
+        from memstudy.attention import Unavailable
+
+        planned = trainers.parse_run(given)
+        record = runs.perform(
+            planned.model_dump(mode="json"),
+            results.resolve(),
+            lambda checkpoints: trainers.execute(planned, checkpoints),
+            out_of_memory=(MemoryError, torch.OutOfMemoryError),
+            unavailable=(Unavailable,),
+        )
+    typer.echo(f"{record['run_id']}: {record['status']} {record['reason']}".strip())
+    for name, value in record["metrics"].items():
+        typer.echo(f"  {name} = {value:,.3f}" if isinstance(value, float) else f"  {name} = {value}")
+    raise typer.Exit(1 if record["status"] == "failed" else 0)
+
+
+@app.command()
+def report(
+    studies: Annotated[list[str] | None, typer.Argument(help="Studies; all when left out.")] = None,
+    scale: Annotated[str, typer.Option(help="Parameters: a folder of params/.")] = "quick",
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Use the committed records only; run nothing.")
+    ] = False,
+) -> None:
+    """Run studies and typeset build/report.pdf.
+
+    Each notebook is executed with params/SCALE/<study>.yaml; the executed copy is build/<study>.ipynb. At full
+    scale tables and figures go to report/ and figures/, at any other to build/SCALE/.
+    """
+    with _bad_input_is_one_line():
+        stems = studies or [s for s in parameters.studies() if scale in parameters.scales(s)]
+        if not stems:
+            raise ValueError(f"no study has parameters at scale {scale!r}")
+        chosen = {stem: parameters.read_parameters(stem, scale) for stem in stems}
+        if not reference:
+            runs.check_writable(runs.ROOT / "results")
+    generated = runs.ROOT if scale == "full" else runs.ROOT / "build" / scale
+    failed = [
+        stem
+        for number, (stem, values) in enumerate(chosen.items(), 1)
+        if not _execute(f"{number}/{len(chosen)}", stem, values, generated, reference)
+    ]
+    done = [stem for stem in chosen if stem not in failed]
+    status = 1 if failed else 0
+    if done:
+        (generated / "report").mkdir(parents=True, exist_ok=True)
+        (generated / "report" / "studies.tex").write_text(f"\\studies{{{','.join(done)}}}\n")
+        status = subprocess.run([runs.ROOT / "report" / "tex.sh", generated]).returncode or status
+    if failed:
+        typer.echo(f"failed: {', '.join(failed)}; the failing cell is marked in build/", err=True)
+    if (runs.ROOT / "build" / "report.pdf").exists() and done:
+        typer.echo(str(runs.ROOT / "build" / "report.pdf"))
+    raise typer.Exit(status)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    results: Annotated[Path, typer.Option(help="Folder of the records, for runs.")] = runs.ROOT / "results",
+) -> None:
+    """List variants, techniques, datasets, studies or runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with _bad_input_is_one_line():
+        rows = _LISTINGS[what](results)
+    if not rows:
+        typer.echo(f"no {what.value} yet")
+        return
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+
+
+def _variants(results: Path) -> list[dict]:
+    from memstudy.attention import ATTENTION
+
+    return [{"variant": name, "causal": config.causal, "paper": config.paper} for name, config in ATTENTION.items()]
+
+
+def _techniques(results: Path) -> list[dict]:
+    from memstudy.techniques import TECHNIQUES
+
+    return [
+        {
+            "technique": name,
+            "exact": "yes" if lever.exact else "no",
+            "needs": lever.requires or "–",
+            "what it does": lever.summary,
+        }
+        for name, lever in TECHNIQUES.items()
+    ]
+
+
+def _datasets(results: Path) -> list[dict]:
+    from memstudy import data
+
+    return data.datasets_available()
+
+
+def _studies(results: Path) -> list[dict]:
+    return [{"study": stem, "scales": ", ".join(parameters.scales(stem))} for stem in parameters.studies()]
+
+
+def _runs(results: Path) -> list[dict]:
+    return [
+        {
+            "study": folder.name,
+            "run": record["run_id"],
+            "experiment": record["config"].get("experiment", ""),
+            "status": record["status"],
+            "device": record["provenance"]["device"],
+            "ended": record["provenance"]["ended"][:19],
+        }
+        for folder in sorted(path for path in results.glob("*") if path.is_dir())
+        for record in runs.read_records(folder)
+    ]
+
+
+_LISTINGS = {
+    Listing.variants: _variants,
+    Listing.techniques: _techniques,
+    Listing.datasets: _datasets,
+    Listing.studies: _studies,
+    Listing.runs: _runs,
+}
+
+
+def _execute(position: str, stem: str, values: dict, generated: Path, reference: bool) -> bool:
+    """Execute one study's notebook with papermill; whether it ran to its end."""
+    import papermill
+
+    typer.echo(f"== study {position}: {stem}", err=True)
+    places = {
+        "results_dir": str(runs.ROOT / "results"),
+        "out_dir": str(generated),
+        "run_missing": not reference,
+    }
+    (runs.ROOT / "build").mkdir(exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            runs.ROOT / "notebooks" / f"{stem}.ipynb",
+            runs.ROOT / "build" / f"{stem}.ipynb",
+            parameters=values | places,
+            cwd=runs.ROOT / "notebooks",
+            kernel_name="python3",
+            stderr_file=sys.stderr,
+            extra_arguments=["--log-level=50"],
+        )
+    except papermill.PapermillExecutionError as error:
+        typer.echo(f"{stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", err=True)
+        return False
+    return True
+
+
+@contextmanager
+def _bad_input_is_one_line() -> Iterator[None]:
+    """Turn a ``ValueError`` into one line on stderr and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            said = f"{where or 'run'}={first['input']!r}" if where else "run"
+            line = f"{said}: {first['msg'].removeprefix('Value error, ')}"
+        else:
+            line = " ".join(str(error).split())
+        typer.echo(f"error: {line}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,67 @@
+"""Fresh processes without the wait: one process imports what runs need, and forks a new one for each run.
+
+Importing PyTorch and Transformers takes five seconds, more than many a run. The forked process starts with the imports
+done and nothing else: no tensor has been made and no thread started before the fork.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+class Forker:
+    """Starts ``memstudy`` commands in processes forked from one that has imported everything."""
+
+    def __init__(self):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "memstudy.fresh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(self._process.terminate)
+
+    def run(self, arguments: list[str], log: Path) -> int:
+        """Run ``memstudy ARGUMENTS`` to its end, its output going to ``log``.
+
+        Returns its exit status, negative for a signal as in ``subprocess``.
+        """
+        self._process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that starts the runs died (exit status {self._process.wait()})")
+        return int(answer)
+
+
+@functools.cache
+def forker() -> Forker:
+    """This process's forker, started when first needed."""
+    return Forker()
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
+    from memstudy import trainers  # noqa: F401 - imported for the processes to come
+    from memstudy.cli import app
+
+    for line in sys.stdin:
+        arguments, log = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            app(arguments)
+        _, status = os.waitpid(child, 0)
+        answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

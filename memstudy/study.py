@@ -1,0 +1,231 @@
+"""A study: asks for a table of runs, fills the missing rows, prints tables, figures and numbers from the rows.
+
+study = Study("lab4_grid", globals())
+rows = study.sweep(runs)                     # a tidy DataFrame, one row a run
+study.table(styler, "comparison")            # report/tables/lab4_grid_comparison.tex
+study.figure(figure, "memory")               # figures/lab4_grid_memory.pdf
+study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib} in the LaTeX
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+from tqdm import tqdm
+
+from memstudy import runs as records
+from memstudy.parameters import notebook_parameters
+
+STYLE = Path(__file__).with_name("paper.mplstyle")
+PUBLISHED = Path(__file__).with_name("published")
+
+
+class Run(Protocol):
+    """What a sweep takes: a frozen description that gives its every choice as JSON values."""
+
+    def model_dump(self, *, mode: str) -> dict: ...
+
+
+class Study:
+    """One study's runs and what is printed from them.
+
+    Parameters
+    ----------
+    stem : str
+        The study's name, that of its notebook.
+    namespace : dict
+        The notebook's ``globals()``. Of it the parameters are taken: those of the notebook's parameters cell.
+        ``results_dir``, ``out_dir`` and ``run_missing`` must be among them; relative folders start at the
+        notebook's.
+
+    Raises
+    ------
+    ValueError
+        When the results folder cannot be written.
+    """
+
+    def __init__(self, stem: str, namespace: dict):
+        self.stem = stem
+        self.parameters = {name: namespace[name] for name in notebook_parameters(stem)}
+        base = records.ROOT / "notebooks"
+        self._results = (base / self.parameters["results_dir"] / stem).resolve()
+        self._out = (base / self.parameters["out_dir"]).resolve()
+        self._run_missing = self.parameters["run_missing"]
+        self._used: dict[str, dict] = {}
+        if self._run_missing:
+            records.check_writable(self._results)
+        plt.style.use(STYLE)
+
+    def sweep(self, runs: Iterable[Run]) -> pd.DataFrame:
+        """One row a run, in the order given; runs without a record here are run now, one after another.
+
+        A run that is killed, runs out of memory or raises is a row with that ``status``; the others go on. Columns:
+        ``run_id``, ``status``, ``reason``, the run's fields, its metrics, ``curves`` (a dict), ``data_source``,
+        ``device``, ``commit``.
+
+        Raises
+        ------
+        ValueError
+            When ``run_missing`` is false and rows are missing.
+        """
+        configs = {records.run_id(c): c for c in (run.model_dump(mode="json") for run in runs)}
+        known = self._known(configs)
+        missing = [name for name in configs if name not in known]
+        if missing and not self._run_missing:
+            first = configs[missing[0]]
+            raise ValueError(
+                f"{len(missing)} of {len(configs)} runs have no record in {self._results} (first: "
+                f"{first.get('experiment')}, run {missing[0]}): run the study at this scale first"
+            )
+        if missing:
+            with tqdm(missing, desc=self.stem, unit="run", file=sys.stderr, mininterval=1) as bar:
+                for name in bar:
+                    bar.set_postfix_str(str(configs[name].get("experiment", name)))
+                    known[name] = records.spawn(configs[name], self._results)
+                    if known[name]["status"] == "failed":
+                        warnings.warn(f"run {name}: {known[name]['reason']}", stacklevel=2)
+        self._used |= {name: known[name] for name in configs}
+        return pd.DataFrame([_row(known[name]) for name in configs])
+
+    def trials(self, run: Run, *, budget_mib: float) -> Callable[[int], float | None]:
+        """What ``memory.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
+
+        def trial(batch_size: int) -> float | None:
+            update = {"batch_size": batch_size, "budget_mib": budget_mib}
+            row = self.sweep([run.model_copy(update=update)]).iloc[0]
+            return row["peak_allocated_mib"] if row["status"] == "ok" else None
+
+        return trial
+
+    def table(self, table: Styler, label: str) -> Styler:
+        """Write ``table`` as ``report/tables/<stem>_<label>.tex`` and give it back for display."""
+        path = self._file("report/tables", f"{self.stem}_{label}.tex")
+        path.write_text(table.to_latex(hrules=True, convert_css=False), encoding="utf-8")
+        return table
+
+    def figure(self, figure: Figure, label: str) -> None:
+        """Write ``figure`` as ``figures/<stem>_<label>.pdf``, and as PNG beside it for web pages."""
+        path = self._file("figures", f"{self.stem}_{label}.pdf")
+        # Without a date, the same rows give the same file.
+        figure.savefig(path, metadata={"CreationDate": None})
+        figure.savefig(path.with_suffix(".png"), dpi=160)
+
+    def values(self, values: dict[str, str]) -> None:
+        """Write ``values`` for the report's ``\\val``, with what every caption says, and the provenance.
+
+        Call it last: device, commit and data are those of all rows that the study has used.
+        """
+        used = list(self._used.values())
+        if not used:
+            raise ValueError(f"study {self.stem} has used no rows yet: sweep before values")
+        where = [record["provenance"] for record in used]
+        sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
+        commits = sorted({p["commit"][:7] + "+" * p["dirty"] for p in where})
+        every = values | {
+            "parameters_hash": records.run_id(self._told_parameters())[:8],
+            "commit": ", ".join(commits),
+            "dataset": ", ".join(sources) or "random tokens",
+            "device": "; ".join(sorted({p["device"] for p in where})),
+            "n_runs": str(len(used)),
+        }
+        lines = [f"\\defval{{{self.stem}.{key}}}{{{_escape(text)}}}" for key, text in every.items()]
+        path = self._file("report/values", f"{self.stem}.tex")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._file("report/tables", f"{self.stem}_provenance.tex").write_text(self._provenance(), encoding="utf-8")
+
+    def published(self, name: str) -> pd.DataFrame:
+        """The published figures of ``published/<name>.csv``."""
+        path = PUBLISHED / f"{name}.csv"
+        if not path.exists():
+            known = ", ".join(sorted(p.stem for p in PUBLISHED.glob("*.csv")))
+            raise ValueError(f"no published figures {name!r}; there are: {known}")
+        return pd.read_csv(path)
+
+    def _known(self, configs: dict[str, dict]) -> dict[str, dict]:
+        """Records of ``configs`` that count: settled, and of this device unless nothing may be run."""
+        known: dict[str, dict] = {}
+        for record in records.read_records(self._results):
+            here = record["provenance"]["device"] == records.device()
+            usable = record["status"] in records.SETTLED and (here or not self._run_missing)
+            if record["run_id"] in configs and usable and (here or record["run_id"] not in known):
+                known[record["run_id"]] = record
+        return known
+
+    def _told_parameters(self) -> dict:
+        places = ("results_dir", "out_dir", "run_missing")  # say nothing about the numbers
+        return {name: value for name, value in self.parameters.items() if name not in places}
+
+    def _file(self, folder: str, name: str) -> Path:
+        path = self._out / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _provenance(self) -> str:
+        """LaTeX: machines and versions, parameters, data, then one line a record."""
+        used = list(self._used.values())
+        machines = {
+            (p["device"], p["threads"], p["platform"], tuple(p["packages"].items()))
+            for p in (record["provenance"] for record in used)
+        }
+        data = {
+            (d["name"], d["source"], d["revision"], d["content_hash"]) for d in (record["data"] for record in used) if d
+        }
+        lines = []
+        for device, threads, platform, packages in sorted(machines):
+            versions = ", ".join(f"{name} {version}" for name, version in packages)
+            lines.append(f"Machine: {device}, {threads} threads; {platform}; {versions}.")
+        for name, source, revision, content_hash in sorted(data):
+            lines.append(f"Data: {name}, from {source}, revision {revision}, SHA-256 {content_hash}.")
+        parameters = ", ".join(f"{k} = {v}" for k, v in self._told_parameters().items())
+        lines.append(f"Parameters: {parameters}.")
+        text = "\n\n".join(rf"\noindent {_escape(line)}" for line in lines)
+        table = pd.DataFrame(
+            [
+                {
+                    "run": record["run_id"],
+                    "experiment": record["config"].get("experiment", ""),
+                    "seed": record["config"].get("seed", ""),
+                    "batch": record["config"].get("batch_size", ""),
+                    "status": record["status"],
+                    "commit": record["provenance"]["commit"][:7] + "+" * record["provenance"]["dirty"],
+                    "started (UTC)": record["provenance"]["started"][:19].replace("T", " "),
+                    "data": record["data"].get("content_hash", "–")[:8],
+                }
+                for record in used
+            ]
+        )
+        styler = table.style.hide(axis="index").format(escape="latex")
+        return text + "\n\n" + styler.to_latex(environment="longtable", hrules=True)
+
+
+def _row(record: dict) -> dict:
+    config = {name: "+".join(value) if isinstance(value, list) else value for name, value in record["config"].items()}
+    return {
+        "run_id": record["run_id"],
+        "status": record["status"],
+        "reason": record["reason"],
+        **config,
+        **record["metrics"],
+        "curves": record["curves"],
+        "data_source": record["data"].get("source"),
+        "device": record["provenance"]["device"],
+        "commit": record["provenance"]["commit"],
+    }
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def _escape(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

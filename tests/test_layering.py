@@ -1,0 +1,105 @@
+"""Who may import whom: the layers of the package, read from its source."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "memstudy"
+ANY = None  # no rule
+
+# layer: (layers of memstudy it may import, third-party packages it may import)
+LAYERS = {
+    "__init__": (set(), set()),
+    "attention": (set(), {"torch", "flash_attn"}),
+    "memory": (set(), {"torch", "transformers"}),
+    "techniques": ({"attention"}, ANY),
+    "data": (set(), ANY),
+    "models": ({"attention", "convert"}, ANY),
+    "convert": ({"attention"}, {"torch", "transformers"}),
+    "trainers": ({"attention", "models", "techniques", "data", "memory"}, ANY),
+    "parameters": (set(), {"nbformat", "yaml"}),
+    "fresh": ({"trainers", "cli"}, set()),
+    "runs": ({"fresh"}, set()),
+    "study": ({"runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
+    "cli": (ANY, ANY),
+    "qa": (ANY, ANY),
+    "notebooks": (
+        {"study", "trainers", "techniques", "data", "memory", "convert", "attention"},
+        ANY,
+    ),
+}
+
+
+def layer_of(module: str) -> str:
+    """Return the layer of a dotted name; what is no submodule belongs to the package itself."""
+    name = [*module.split("."), "__init__"][1]
+    return name if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file() else "__init__"
+
+
+def imported_modules(tree: ast.AST, package: str) -> set[str]:
+    """Return the dotted names that `tree` imports; relative ones are resolved against `package`."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: -node.level + 1 or None] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            modules |= {f"{base}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def violations(layer: str, modules: set[str]) -> list[str]:
+    """Return the imports among `modules` that `layer` is not allowed, sorted."""
+    inside, outside = LAYERS[layer]
+    refused = []
+    for module in modules:
+        top = module.split(".")[0]
+        if top == "memstudy":
+            allowed = inside is ANY or layer_of(module) in {layer, "__init__", *inside}
+        else:
+            allowed = outside is ANY or top in outside or top in sys.stdlib_module_names
+        if not allowed:
+            refused.append(module)
+    return sorted(refused)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_from_its_own_layer_and_those_below(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    layer = parts[1]
+    assert layer in LAYERS, f"{path.name} has no layer: give it a line in LAYERS"
+    modules = imported_modules(ast.parse(path.read_text("utf-8")), ".".join(parts[:-1]))
+    assert violations(layer, modules) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_imports_only_the_public_layers(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
+    source = "\n".join(line.rstrip("\n") for line in code if not line.startswith(("%", "!")))
+    assert violations("notebooks", imported_modules(ast.parse(source), "")) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "modules"),
+    [
+        ("memstudy.memory", "from .trace import trace", {"memstudy.memory.trace.trace"}),
+        ("memstudy.memory", "from .. import trainers", {"memstudy.trainers"}),
+        ("memstudy", "from . import runs", {"memstudy.runs"}),
+        ("memstudy", "def f():\n    import torch.nn as nn", {"torch.nn"}),
+        ("memstudy", "from memstudy.runs import read", {"memstudy.runs.read"}),
+    ],
+)
+def test_imports_are_found_in_every_form(package, source, modules):
+    assert imported_modules(ast.parse(source), package) == modules
+
+
+def test_rows_tables_and_figures_need_no_torch():
+    code = "import sys, memstudy.runs, memstudy.study; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
