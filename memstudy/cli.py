@@ -66,7 +66,7 @@ def run(
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise ValueError(f"{config}: {reason}; a JSON file is needed") from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{config}: not JSON: {error}") from None
         runs.check_writable(results)
         import torch
@@ -75,6 +75,8 @@ def run(
         from memstudy.attention import Unavailable
 
         planned = trainers.parse_run(given)
+        if planned.train_steps:
+            trainers.load_data(planned)
         record = runs.perform(
             planned.model_dump(mode="json"),
             results.resolve(),
@@ -239,7 +241,7 @@ def _bad_input_is_one_line() -> Iterator[None]:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            said = f"{where or 'run'}={first['input']!r}" if where else "run"
+            said = f"{where}={first['input']!r}" if where and first["type"] != "missing" else where or "run"
             line = f"{said}: {first['msg'].removeprefix('Value error, ')}"
         else:
             line = " ".join(str(error).split())

@@ -7,9 +7,11 @@ done and nothing else: no tensor has been made and no thread started before the 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +29,26 @@ class Forker:
     def run(self, arguments: list[str], log: Path) -> int:
         """Run ``memstudy ARGUMENTS`` to its end, its output going to ``log``.
 
-        Returns its exit status, negative for a signal as in ``subprocess``.
+        Returns its exit status, negative for a signal as in ``subprocess``. When this process is interrupted
+        meanwhile, the command is killed.
         """
-        self._process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self._process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
+            self._process.stdin.flush()
+        child = self._answer()
+        try:
+            return self._answer()
+        except KeyboardInterrupt:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            self._answer()  # else the next command would take it for its own
+            raise
+
+    def _answer(self) -> int:
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the process that starts the runs died (exit status {self._process.wait()})")
+            forker.cache_clear()
+            raise RuntimeError(f"the process that starts the runs died (exit status {self._process.wait()}); run again")
         return int(answer)
 
 
@@ -44,8 +59,9 @@ def forker() -> Forker:
 
 
 def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run and for who asked for it
     from memstudy import trainers  # noqa: F401 - imported for the processes to come
     from memstudy.cli import app
 
@@ -53,14 +69,17 @@ def _serve() -> None:
         arguments, log = json.loads(line)
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, interrupted)
+            with contextlib.suppress(OSError):  # short of memory, Linux shall kill the run, not who waits for it
+                Path("/proc/self/oom_score_adj").write_text("1000")
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             app(arguments)
+        answers.write(f"{child}\n")
         _, status = os.waitpid(child, 0)
         answers.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        answers.flush()
 
 
 if __name__ == "__main__":

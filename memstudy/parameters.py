@@ -52,15 +52,17 @@ def read_parameters(stem: str, scale: str) -> dict[str, object]:
     path = ROOT / "params" / scale / f"{stem}.yaml"
     if not path.exists():
         raise ValueError(f"study {stem} has no scale {scale!r}; there are: {', '.join(scales(stem))}")
-    return check_parameters(path.read_text(encoding="utf-8"), defaults, where=f"{scale}/{path.name}")
+    return check_parameters(path.read_bytes(), defaults, where=f"{scale}/{path.name}")
 
 
-def check_parameters(text: str, defaults: dict[str, object], *, where: str) -> dict[str, object]:
+def check_parameters(text: str | bytes, defaults: dict[str, object], *, where: str) -> dict[str, object]:
     """The mapping in the YAML ``text``, each key and type checked against ``defaults``; see `read_parameters`."""
     try:
-        given = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        given = yaml.safe_load(text)
+    except Exception as error:  # PyYAML raises KeyError, AttributeError and others, too, for ill-formed scalars
         raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if given is None:  # an empty file, or only comments
+        return {}
     if not isinstance(given, dict):
         raise ValueError(f"{where}: a mapping of parameters is needed, got {type(given).__name__}")
     for name, value in given.items():

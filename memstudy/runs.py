@@ -30,6 +30,9 @@ from memstudy.fresh import forker
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1
 FIELDS = {"format", "run_id", "config", "status", "reason", "metrics", "curves", "data", "provenance"}
+PROVENANCE = {
+    "device", "cpu", "threads", "platform", "packages", "commit", "dirty", "started", "ended", "command",
+}  # fmt: skip
 SETTLED = ("ok", "oom", "unavailable")  # a "failed" run is tried again
 PACKAGES = (
     "memstudy",
@@ -51,11 +54,17 @@ def run_id(config: dict) -> str:
 
 @functools.cache
 def device() -> str:
-    """The machine that timings belong to: the GPU's name, or the CPU's with its number of cores."""
+    """The machine that timings belong to: the GPU's name, or, without one, :func:`cpu`."""
     for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in information.read_text().splitlines():
             if line.startswith("Model:"):
                 return line.partition(":")[2].strip()
+    return cpu()
+
+
+@functools.cache
+def cpu() -> str:
+    """The processor's name and the number of cores that this process may use."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -130,10 +139,10 @@ def _parse(path: Path) -> dict | None:
         isinstance(record, dict)
         and record.keys() >= FIELDS
         and record["format"] == FORMAT
-        and isinstance(record["config"], dict)
+        and record["status"] in (*SETTLED, "failed")
+        and all(isinstance(record[name], dict) for name in ("config", "metrics", "curves", "data", "provenance"))
         and record["run_id"] == run_id(record["config"])
-        and isinstance(record["provenance"], dict)
-        and "device" in record["provenance"]
+        and record["provenance"].keys() >= PROVENANCE
     )
     return record if whole else None
 
@@ -242,6 +251,7 @@ def _record(config: dict, status: str, reason: str, started: str) -> dict:
         "data": {},
         "provenance": {
             "device": device(),
+            "cpu": cpu(),
             "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
             "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "packages": _versions(),

@@ -2,7 +2,7 @@
 
 study = Study("lab4_grid", globals())
 rows = study.sweep(runs)                     # a tidy DataFrame, one row a run
-study.table(styler, "comparison")            # report/tables/lab4_grid_comparison.tex
+study.table(frame, "comparison", "{:.1f}")   # report/tables/lab4_grid_comparison.tex
 study.figure(figure, "memory")               # figures/lab4_grid_memory.pdf
 study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib} in the LaTeX
 """
@@ -99,17 +99,27 @@ class Study:
         """What ``memory.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
 
         def trial(batch_size: int) -> float | None:
-            update = {"batch_size": batch_size, "budget_mib": budget_mib}
+            update = {"batch_size": batch_size, "budget_mib": float(budget_mib)}
             row = self.sweep([run.model_copy(update=update)]).iloc[0]
+            if row["status"] not in ("ok", "oom"):
+                raise RuntimeError(f"batch {batch_size}: {row['status']}: {row['reason']}")
             return row["peak_allocated_mib"] if row["status"] == "ok" else None
 
         return trial
 
-    def table(self, table: Styler, label: str) -> Styler:
-        """Write ``table`` as ``report/tables/<stem>_<label>.tex`` and give it back for display."""
+    def table(self, frame: pd.DataFrame, label: str, formats: str | dict) -> Styler:
+        """Write ``frame`` as ``report/tables/<stem>_<label>.tex`` and give it back styled, for display.
+
+        ``formats`` says how numbers print, for all columns or by column, as pandas' ``Styler.format`` takes it;
+        what is missing prints as a dash.
+        """
+        frame = frame.rename_axis(index=None)
+        latex = frame.style.format(formats, na_rep="–", escape="latex")
+        latex = latex.format_index(escape="latex").format_index(escape="latex", axis=1)
+        numbers = "".join("r" if pd.api.types.is_numeric_dtype(kind) else "l" for kind in frame.dtypes)
         path = self._file("report/tables", f"{self.stem}_{label}.tex")
-        path.write_text(table.to_latex(hrules=True, convert_css=False), encoding="utf-8")
-        return table
+        path.write_text(latex.to_latex(hrules=True, column_format=f"l{numbers}", multicol_align="c"), encoding="utf-8")
+        return frame.style.format(formats, na_rep="–")
 
     def figure(self, figure: Figure, label: str) -> None:
         """Write ``figure`` as ``figures/<stem>_<label>.pdf``, and as PNG beside it for web pages."""

@@ -199,7 +199,7 @@ class Accumulation(Technique):
     summary = "the same batch in several parts, one update"
 
     def __post_init__(self):
-        if self.steps < 1 or self.steps != int(self.steps):
+        if self.steps < 1 or not float(self.steps).is_integer():
             raise ValueError(f"accumulation={self.steps}: a whole number from 1 is needed")
 
     def flags(self):
@@ -221,7 +221,7 @@ class ChunkedLoss(Technique):
         @functools.wraps(native)
         def forward(input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
             if labels is None or not model.training:
-                return native(input_ids=input_ids, labels=labels, **kwargs)
+                return native(input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
             output = model.base_model(input_ids, **kwargs)
             head = model.get_output_embeddings()
             mean = num_items_in_batch is None

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -38,7 +39,7 @@ class LanguageModelRun(BaseModel):
     either may be 0. With ``budget_mib`` the measured step is refused when its peak passes the budget.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["language_model"] = "language_model"
     experiment: str
@@ -68,13 +69,12 @@ class LanguageModelRun(BaseModel):
             raise ValueError(f"train_steps={self.train_steps} needs a dataset")
         if not self.train_steps and not self.measure_steps:
             raise ValueError("measure_steps and train_steps are both 0: nothing to run")
-        window = self.attention.get("window", 0)
+        window = getattr(self.mixer(), "window", 0)
         if window > self.seq_len:
             raise ValueError(f"window={window} is larger than seq_len={self.seq_len}")
         parts = self.accumulation
         if self.batch_size % parts:
             raise ValueError(f"accumulation={parts} does not divide batch_size={self.batch_size}")
-        self.mixer()
         return self
 
     def levers(self) -> tuple[techniques.Technique, ...]:
@@ -90,7 +90,8 @@ class LanguageModelRun(BaseModel):
         try:
             return ATTENTION[variant](**settings)
         except TypeError as error:
-            raise ValueError(f"attention {variant!r}: {error}") from None
+            known = ", ".join(field.name for field in fields(ATTENTION[variant]))
+            raise ValueError(f"attention {variant!r}: {error}; its settings: {known}") from None
 
     @property
     def accumulation(self) -> int:
@@ -125,7 +126,28 @@ def parse_run(given: object) -> LanguageModelRun:
     if not isinstance(given, dict) or given.get("kind") not in RUNS:
         kind = given.get("kind") if isinstance(given, dict) else given
         raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(RUNS)}")
+    known = RUNS[given["kind"]].model_fields
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r} of a {given['kind']} run; known: {', '.join(known)}")
     return RUNS[given["kind"]].model_validate(given)
+
+
+def load_data(run: LanguageModelRun) -> data.LoadedData:
+    """The data set that ``run`` trains on.
+
+    Raises
+    ------
+    ValueError
+        When there is no such data set, or it is not the one that the run was planned with.
+    """
+    loaded = data.load(run.dataset)
+    if loaded.content_hash != run.data_hash:
+        raise ValueError(
+            f"data set {run.dataset!r} has content hash {loaded.content_hash}, the run was planned with "
+            f"{run.data_hash or 'none'}: plan it again"
+        )
+    return loaded
 
 
 def build(run: LanguageModelRun) -> Callable[[], Step]:
@@ -237,12 +259,7 @@ def _timed(step: Step) -> float:
 def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
     levers = run.levers()
     techniques.check_available(levers)
-    loaded = data.load(run.dataset)
-    if loaded.content_hash != run.data_hash:
-        raise ValueError(
-            f"data set {run.dataset!r} has content hash {loaded.content_hash}, the run was planned with "
-            f"{run.data_hash or 'none'}: plan it again"
-        )
+    loaded = load_data(run)
     tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
     blocks = data.blocks(loaded, tokenizer, run.seq_len)
     set_seed(run.seed)
@@ -301,7 +318,9 @@ class _LeverTrainer(Trainer):
 
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": tokens, "labels": tokens}
+    labels = tokens.clone()
+    labels[:, 0] = -100  # never predicted; Trainer would count it among the tokens that the loss is a mean of
+    return {"input_ids": tokens, "labels": labels}
 
 
 def _trainer(run, levers, checkpoints: Path, *, train_steps: int, train=None) -> _LeverTrainer:

@@ -28,6 +28,8 @@ IMPLEMENTATIONS = ("blocks", "flash_attention_2")
 # Queries in a block. Small blocks waste few scores outside the window and need little room, large
 # ones call few kernels; 128 was fastest of 64, 128, 256 with window 256 on two cores.
 QUERY_BLOCK = 128
+# Into how many groups a batch is cut at most, so that kernels don't get ever more numerous with it.
+BATCH_GROUPS = 8
 
 
 def window_attention(
@@ -100,19 +102,21 @@ def _check_window(window: int, implementation: str) -> None:
 
 def _blocks(
     batch: int, query_len: int, key_len: int, window: int, is_causal: bool
-) -> Iterator[tuple[int, slice, slice]]:
-    """Yield sequence by sequence the blocks of queries, each with the keys that any of them sees.
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield by groups of sequences the blocks of queries, each with the keys that any of them sees.
 
-    One sequence at a time, so that the scratch doesn't grow with the batch and slices of keys stay
-    views under the matrix products.
+    A group is one sequence as long as there are few: then the slices of keys stay views under the
+    matrix products, and the scratch is an eighth of the batch's at most.
     """
     offset = key_len - query_len
-    for sequence in range(batch):
+    size = max(1, batch // BATCH_GROUPS)
+    for sequence in range(0, batch, size):
+        sequences = slice(sequence, sequence + size)
         for start in range(0, query_len, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, query_len)
             first = max(0, start + offset - window + 1)
             last = stop + offset if is_causal else min(key_len, stop + offset + window - 1)
-            yield sequence, slice(start, stop), slice(first, last)
+            yield sequences, slice(start, stop), slice(first, last)
 
 
 def _weights(
@@ -129,31 +133,31 @@ def _weights(
     Parameters
     ----------
     query : torch.Tensor
-        (kv_heads, groups, rows, head_dim).
+        (batch, kv_heads, groups, rows, head_dim).
     key : torch.Tensor
-        (kv_heads, columns, head_dim).
+        (batch, kv_heads, columns, head_dim).
     real : torch.Tensor, optional
-        (columns,) bool, False for padding.
+        (batch, columns) bool, False for padding.
     distance : int [tokens]
         Position of the first query less that of the first key.
 
     Returns
     -------
     torch.Tensor
-        (kv_heads, groups, rows, columns).
+        (batch, kv_heads, groups, rows, columns).
     """
-    (groups, rows), columns = query.shape[1:3], key.shape[1]
+    (groups, rows), columns = query.shape[2:4], key.shape[2]
     apart = torch.arange(distance, distance + rows, device=key.device)[:, None]
     apart = apart - torch.arange(columns, device=key.device)  # (rows, columns)
     hidden = (apart < 0) | (apart >= window) if is_causal else apart.abs() >= window
     if real is not None:
-        hidden |= ~real
-    scores = (query * scale).flatten(1, 2) @ key.transpose(-1, -2)
+        hidden = hidden | ~real[:, None, None, None]
+    scores = (query * scale).flatten(2, 3) @ key.transpose(-1, -2)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     # The lowest finite number, not -inf: a row without visible keys must not turn into NaN.
     lowest = torch.finfo(scores.dtype).min
     # Not in place: selective checkpointing may be keeping the product.
-    scores = scores.unflatten(1, (groups, rows)).masked_fill(hidden, lowest)
+    scores = scores.unflatten(2, (groups, rows)).masked_fill(hidden, lowest)
     torch.softmax(scores, dim=-1, out=scores)
     return scores if real is None else scores.masked_fill_(hidden, 0.0)
 
@@ -179,8 +183,8 @@ class _Blocks(torch.autograd.Function):
             if dropout:
                 kept.append(torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout))
                 weights.mul_(kept[-1]).div_(1 - dropout)
-            context = weights.to(value.dtype).flatten(1, 2) @ value[i, :, columns]
-            output[i, :, :, rows] = context.unflatten(1, (groups, -1))
+            context = weights.to(value.dtype).flatten(2, 3) @ value[i, :, columns]
+            output[i, :, :, rows] = context.unflatten(2, (groups, -1))
         ctx.save_for_backward(query, key, value, output, key_padding_mask, *kept)
         return output
 
@@ -203,18 +207,18 @@ class _Blocks(torch.autograd.Function):
                 grad = grad_output[i, :, :, rows]
                 # Softmax's backward; rowsum(weights * grad_weights) = rowsum(grad * output).
                 rowsum = (grad.to(dtype) * output[i, :, :, rows]).sum(-1, keepdim=True)
-                grad = grad.flatten(1, 2)
-                grad_weights = (grad @ v.transpose(-1, -2)).to(dtype).unflatten(1, (groups, -1))
+                grad = grad.flatten(2, 3)
+                grad_weights = (grad @ v.transpose(-1, -2)).to(dtype).unflatten(2, (groups, -1))
                 used = weights
                 if ctx.dropout:
                     used = (weights * kept[block]).div_(1 - ctx.dropout)
                     grad_weights.mul_(kept[block]).div_(1 - ctx.dropout)
-                used = used.to(value.dtype).flatten(1, 2)
+                used = used.to(value.dtype).flatten(2, 3)
                 grad_value[i, :, columns] += used.transpose(-1, -2) @ grad
                 grad_scores = grad_weights.sub_(rowsum).mul_(weights).mul_(scale)
-                grad_scores = grad_scores.to(query.dtype).flatten(1, 2)
-                grad_query[i, :, :, rows] = (grad_scores @ k).unflatten(1, (groups, -1))
-                grad_key[i, :, columns] += grad_scores.transpose(-1, -2) @ q.flatten(1, 2)
+                grad_scores = grad_scores.to(query.dtype).flatten(2, 3)
+                grad_query[i, :, :, rows] = (grad_scores @ k).unflatten(2, (groups, -1))
+                grad_key[i, :, columns] += grad_scores.transpose(-1, -2) @ q.flatten(2, 3)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 5
 
 

@@ -1,6 +1,8 @@
 """Training memory: measured (``trace``), predicted (``predict``), and the largest batch that fits."""
 
+from memstudy.memory.batch_size import LargestBatch, largest_batch
+from memstudy.memory.predict import predict
 from memstudy.memory.report import CATEGORIES, MIB, PHASES, MemoryReport
 from memstudy.memory.trace import measure
 
-__all__ = ["CATEGORIES", "MIB", "PHASES", "MemoryReport", "measure"]
+__all__ = ["CATEGORIES", "MIB", "PHASES", "LargestBatch", "MemoryReport", "largest_batch", "measure", "predict"]
