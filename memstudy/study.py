@@ -107,18 +107,26 @@ class Study:
 
         return trial
 
-    def table(self, frame: pd.DataFrame, label: str, formats: str | dict) -> Styler:
+    def table(self, frame: pd.DataFrame, label: str, formats: str | dict, *, wrap: str = "") -> Styler:
         """Write ``frame`` as ``report/tables/<stem>_<label>.tex`` and give it back styled, for display.
 
         ``formats`` says how numbers print, for all columns or by column, as pandas' ``Styler.format`` takes it;
-        what is missing prints as a dash.
+        what is missing prints as a dash. ``wrap`` names a column of long text, to be broken into lines.
         """
         frame = frame.rename_axis(index=None)
         latex = frame.style.format(formats, na_rep="–", escape="latex")
         latex = latex.format_index(escape="latex").format_index(escape="latex", axis=1)
-        numbers = "".join("r" if pd.api.types.is_numeric_dtype(kind) else "l" for kind in frame.dtypes)
+        kinds = "".join(
+            ">{\\raggedright\\arraybackslash}X" if name == wrap else "r" if pd.api.types.is_numeric_dtype(kind) else "l"
+            for name, kind in frame.dtypes.items()
+        )
+        text = latex.to_latex(hrules=True, column_format=f"l{kinds}", multicol_align="c")
+        if wrap:
+            text = text.replace(r"\begin{tabular}", r"\begin{tabularx}{\linewidth}").replace(
+                r"\end{tabular}", r"\end{tabularx}"
+            )
         path = self._file("report/tables", f"{self.stem}_{label}.tex")
-        path.write_text(latex.to_latex(hrules=True, column_format=f"l{numbers}", multicol_align="c"), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         return frame.style.format(formats, na_rep="–")
 
     def figure(self, figure: Figure, label: str) -> None:
@@ -206,14 +214,14 @@ class Study:
                     "batch": record["config"].get("batch_size", ""),
                     "status": record["status"],
                     "commit": record["provenance"]["commit"][:7] + "+" * record["provenance"]["dirty"],
-                    "started (UTC)": record["provenance"]["started"][:19].replace("T", " "),
+                    "started (UTC)": record["provenance"]["started"][:16].replace("T", " "),
                     "data": record["data"].get("content_hash", "–")[:8],
                 }
                 for record in used
             ]
         )
         styler = table.style.hide(axis="index").format(escape="latex")
-        return text + "\n\n" + styler.to_latex(environment="longtable", hrules=True)
+        return text + "\n\n" + "{\\scriptsize\n" + styler.to_latex(environment="longtable", hrules=True) + "}\n"
 
 
 def _row(record: dict) -> dict:

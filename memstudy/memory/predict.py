@@ -83,7 +83,8 @@ def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
 
     It then adds in place, except to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
     """
-    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
+    # Up from here: __torch_dispatch__, two wrappers around it, and who called the op.
+    engine_asks = sys._getframe(4).f_code is _engine_run_backward.__code__
     alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
     # One user is the tensor, the other the object that Python has made to be asked.
     return engine_asks and alike and torch._C._storage_Use_Count(_key(gradient)) == 2
@@ -125,7 +126,7 @@ class _Recorder(TorchDispatchMode):
                 handle.remove()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._phase != "build" and not self._in_optimizer:
+        if self._phase != "build" and not self._in_optimizer and func.namespace != "profiler":
             in_backward = torch._C._current_autograd_node() is not None
             self._enter("backward" if in_backward else "forward")
         if func is torch.ops.aten._local_scalar_dense.default:

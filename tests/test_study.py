@@ -1,0 +1,332 @@
+"""Sweeps that are killed, resumed and retried, with real runs; and what a study prints from their records."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import tiny_config, tiny_run
+
+from memstudy import runs
+from memstudy.parameters import notebook_parameters
+from memstudy.study import Study, _escape
+
+ROOT = Path(__file__).parents[1]
+
+# A notebook's kernel in small: a study, four runs, one sweep.
+DRIVER = """
+import json, sys
+from memstudy.parameters import notebook_parameters
+from memstudy.study import Study
+
+class Planned(dict):
+    def model_dump(self, *, mode):
+        return dict(self)
+
+folder, planned = sys.argv[1:]
+places = {"results_dir": folder, "out_dir": folder, "run_missing": True}
+study = Study("lab4_grid", notebook_parameters("lab4_grid") | places)
+rows = study.sweep(Planned(config) for config in json.loads(planned))
+print(rows[["seed", "status"]].to_json(orient="values"))
+"""
+
+
+def make_study(folder: Path, *, run_missing: bool = True) -> Study:
+    places = {"results_dir": str(folder), "out_dir": str(folder), "run_missing": run_missing}
+    return Study("lab4_grid", notebook_parameters("lab4_grid") | places)
+
+
+def records_in(folder: Path) -> dict[str, dict]:
+    return {record["run_id"]: record for record in runs.read_records(folder / "lab4_grid")}
+
+
+def started(records: dict[str, dict]) -> dict[str, str]:
+    return {name: record["provenance"]["started"] for name, record in records.items()}
+
+
+def test_a_sweep_killed_half_way_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "-c", DRIVER, tmp_path, json.dumps([tiny_config(seed=n) for n in range(4)])]
+    driver = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if len(list(tmp_path.glob("lab4_grid/*.json"))) >= 2:
+            break
+        time.sleep(0.1)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    before = started(records_in(tmp_path))
+    assert 2 <= len(before) < 4
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == [[0, "ok"], [1, "ok"], [2, "ok"], [3, "ok"]]
+    after = started(records_in(tmp_path))
+    assert len(after) == 4
+    assert {name: after[name] for name in before} == before, "a finished run was repeated"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+PLANNED = (
+    tiny_run(experiment="baseline"),
+    tiny_run(experiment="over 50 % of it", budget_mib=0.1),
+    tiny_run(experiment="offload_activations", techniques=("offload_activations",)),
+    tiny_run(experiment="stale", measure_steps=0, train_steps=1, dataset="miniature", data_hash="stale"),
+    tiny_run(experiment="last", seed=1, techniques=("bf16", "checkpointing")),
+)
+
+
+@pytest.fixture(scope="module")
+def swept(folder):
+    """A study that has swept runs of every status, and its rows."""
+    study = make_study(folder)
+    with pytest.warns(UserWarning, match="run [0-9a-f]{16}: exit status 2; error: data set 'miniature'"):
+        rows = study.sweep(PLANNED)
+    return study, rows
+
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="offloading can run here")
+
+
+@needs_no_cuda
+def test_a_sweep_has_one_row_a_run_in_order_whatever_became_of_it(swept):
+    _, rows = swept
+    assert rows["experiment"].tolist() == [run.experiment for run in PLANNED]
+    assert rows["status"].tolist() == ["ok", "oom", "unavailable", "failed", "ok"]
+    assert rows["run_id"].tolist() == [runs.run_id(run.model_dump(mode="json")) for run in PLANNED]
+    ran = rows["status"] == "ok"
+    assert (rows.loc[ran, "peak_allocated_mib"] > 0).all()
+    assert rows.loc[~ran, "peak_allocated_mib"].isna().all()
+    assert (rows.loc[ran, "reason"] == "").all()
+    assert (rows.loc[~ran, "reason"] != "").all()
+    assert rows["techniques"].tolist() == ["", "", "offload_activations", "", "bf16+checkpointing"]
+    assert set(rows["device"]) == {runs.device()}
+    assert "memory_timeline" in rows["curves"][0]
+
+
+@needs_no_cuda
+def test_only_the_failed_run_is_tried_again(swept, folder):
+    before = started(records_in(folder))
+    with pytest.warns(UserWarning, match="exit status 2"):
+        rows = make_study(folder).sweep(PLANNED)
+    after = started(records_in(folder))
+    repeated = [name for name in after if after[name] != before[name]]
+    assert repeated == rows.loc[rows["status"] == "failed", "run_id"].tolist()
+
+
+def test_a_truncated_record_is_run_again_and_the_others_are_not(swept, folder, tmp_path):
+    shutil.copytree(folder / "lab4_grid", tmp_path / "lab4_grid")
+    before = started(records_in(tmp_path))
+    planned = [PLANNED[0], PLANNED[4]]
+    spoilt, kept = (runs.run_id(run.model_dump(mode="json")) for run in planned)
+    path = tmp_path / "lab4_grid" / f"{spoilt}.json"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=f"{spoilt}.json is not a whole record: kept as {spoilt}.json.corrupt"):
+        rows = make_study(tmp_path).sweep(planned)
+    assert rows["status"].tolist() == ["ok", "ok"]
+    after = started(records_in(tmp_path))
+    assert after[spoilt] > before[spoilt]
+    assert after[kept] == before[kept]
+
+
+def from_another_machine(folder: Path, place: Path) -> None:
+    """Copy the baseline's record into `place`, as another machine would have written it."""
+    place.mkdir()
+    record = records_in(folder)[runs.run_id(PLANNED[0].model_dump(mode="json"))]
+    runs.write_record(place, record | {"provenance": record["provenance"] | {"device": "another GPU"}})
+
+
+def test_timings_of_another_machine_are_used_only_when_nothing_may_be_run(swept, folder, tmp_path):
+    from_another_machine(folder, tmp_path / "lab4_grid")
+    rows = make_study(tmp_path, run_missing=False).sweep(PLANNED[:1])
+    assert rows["device"].tolist() == ["another GPU"]
+    rows = make_study(tmp_path).sweep(PLANNED[:1])
+    assert rows["device"].tolist() == [runs.device()]
+    assert len(list(tmp_path.glob("lab4_grid/*.json"))) == 2
+    rows = make_study(tmp_path, run_missing=False).sweep(PLANNED[:1])
+    assert rows["device"].tolist() == [runs.device()]
+
+
+def test_missing_rows_are_counted_and_named_when_nothing_may_be_run(swept, folder, tmp_path):
+    planned = [PLANNED[0], tiny_run(experiment="new", seed=5), tiny_run(experiment="newer", seed=6)]
+    first = runs.run_id(planned[1].model_dump(mode="json"))
+    with pytest.raises(ValueError, match=r"^2 of 3 runs have no record in ") as caught:
+        make_study(folder, run_missing=False).sweep(planned)
+    assert str(folder / "lab4_grid") in str(caught.value)
+    assert f"(first: new, run {first}): run the study at this scale first" in str(caught.value)
+    with pytest.raises(ValueError, match=r"^3 of 3 runs"):
+        make_study(tmp_path / "nowhere", run_missing=False).sweep(planned)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_asked_for_twice_is_one_row(swept, folder):
+    rows = make_study(folder, run_missing=False).sweep([PLANNED[0], PLANNED[4], PLANNED[0]])
+    assert rows["experiment"].tolist() == ["baseline", "last"]
+
+
+def test_a_study_that_does_not_exist_and_a_folder_that_cannot_be_written_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown study 'lab5'; known: .*lab4_grid"):
+        Study("lab5", {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=f"results folder {tmp_path}/file/lab4_grid: cannot be written"):
+        make_study(tmp_path / "file")
+
+
+def test_unknown_published_figures_are_named_with_those_there_are(tmp_path):
+    study = make_study(tmp_path)
+    assert {"system", "metric", "value"} <= set(study.published("lab4").columns)
+    with pytest.raises(ValueError, match="no published figures 'lab5'; there are: .*lab4"):  # noqa: RUF043
+        study.published("lab5")
+
+
+# What a study prints
+
+
+@pytest.fixture(scope="module")
+def printed(swept, folder):
+    """The folder into which a study with awkward names has written everything it can."""
+    study, rows = swept
+    frame = rows.set_index("experiment")[["status", "peak_allocated_mib", "reason"]]
+    frame.columns = ["status & co.", "peak_{max} [MiB] #1", "reason ~ 100 % \\ $x^2$"]
+    study.table(frame, "awkward", "{:.2f}")
+    study.table(frame.iloc[:, :2], "plain", {"peak_{max} [MiB] #1": "{:.1f}"})
+    figure, axes = plt.subplots(figsize=(2, 2))
+    axes.plot([1, 2])
+    study.figure(figure, "line")
+    plt.close(figure)
+    study.values({"awkward": "50 % & more: a_b #1 {x} $3 ~ 2^20 \\ ± 1–2 ×", "plain": "1,098"})
+    return folder
+
+
+def read_values(folder: Path) -> dict[str, str]:
+    lines = (folder / "report/values/lab4_grid.tex").read_text("utf-8").splitlines()
+    return dict(re.fullmatch(r"\\defval\{(.+?)\}\{(.*)\}", line).groups() for line in lines)
+
+
+def test_values_are_those_given_and_what_every_caption_says(printed):
+    values = read_values(printed)
+    assert values["lab4_grid.plain"] == "1,098"
+    state = runs.git_state()
+    assert values["lab4_grid.commit"] == state["commit"][:7] + "+" * state["dirty"]
+    assert values["lab4_grid.dataset"] == "random tokens"
+    assert values["lab4_grid.device"] == _escape(runs.device())
+    assert values["lab4_grid.n_runs"] == str(len(PLANNED))
+    assert re.fullmatch("[0-9a-f]{8}", values["lab4_grid.parameters_hash"])
+
+
+def test_the_parameters_hash_tells_parameters_apart_but_not_places(swept, folder, tmp_path):
+    hashes = []
+    for out, changed in (("a", {}), ("b", {}), ("c", {"learning_rate": 0.5})):
+        places = {"results_dir": str(folder), "out_dir": str(tmp_path / out), "run_missing": False}
+        study = Study("lab4_grid", notebook_parameters("lab4_grid") | places | changed)
+        study.sweep(PLANNED[:1])
+        study.values({})
+        hashes.append(read_values(tmp_path / out)["lab4_grid.parameters_hash"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_values_before_any_sweep_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="study lab4_grid has used no rows yet: sweep before values"):
+        make_study(tmp_path).values({})
+
+
+def test_provenance_has_the_machine_the_versions_and_one_line_a_record(printed):
+    text = (printed / "report/tables/lab4_grid_provenance.tex").read_text("utf-8")
+    assert f"Machine: {_escape(runs.device())}" in text
+    assert f"torch {torch.__version__}" in text
+    assert _escape("learning_rate = 0.001") in text
+    assert "results" not in text.partition("Parameters:")[2].partition("\n")[0]
+    lines = [line for line in text.splitlines() if re.match(r"[0-9a-f]{16} &", line)]
+    assert [line[:16] for line in lines] == [runs.run_id(run.model_dump(mode="json")) for run in PLANNED]
+    assert r"over 50 \% of it" in lines[1]
+
+
+def test_provenance_names_the_data_of_trained_rows_once(swept, folder, tmp_path):
+    """The data's name and hash, from two records that differ in the seed."""
+    shutil.copytree(folder / "lab4_grid", tmp_path / "lab4_grid")
+    data = {"name": "some_books", "source": "folder", "revision": "unversioned", "content_hash": "0123456789abcdef"}
+    (baseline,) = (r for r in records_in(folder).values() if r["config"]["experiment"] == "baseline")
+    planned = [tiny_run(experiment="trained", seed=seed) for seed in (3, 4)]
+    for run in planned:
+        config = run.model_dump(mode="json")
+        trained = baseline | {"config": config, "run_id": runs.run_id(config), "data": data}
+        runs.write_record(tmp_path / "lab4_grid", trained)
+    study = make_study(tmp_path, run_missing=False)
+    study.sweep([PLANNED[0], *planned])
+    study.values({})
+    assert read_values(tmp_path)["lab4_grid.dataset"] == r"some\_books (folder)"
+    text = (tmp_path / "report/tables/lab4_grid_provenance.tex").read_text("utf-8")
+    assert text.count(r"Data: some\_books, from folder, revision unversioned, SHA-256 0123456789abcdef.") == 1
+
+
+def test_a_table_prints_what_is_missing_as_a_dash_and_numbers_to_the_right(printed):
+    text = (printed / "report/tables/lab4_grid_plain.tex").read_text("utf-8")
+    assert text.startswith(r"\begin{tabular}{llr}")
+    assert re.search(r"^over 50 \\% of it & oom & – \\\\$", text, re.MULTILINE)
+    assert r"peak\_\{max\} [MiB] \#1" in text
+
+
+def test_a_figure_is_written_as_pdf_and_png_and_the_same_rows_give_the_same_pdf(printed, tmp_path):
+    pdf = printed / "figures/lab4_grid_line.pdf"
+    assert pdf.read_bytes().startswith(b"%PDF-")
+    assert pdf.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    figure, axes = plt.subplots(figsize=(2, 2))
+    axes.plot([1, 2])
+    make_study(tmp_path).figure(figure, "line")
+    plt.close(figure)
+    assert (tmp_path / "figures/lab4_grid_line.pdf").read_bytes() == pdf.read_bytes()
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["C", "Z"])))
+def test_escaped_text_has_no_character_left_that_latex_would_act_on(text):
+    command = r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\[&%$#_{}]"
+    assert not set(re.sub(command, "", _escape(text))) & set("\\&%$#_{}~^")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
+def test_latex_takes_all_that_a_study_writes(printed, tmp_path):
+    """In one document with the report's own style, nothing but what the study has written."""
+    (tmp_path / "memstudy.sty").write_text((ROOT / "report/memstudy.sty").read_text("utf-8"), "utf-8")
+    (tmp_path / "generated.tex").write_text(rf"\newcommand{{\generated}}{{{printed}}}")
+    document = r"""
+        \documentclass{article} \usepackage{memstudy}
+        \input{\generated/report/values/lab4_grid}
+        \begin{document}
+        \val{lab4_grid.awkward}, \val{lab4_grid.plain}
+        \studytable[sidewaystable]{lab4_grid}{awkward}{measured}{Awkward.}
+        \studytable{lab4_grid}{plain}{measured}{Plain.}
+        \studyfigure{lab4_grid}{line}{measured}{A line.}
+        \input{\generated/report/tables/lab4_grid_provenance}
+        \end{document}"""
+    (tmp_path / "all.tex").write_text(document, "utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_a_wrapped_column_breaks_into_lines(swept, tmp_path):
+    frame = pd.DataFrame({"reason": ["long " * 40], "n": [1]}, index=["baseline"])
+    make_study(tmp_path).table(frame, "wrapped", {}, wrap="reason")
+    text = (tmp_path / "report/tables/lab4_grid_wrapped.tex").read_text("utf-8")
+    assert text.startswith(r"\begin{tabularx}{\linewidth}{l>{\raggedright\arraybackslash}Xr}")
+    assert text.rstrip().endswith(r"\end{tabularx}")
+
+
+def test_a_sweep_of_finished_runs_starts_no_process_and_warns_of_nothing(swept, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        began = time.perf_counter()
+        make_study(folder).sweep([PLANNED[0], PLANNED[1], PLANNED[4]])
+    assert time.perf_counter() - began < 1
