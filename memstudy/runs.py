@@ -219,6 +219,7 @@ def spawn(config: dict, folder: Path) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         file, log = Path(scratch, "run.json"), Path(scratch, "log")
         file.write_text(json.dumps(config))
+        log.touch()  # the process may be killed before it has opened it
         code = forker().run(["run", str(file), "--results", str(folder)], log)
         said = log.read_text(errors="replace").strip().splitlines()
     here = [r for r in _of_run(folder, config) if r["provenance"]["started"] >= started]

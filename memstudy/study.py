@@ -99,7 +99,7 @@ class Study:
         """What ``memory.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
 
         def trial(batch_size: int) -> float | None:
-            update = {"batch_size": batch_size, "budget_mib": float(budget_mib)}
+            update = {"batch_size": batch_size, "budget_mib": budget_mib}
             row = self.sweep([run.model_copy(update=update)]).iloc[0]
             if row["status"] not in ("ok", "oom"):
                 raise RuntimeError(f"batch {batch_size}: {row['status']}: {row['reason']}")

@@ -22,6 +22,15 @@ from memstudy.trainers import LanguageModelRun, build
 both = pytest.mark.parametrize("report_on", [measure, predict])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and lose much when another process has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def total(live):
     return sum(live.values())
 
@@ -137,8 +146,8 @@ def test_every_category_by_hand():
     assert report.forward_end_by_category["activations"] == 200
     assert report.modules == {"up": 200}
     assert report.peak_by_phase == {"build": 1030, "forward": 1730, "backward": 2230, "optimizer": 4030}
-    assert [row[:2] for row in report.timeline[:2]] == [(2.0, "forward"), (3.0, "forward")]
-    assert [row[2]["temporary"] for row in report.timeline[:3]] == [0, 500, 0]
+    assert [row[:2] for row in report.timeline[:4]] == [(time, "forward") for time in (0.0, 2.0, 3.0, 4.0)]
+    assert [row[2]["temporary"] for row in report.timeline[:4]] == [0, 0, 500, 0]
     assert report.timeline[-1][2]["other"] == 38
 
 
@@ -157,8 +166,8 @@ def test_an_address_used_again_is_another_block():
         kind="measured",
     )
     assert totals(report) == [0, 100, 0, 7, 0]
-    assert report.timeline[1][2]["gradients"] == 100
-    assert report.timeline[3][2]["temporary"] == 7
+    assert max(live["gradients"] for _, _, live in report.timeline) == 100
+    assert max(live["temporary"] for _, _, live in report.timeline) == 7
 
 
 def test_memory_from_before_is_ignored():
@@ -395,8 +404,8 @@ def test_checkpointing_keeps_the_inputs_only(report_on):
     plain, recomputed = (report_on(make_build(flag)).forward_end_by_category["activations"] for flag in (False, True))
     output = 4 * 48 * 32
     # Each block keeps its tanh, twice an output; each output is the next block's input, the last is still in `x`.
-    assert plain == 3 * 2 * output + 3 * output + SEED
-    assert recomputed == 3 * output + SEED
+    assert plain == 3 * 2 * output + 3 * output + 4 + SEED
+    assert recomputed == 3 * output + 4 + SEED
 
 
 @both
@@ -557,7 +566,8 @@ def test_nothing_is_left_behind(report_on, where):
 
 # --- predicted
 
-# What PyTorch allocates inside C++, where no dispatch mode sees it, and keeps:
+# What PyTorch allocates inside C++, where no dispatch mode sees it, and keeps. Of what kernels use and give back
+# (oneDNN for bf16, say) nothing is alive at these peaks.
 SCALE = 8  # eager attention's 1 / sqrt(head_dim), wrapped as a tensor to multiply by and saved for backward; a layer
 RNG = 5056  # torch.get_rng_state(), once per checkpointed block that is yet to be recomputed or is just being so
 
@@ -575,7 +585,8 @@ CASES = {
     "selective-1": (("selective_checkpointing=1",), EAGER, 2 * (RNG + SCALE)),
     "accumulation": (("accumulation=2",), EAGER, 2 * SCALE),
     "optimizer_in_backward": (("optimizer_in_backward",), EAGER, 2 * SCALE),
-    "all-exact": (("checkpointing", "chunked_loss", "optimizer_in_backward", "bf16"), SDPA, RNG),
+    "chunked_loss": (("chunked_loss",), EAGER, 2 * SCALE),
+    "all-exact": (("checkpointing", "chunked_loss", "optimizer_in_backward"), EAGER, 2 * (RNG + SCALE)),
 }
 
 
@@ -647,21 +658,43 @@ def test_prediction_takes_no_memory_whatever_the_model():
 
 
 def test_prediction_leaves_real_tensors_alone():
-    real, weight = torch.ones(4), nn.Parameter(torch.ones(4))
+    data, state = torch.ones(4), torch.get_rng_state()
 
     def make():
+        weight = nn.Parameter(torch.ones(4))
+
         def step():
-            real.add_(1)
-            (weight * real).sum().backward()
-            with torch.no_grad():
-                weight.sub_(1)
+            data.add_(torch.rand(4))
+            data[1:].zero_()
+            (weight * data).sum().backward()
 
         return step
 
-    predict(make)
-    assert real.tolist() == [1.0] * 4
-    assert weight.tolist() == [1.0] * 4
+    report = predict(make)
+    assert data.tolist() == [1.0] * 4
+    assert torch.equal(torch.get_rng_state(), state)
+    # Both are memory from before, which is not counted; the data is not counted by `measure` either.
+    assert report.iteration_peaks == measure(make).iteration_peaks
+
+
+@pytest.mark.parametrize("use", [lambda w: w.sum().backward(), lambda w: w.data.add_(1)], ids=["backward", "update"])
+def test_prediction_refuses_to_train_what_build_did_not_make(use):
+    weight = nn.Parameter(torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"shape \(2, 3\) was made before build"):
+        predict(lambda: lambda: use(weight))
+    assert weight.tolist() == [[1.0] * 3] * 2
     assert weight.grad is None
+
+
+@both
+def test_tensors_made_of_python_numbers_count(report_on):
+    def make():
+        kept = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        return lambda: kept + torch.tensor([1.0, 1.0])
+
+    report = report_on(make)
+    assert report.peak_by_phase["build"] == 16
+    assert report.peak_bytes == 16 + 8 + 16
 
 
 def test_prediction_is_the_same_each_time():

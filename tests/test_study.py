@@ -200,7 +200,7 @@ def printed(swept, folder):
     study, rows = swept
     frame = rows.set_index("experiment")[["status", "peak_allocated_mib", "reason"]]
     frame.columns = ["status & co.", "peak_{max} [MiB] #1", "reason ~ 100 % \\ $x^2$"]
-    study.table(frame, "awkward", "{:.2f}")
+    study.table(frame, "awkward", {"peak_{max} [MiB] #1": "{:.2f}"})
     study.table(frame.iloc[:, :2], "plain", {"peak_{max} [MiB] #1": "{:.1f}"})
     figure, axes = plt.subplots(figsize=(2, 2))
     axes.plot([1, 2])

@@ -94,8 +94,8 @@ def window_attention(
 
 
 def _check_window(window: int, implementation: str) -> None:
-    if window < 1:
-        raise ValueError(f"window: window={window} tokens; take at least 1 (the query itself)")
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"window: window={window!r} tokens; take at least 1 (the query itself), a whole number")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"window: unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
 

@@ -2,7 +2,8 @@
 
 The step runs under PyTorch's ``FakeTensorMode``, so it takes no memory and no arithmetic; a dispatch mode
 sees each new storage once and, by a weak reference, its release. What a kernel allocates inside itself is
-not seen. The events go through the same accounting as the measured ones (`report`).
+not seen, unless it is a ``torch.library.custom_op``. The events go through the same accounting as the measured
+ones (`report`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from memstudy.memory.report import Event, MemoryReport, account
 from memstudy.memory.trace import Roles, Step
@@ -47,16 +49,17 @@ def predict(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
     Raises
     ------
     ValueError
-        When ``iterations`` is below 1.
+        When ``iterations`` is below 1, or the step trains what ``build`` has not made.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least 1 step must run")
-    recorder = _Recorder()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = _Recorder(fake)
     roles = Roles(mark=lambda: recorder.mark(roles.told[-1]), key=_key)
     with ExitStack() as stack:
         stack.enter_context(roles.watch())
         stack.enter_context(recorder.watch_optimizer())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake)
         stack.enter_context(recorder)
         if "transformers" in sys.modules:
             # Told that it traces a graph, it would make every mask that data might call for.
@@ -93,8 +96,9 @@ def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
 class _Recorder(TorchDispatchMode):
     """Tells each storage that an op makes, and its release, as :class:`Event` s."""
 
-    def __init__(self):
+    def __init__(self, fake: FakeTensorMode):
         super().__init__()
+        self._fake = fake
         self.events: list[Event] = []
         self._alive: dict[int, weakref.ref] = {}
         self._phase = "build"
@@ -126,6 +130,9 @@ class _Recorder(TorchDispatchMode):
                 handle.remove()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
+            args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         if self._phase != "build" and not self._in_optimizer and func.namespace != "profiler":
             in_backward = torch._C._current_autograd_node() is not None
             self._enter("backward" if in_backward else "forward")
@@ -135,11 +142,26 @@ class _Recorder(TorchDispatchMode):
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
             return args[0]
-        result = func(*args, **(kwargs or {}))
+        if func._schema.name in OPDEFS:  # a kernel written in Python: what it allocates can be seen
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        result = func(*args, **kwargs)
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
                 self._note(value.untyped_storage())
         return result
+
+    def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.requires_grad:
+            raise ValueError(
+                f"a parameter of shape {tuple(tensor.shape)} was made before build() was called: make the model in it"
+            )
+        faked = self._fake.from_tensor(tensor)
+        storage = faked.untyped_storage()
+        self._alive[storage._cdata] = weakref.ref(storage)  # memory from before: neither counted nor freed
+        return faked
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

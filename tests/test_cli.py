@@ -1,0 +1,266 @@
+"""The command line: bad input is one line on stderr and exit status 2, help teaches, lists are the registries."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_config
+from typer.testing import CliRunner
+
+from memstudy import runs
+from memstudy.attention import ATTENTION
+from memstudy.cli import app
+from memstudy.data import DATASETS
+from memstudy.parameters import scales, studies
+from memstudy.techniques import TECHNIQUES
+
+ROOT = Path(__file__).parents[1]
+VALID = tiny_config()
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_one_line(result, *words: str) -> None:
+    """Assert that `result` is bad input, told in one line that has all the words."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in line
+    for word in words:
+        assert word in line, line
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Give `memstudy run` a JSON value and return what came of it; no record may be left."""
+
+    def given(value: object):
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps(value))
+        result = invoke("run", path, "--results", tmp_path / "results")
+        assert list((tmp_path / "results").glob("*.json")) == []
+        return result
+
+    return given
+
+
+WINDOW = {"variant": "window", "window": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"techniques": ["bf17"]}, ["unknown technique 'bf17'", *TECHNIQUES]),
+        ({"techniques": ["bf16=3"]}, ["technique 'bf16' has no setting, but got '3'"]),
+        ({"techniques": ["accumulation=two"]}, ["technique 'accumulation=two': a number is needed"]),
+        ({"techniques": ["accumulation=0"]}, ["accumulation=0", "a whole number from 1 is needed"]),
+        ({"techniques": ["accumulation=nan"]}, ["accumulation=nan", "a whole number from 1 is needed"]),
+        ({"techniques": ["accumulation=inf"]}, ["accumulation=inf", "a whole number from 1 is needed"]),
+        ({"techniques": ["accumulation=4"]}, ["accumulation=4 does not divide batch_size=2"]),
+        ({"techniques": ["selective_checkpointing=2"]}, ["selective_checkpointing=2", "a share, 0 to 1"]),
+        ({"techniques": ["bf16", "tf32"]}, ["only one of kind 'precision' can be used"]),
+        ({"techniques": "bf16"}, ["techniques='bf16'"]),
+        ({"attention": {"variant": "hyena"}}, ["unknown attention variant 'hyena'", *ATTENTION]),
+        ({"attention": {"window": 8}}, ["unknown attention variant None", *ATTENTION]),
+        ({"attention": WINDOW | {"size": 8}}, ["attention 'window'", "'size'", "its settings: ", "window"]),
+        ({"attention": {"variant": "window"}}, ["window=256 is larger than seq_len=16"]),  # the default
+        ({"attention": WINDOW | {"window": 17}}, ["window=17 is larger than seq_len=16"]),
+        ({"attention": WINDOW | {"window": 0}}, ["window=0", "a whole number"]),
+        ({"attention": WINDOW | {"window": 8.5}}, ["window=8.5", "a whole number"]),
+        ({"attention": WINDOW | {"window": "wide"}}, ["window='wide'", "a whole number"]),
+        ({"attention": {"variant": "softmax", "implementation": "fast"}}, ["implementation='fast'", "eager", "sdpa"]),
+        ({"attention": "softmax"}, ["attention='softmax'"]),
+        ({"batch_size": -1}, ["batch_size=-1", "greater than 0"]),
+        ({"batch_size": 1.5}, ["batch_size=1.5", "integer"]),
+        ({"batch_size": "many"}, ["batch_size='many'", "integer"]),
+        ({"seq_len": 1}, ["seq_len=1", "greater than or equal to 2"]),
+        ({"n_heads": 3}, ["hidden_size=32 is not a multiple of n_heads=3"]),
+        ({"learning_rate": float("inf")}, ["learning_rate=inf", "finite number"]),
+        ({"budget_mib": 0}, ["budget_mib=0", "greater than 0"]),
+        ({"measure_steps": 0}, ["measure_steps and train_steps are both 0"]),
+        ({"train_steps": 1}, ["train_steps=1 needs a dataset"]),
+        ({"train_steps": 1, "dataset": "moby"}, ["unknown data set 'moby'", *DATASETS]),
+        ({"train_steps": 1, "dataset": "miniature"}, ["'miniature' has content hash", "planned with none"]),
+        ({"dropout": 0.1}, ["unknown field 'dropout' of a language_model run", *VALID]),
+        ({"kind": "image_model"}, ["unknown kind of run 'image_model'", "language_model"]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_a_choice_that_cannot_be_is_named_with_its_value_and_what_is_allowed(run, change, words):
+    assert_one_line(run(VALID | change), *words)
+
+
+@pytest.mark.parametrize("value", [[], None, "language_model", 3, {}, [VALID]], ids=str)
+def test_what_is_no_description_of_a_run_is_refused(run, value):
+    assert_one_line(run(value), "unknown kind of run", "known: language_model")
+
+
+def test_a_missing_field_is_named_without_the_whole_run_being_repeated(run):
+    result = run({name: value for name, value in VALID.items() if name != "n_layers"})
+    assert result.stderr == "error: n_layers: Field required\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "not JSON"),
+        (b"kind: language_model", "not JSON"),
+        (json.dumps(VALID).encode()[:-1], "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"experiment": "\xff"}', "not UTF-8 text"),
+    ],
+    ids=["empty", "yaml", "truncated", "deep", "latin-1"],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, word):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    assert_one_line(invoke("run", path, "--results", tmp_path), str(path), word)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    assert_one_line(invoke("run", tmp_path / "none.json"), "none.json", "No such file", "a JSON file is needed")
+    assert_one_line(invoke("run", tmp_path), str(tmp_path), "Is a directory", "a JSON file is needed")
+
+
+@pytest.mark.parametrize("place", ["{}/file", "{}/file/below", "/proc/nowhere"])
+def test_a_results_folder_that_cannot_be_written_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run.json").write_text(json.dumps(VALID))
+    place = place.format(tmp_path)
+    result = invoke("run", tmp_path / "run.json", "--results", place)
+    assert_one_line(result, f"results folder {place}: cannot be written", "choose another")
+
+
+def test_a_data_folder_that_is_not_there_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path / "nowhere"))
+    result = run(VALID | {"train_steps": 1, "dataset": "polish-books"})
+    assert_one_line(result, "MEMSTUDY_DATA", str(tmp_path / "nowhere"))
+    assert_one_line(invoke("list", "datasets"), "MEMSTUDY_DATA", str(tmp_path / "nowhere"))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project, to be given bad parameters."""
+    copy = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "memstudy", copy / "memstudy", ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "lab4_grid.ipynb", copy / "notebooks")
+    for scale, text in {
+        "good": b"n_layers: 3\n",
+        "key": b"layers: 3\n",
+        "type": b"n_layers: three\n",
+        "list": b"- n_layers\n- 3\n",
+        "yaml": b"n_layers: [3\n",
+        "bytes": b"n_layers: \xff\n",
+    }.items():
+        (copy / "params" / scale).mkdir(parents=True)
+        (copy / "params" / scale / "lab4_grid.yaml").write_bytes(text)
+    return copy
+
+
+def report(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `memstudy report` in a process of its own, in the copy."""
+    command = [sys.executable, "-m", "memstudy.cli", "report", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lab5"], "unknown study 'lab5'; known: lab4_grid"),
+        (["lab4_grid", "--scale", "huge"], "study lab4_grid has no scale 'huge'; there are: bytes, good, key, list"),
+        (["--scale", "huge"], "no study has parameters at scale 'huge'"),
+        (["lab4_grid", "--scale", "key"], "key/lab4_grid.yaml: unknown key 'layers'; known: results_dir, out_dir, "),
+        (["--scale", "type"], "type/lab4_grid.yaml: n_layers='three' is of type str, int is needed"),
+        (["--scale", "list"], "list/lab4_grid.yaml: a mapping of parameters is needed, got list"),
+        (["--scale", "yaml"], "yaml/lab4_grid.yaml: not YAML: "),
+        (["--scale", "bytes"], "bytes/lab4_grid.yaml: not YAML: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_report_that_cannot_be_is_one_line_before_anything_is_run(project, arguments, said):
+    done = report(project, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert not (project / "build").exists()
+
+
+def test_a_report_whose_records_cannot_be_written_is_one_line(project):
+    (project / "results").write_text("")
+    done = report(project, "--scale", "good")
+    (project / "results").unlink()
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: results folder {project}/results: cannot be written")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# What it teaches and lists
+
+
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ([], ["list studies", "report lab4_grid", "run CONFIG.json", "list runs", "finished runs are never repeated"]),
+        (
+            ["run"],
+            ['"kind": "language_model"', '"techniques": ["bf16"]', "--results", "Exit status", "2 for bad input"],
+        ),
+        (["report"], ["params/SCALE/<study>.yaml", "build/report.pdf", "--scale", "--reference", "run nothing"]),
+        (["list"], ["variants", "techniques", "datasets", "studies", "runs", "--results"]),
+    ],
+    ids=["memstudy", "run", "report", "list"],
+)
+def test_help_teaches(command, taught):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    for words in taught:
+        assert words in text
+
+
+def test_the_run_that_help_shows_is_a_valid_one():
+    from memstudy.trainers import parse_run
+
+    text = " ".join(invoke("run", "--help").stdout.split())
+    example = '{"kind"' + text.partition('{"kind"')[2].partition("}")[0] + "}"
+    assert parse_run(json.loads(example)).experiment == "mine"
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [("variants", ATTENTION), ("techniques", TECHNIQUES), ("datasets", DATASETS), ("studies", studies())],
+)
+def test_a_list_has_every_name_of_its_registry(what, names):
+    result = invoke("list", what)
+    assert result.exit_code == 0
+    _, *lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(names)
+
+
+def test_the_list_of_studies_has_their_scales():
+    assert ", ".join(scales("lab4_grid")) in invoke("list", "studies").stdout
+
+
+def test_the_list_of_runs_has_the_records_there_are(tmp_path):
+    assert invoke("list", "runs", "--results", tmp_path).stdout == "no runs yet\n"
+    nothing = {"metrics": {}, "curves": {}, "data": {}}
+    record = runs.perform(VALID, tmp_path / "lab4_grid", lambda checkpoints: nothing)
+    (line,) = invoke("list", "runs", "--results", tmp_path).stdout.splitlines()[1:]
+    for word in ("lab4_grid", record["run_id"], "tiny", "ok", record["provenance"]["ended"][:19]):
+        assert word in line
+
+
+def test_an_unknown_list_is_refused_with_those_there_are():
+    result = invoke("list", "gpus")
+    assert result.exit_code == 2
+    assert "'variants', 'techniques', 'datasets', 'studies', 'runs'" in " ".join(result.stderr.split())

@@ -1,0 +1,63 @@
+"""What the notebooks make, the LaTeX uses, and what the parameter files set, the notebooks have."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from memstudy import parameters
+
+ROOT = Path(__file__).parents[1]
+STEMS = parameters.studies()
+
+
+def code_cells(stem):
+    cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_there_are_studies():
+    assert "lab4_grid" in STEMS
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("scale", ["quick", "full", "gpu"])
+def test_parameter_files_set_what_the_notebook_has(stem, scale):
+    assert parameters.read_parameters(stem, scale)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("kind", ["table", "figure"])
+def test_every_table_and_figure_is_made_and_used(stem, kind):
+    source = "\n".join(cell.source for cell in code_cells(stem))
+    made = set(re.findall(rf'study\.{kind}\(\w+, "(\w+)"', source))
+    section = (ROOT / "report" / "sections" / f"{stem}.tex").read_text()
+    used = set(re.findall(rf"\\study{kind}(?:\[\w+\])?{{{stem}}}{{(\w+)}}", section))
+    assert made
+    assert made == used
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_captions_name_their_kind_of_number(stem):
+    section = (ROOT / "report" / "sections" / f"{stem}.tex").read_text()
+    kinds = re.findall(rf"\\study(?:table|figure)(?:\[\w+\])?{{{stem}}}{{\w+}}{{([^}}]*)}}", section)
+    assert all(re.search("measured|predicted|published", kind) for kind in kinds)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_notebook_tells_a_story_and_defines_nothing(stem):
+    cells = code_cells(stem)
+    for cell in cells:
+        assert not re.search(r"^\s*(def|class|try)\b", cell.source, re.MULTILINE), cell.source
+    strict = [cell for cell in cells if "nbval-check-output" in cell.metadata.get("tags", [])]
+    assert len(strict) >= 3
+    assert all(cell.outputs for cell in strict), "a strict cell has no output to compare with: run the notebook"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_citation_has_a_reference(stem):
+    known = set(re.findall(r"^@\w+{([^,]+),", (ROOT / "report" / "references.bib").read_text(), re.MULTILINE))
+    for path in [ROOT / "report" / "main.tex", ROOT / "report" / "sections" / f"{stem}.tex"]:
+        cited = {key for keys in re.findall(r"\\cite[tp]?{([^}]+)}", path.read_text()) for key in keys.split(",")}
+        assert cited <= known
