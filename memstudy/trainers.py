@@ -7,12 +7,13 @@ its autocast, its loss, its optimizer.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +21,6 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from memstudy import data, techniques
 from memstudy.attention import ATTENTION, AttentionConfig
@@ -265,7 +265,7 @@ def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
     set_seed(run.seed)
     trainer = _trainer(run, levers, checkpoints, train_steps=run.train_steps, train=blocks["train"])
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
     seconds = time.perf_counter() - began
     history = trainer.state.log_history
     result["metrics"] |= {
@@ -289,6 +289,15 @@ def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
         "revision": loaded.revision,
         "content_hash": loaded.content_hash,
     }
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The last one that was not cut short: the Trainer writes ``trainer_state.json`` at the end."""
+    whole: dict[int, Path] = {}
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            whole[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+    return str(whole[max(whole)]) if whole else None
 
 
 class _LeverTrainer(Trainer):
@@ -327,6 +336,7 @@ def _trainer(run, levers, checkpoints: Path, *, train_steps: int, train=None) ->
     flags: dict = {}
     for lever in levers:
         flags |= lever.flags()
+    logging_steps = max(1, train_steps // 50)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=train_steps,
@@ -336,9 +346,10 @@ def _trainer(run, levers, checkpoints: Path, *, train_steps: int, train=None) ->
         lr_scheduler_type="constant",
         max_grad_norm=0.0,  # clipping needs all gradients at once, which optimizer_in_backward never has
         seed=run.seed,
-        logging_steps=max(1, train_steps // 50),
+        logging_steps=logging_steps,
         save_strategy="steps" if train_steps > SAVE_STEPS else "no",
-        save_steps=SAVE_STEPS,
+        # Where a loss is logged, the mean of those since the last: one cut in two by a kill would be another mean.
+        save_steps=-(-SAVE_STEPS // logging_steps) * logging_steps,
         save_total_limit=1,
         prediction_loss_only=True,
         use_cpu=not torch.cuda.is_available(),

@@ -60,7 +60,7 @@ def test_any_text_gives_known_keys_of_the_right_type_or_one_line(text):
     )
 )
 def test_parameters_of_the_right_types_are_read_as_they_were_written(given):
-    assert check_parameters(yaml.safe_dump(given, allow_unicode=True), DEFAULTS, where="") == given
+    assert check_parameters(yaml.safe_dump(given), DEFAULTS, where="") == given
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])

@@ -1,6 +1,11 @@
 """The smallest run that does everything a run does: half a second in a process with the imports done."""
 
+import os
+
 from memstudy.trainers import LanguageModelRun
+
+# Two threads that wait for each other take a hundred times as long when something else has one of their two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def tiny_run(**changes) -> LanguageModelRun:
