@@ -41,6 +41,7 @@ class DecoderLM(GPT2LMHeadModel):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
         self.generation_config.use_cache = True
         if config.memstudy_attention:
             settings = dict(config.memstudy_attention)
