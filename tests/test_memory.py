@@ -426,6 +426,34 @@ def test_the_optimizers_own_phase_inside_backward(report_on):
     assert order[:5] == ["forward", "backward", "optimizer", "backward", "optimizer"]
 
 
+def test_after_the_optimizers_step_backward_goes_on():
+    report = measure(mlp_build(in_backward=True, bias=False))
+    dropped = [
+        phase
+        for (_, _, before), (_, phase, after) in itertools.pairwise(report.timeline)
+        if after["gradients"] < before["gradients"]
+    ]
+    assert dropped == ["backward", "backward"]
+
+
+def test_a_module_that_raises_inside_a_step_ends_its_part_of_the_table():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            raise Refused
+
+    def make():
+        picky, rows = Picky(8, 8), torch.ones(2, 8, requires_grad=True)
+
+        def step():
+            with pytest.raises(Refused):
+                picky(rows)
+            rows.tanh().sum().backward()
+
+        return step
+
+    assert measure(make).modules == {"": 4 * 2 * 8 + 4 + SEED}
+
+
 @both
 def test_times_grow(report_on):
     times = [time for time, _, _ in report_on(mlp_build()).timeline]

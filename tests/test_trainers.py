@@ -231,14 +231,30 @@ def folder_of_text(folder, text):
         pq.write_table(pa.table({"text": [text]}), folder / "polish-books" / f"{split}.parquet")
 
 
-def test_one_batch_is_learnt_by_heart(tmp_path, monkeypatch):
-    folder_of_text(
-        tmp_path / "data",
-        "Zażółć gęślą jaźń. W Szczebrzeszynie chrząszcz brzmi w trzcinie, i Szczebrzeszyn z tego słynie.",
-    )
+@pytest.fixture
+def one_batch(tmp_path, monkeypatch):
+    """What of a run makes it train on two sentences, all of them in each batch."""
+    folder_of_text(tmp_path / "data", "Zażółć gęślą jaźń. W Szczebrzeszynie chrząszcz brzmi w trzcinie.")
     monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path / "data"))
-    known = {"dataset": "polish-books", "data_hash": data.load("polish-books").content_hash}
-    result = execute(training(80, **known, batch_size=64, learning_rate=5e-3), tmp_path / "run")
+    return {"dataset": "polish-books", "data_hash": data.load("polish-books").content_hash, "batch_size": 64}
+
+
+@pytest.mark.parametrize("techniques", [(), ("chunked_loss",)], ids=["baseline", "chunked"])
+def test_the_loss_of_the_first_step_is_that_of_the_untrained_model(techniques, one_batch, tmp_path):
+    run = training(1, **one_batch, techniques=techniques)
+    result = execute(run, tmp_path / "run")
+    loaded = data.load(run.dataset)
+    tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
+    tokens = torch.tensor(data.blocks(loaded, tokenizer, run.seq_len)["train"][:]["input_ids"])
+    set_seed(run.seed)
+    with torch.no_grad():
+        logits = run.model()(tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
+    assert result["metrics"]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_one_batch_is_learnt_by_heart(one_batch, tmp_path):
+    result = execute(training(80, **one_batch, learning_rate=5e-3), tmp_path / "run")
     assert result["metrics"]["epoch_steps"] == 1
     assert result["metrics"]["train_loss"] < 0.05
     assert result["metrics"]["validation_perplexity"] < 1.1  # the same text
@@ -317,6 +333,7 @@ def test_a_checkpoint_cut_short_is_passed_over(left, tmp_path):
     assert resumed[-1][0] == LONG
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     run = training(4 * SAVE_STEPS)
     whole = execute(run, tmp_path / "whole")
