@@ -100,6 +100,17 @@ def test_grouped_queries_and_scale_equal_the_loops(config, is_causal):
     _compare(config.attend(*inputs, **options), loops, inputs)
 
 
+@cases
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_a_batch_in_several_groups_equals_the_loops(config, is_causal, padded):
+    """Nineteen sequences: more than one to a group where a variant cuts the batch, and a shorter last group."""
+    inputs = _qkv(batch=19, heads=4, kv_heads=2, seq=12)
+    mask = torch.rand(19, 12) < 0.7 if padded else None
+    options = {"is_causal": is_causal, "key_padding_mask": mask}
+    loops = getattr(naive, config.name)(*inputs, **options, **config.settings())
+    _compare(config.attend(*inputs, **options), loops, inputs)
+
+
 @causal_configs
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("seq", [1, 3, 12])
