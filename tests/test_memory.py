@@ -19,16 +19,9 @@ from memstudy.memory.report import Event, account
 from memstudy.techniques import OptimizerInBackward
 from memstudy.trainers import LanguageModelRun, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 both = pytest.mark.parametrize("report_on", [measure, predict])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much when another process has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def total(live):

@@ -13,6 +13,8 @@ from memstudy.memory import measure
 from memstudy.techniques import TECHNIQUES, Accumulation, Bf16, SelectiveCheckpointing, parse
 from memstudy.trainers import LanguageModelRun, build, execute
 
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+
 STEPS = 20
 HERE = sorted(name for name, technique in TECHNIQUES.items() if not technique.requires)
 EXACT = [
@@ -29,23 +31,6 @@ EXACT = [
 IDENTICAL = {"checkpointing", "selective_checkpointing", "optimizer_in_backward"}
 # How far the loss of any of the 20 steps may be from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
 INEXACT = {"bf16": 0.003, "adamw_8bit": 0.001}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much when another process has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Keep tokenizer and blocks out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEMSTUDY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def lm(techniques=(), **changes):

@@ -23,22 +23,7 @@ from memstudy.memory import MIB, measure
 from memstudy.techniques import Bf16
 from memstudy.trainers import SAVE_STEPS, TIMELINE_POINTS, build, execute, parse_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Keep tokenizers and blocks out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEMSTUDY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much when another process has the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
 def training(steps, **changes):
