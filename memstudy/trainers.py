@@ -328,7 +328,7 @@ class _LeverTrainer(Trainer):
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([row["input_ids"] for row in rows])
     labels = tokens.clone()
-    labels[:, 0] = -100  # never predicted; Trainer would count it among the tokens that the loss is a mean of
+    labels[:, 0] = -100  # never predicted, so never among the tokens that the loss is a mean of
     return {"input_ids": tokens, "labels": labels}
 
 
