@@ -1,0 +1,231 @@
+"""What the CPU's kernels allocate inside themselves: no dispatch mode sees it, so it is said by arithmetic.
+
+Each rule follows PyTorch 2.13's source, whose file stands beside it (below ``aten/src/ATen``); shapes and types are
+all it asks for, and the number of threads where each thread has a buffer of its own. What oneDNN takes for its
+products in bfloat16 and its convolutions depends on the processor, and is not said here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+_ATEN = torch.ops.aten
+_COMPARISONS = (_ATEN.eq, _ATEN.ne, _ATEN.lt, _ATEN.le, _ATEN.gt, _ATEN.ge)
+_BINARY = {
+    *(_ATEN.add, _ATEN.sub, _ATEN.rsub, _ATEN.mul, _ATEN.div, _ATEN.maximum, _ATEN.minimum, *_COMPARISONS),
+    *(_ATEN.add_, _ATEN.sub_, _ATEN.mul_, _ATEN.div_),
+}
+_QUOTIENTS = (_ATEN.div, _ATEN.div_)
+# Their second operand is saved for backward (tools/autograd/derivatives.yaml).
+_SAVING = {_ATEN.mul, _ATEN.div, _ATEN.mul_, _ATEN.div_}
+
+
+class BelowDispatch:
+    """Follows the ops of a step, and tells by ``tell`` what their kernels allocate and release unseen."""
+
+    def __init__(self, tell: Callable[..., None]):
+        self._tell = tell
+        self._blocks = itertools.count(-1, -1)  # no storage's key is negative
+        self._saved: tuple[int, weakref.ref] | None = None
+
+    def before(self, func: torch._ops.OpOverload) -> None:
+        """``func`` is called: the op before it has its node in autograd's graph by now."""
+        if self._saved is None or func.namespace == "prim":  # asked for the result's device before it has its node
+            return
+        (block, result), self._saved = self._saved, None
+        node = None if result() is None else result().grad_fn
+        if node is None:
+            self._tell("free", block=block)
+        else:
+            self._free_with(node, block)
+
+    def after(self, func: torch._ops.OpOverload, args: Sequence, result: object) -> None:
+        """``func`` has returned, and its results have been told."""
+        inside, made = scratch(func, args, result), number(func, args)
+        if made:
+            block = next(self._blocks)
+            self._tell("alloc", block=block, size=made)
+        if inside:
+            self._tell("alloc", block=0, size=inside)
+            self._tell("free", block=0)
+        if made and saves_number(func, args):
+            self._saved = block, weakref.ref(result)
+        elif made:
+            self._tell("free", block=block)
+
+    def _free_with(self, node: torch.autograd.graph.Node, block: int) -> None:
+        """Tell the release when ``node`` has been executed, or is dropped with its graph."""
+
+        def executed(*gradients):
+            if not torch._C._autograd._get_current_graph_task_keep_graph():
+                released()
+
+        released = weakref.finalize(executed, self._tell, "free", block=block)
+        released.atexit = False
+        node.register_hook(executed)
+
+
+def corrected(func: torch._ops.OpOverload, args: Sequence, result: object) -> object:
+    """What the kernel of ``func`` gives, where its fake one gives something else."""
+    if func is _ATEN.native_layer_norm.default and args[2] is not None and args[2].dtype != args[0].dtype:
+        # Mean and 1 / deviation are in the weight's type (native/cpu/mixed_data_type.h, ``param_scalar_type``).
+        return result[0], *(statistic.to(args[2].dtype) for statistic in result[1:])
+    return result
+
+
+def scratch(func: torch._ops.OpOverload, args: Sequence, result: object) -> int:
+    """Bytes that the kernel of ``func`` holds besides its results, at most, and gives back before it returns."""
+    packet = func.overloadpacket
+    if packet in _BINARY:
+        return _casts(packet, args, result)
+    rule = _RULES.get(packet)
+    copied = sum(_copy(args[position]) for position in _CONTIGUOUS.get(packet, ()))
+    return copied + (rule(args, result) if rule else 0)
+
+
+def number(func: torch._ops.OpOverload, args: Sequence) -> int:
+    """Bytes of the 0-dim tensors that are made of Python numbers for the length of ``func``.
+
+    The number stands where the kernel wants a tensor (torch/csrc/utils/python_arg_parser.cpp; native/BinaryOps.cpp,
+    ``wrapped_scalar_tensor``), and has 64 bits. In autograd's own formulas it is the one that was saved.
+    """
+    numbers = [arg for arg in args[:2] if isinstance(arg, (bool, int, float))]
+    if func.overloadpacket not in _BINARY or not numbers:
+        return 0
+    node = None if torch.is_grad_enabled() else torch._C._current_autograd_node()
+    if func._overloadname == "Tensor" and node is not None and node.name() in ("MulBackward0", "DivBackward0"):
+        return 0
+    return sum(1 if isinstance(given, bool) else 8 for given in numbers)
+
+
+def saves_number(func: torch._ops.OpOverload, args: Sequence) -> bool:
+    """Whether autograd keeps the tensor made of :func:`number` until the backward of ``func``."""
+    if func.overloadpacket not in _SAVING or func._overloadname == "Scalar":
+        return False
+    return torch.is_grad_enabled() and isinstance(args[0], torch.Tensor) and args[0].requires_grad
+
+
+def _casts(packet, args: Sequence, result: torch.Tensor) -> int:
+    """Operands are first copied in their common type, an output of another type later (TensorIterator.cpp)."""
+    left, right = args[:2]
+    common = torch.result_type(left, right)
+    if packet in _QUOTIENTS and not (common.is_floating_point or common.is_complex):
+        common = torch.get_default_dtype()
+    copied = sum(_numel(operand) for operand in (left, right) if _dtype(operand) != common)
+    if result is left and result.dtype != common:
+        copied += result.numel()
+    return copied * common.itemsize
+
+
+def _copy(tensor: torch.Tensor) -> int:
+    """Bytes of the contiguous copy of what is not contiguous."""
+    return 0 if tensor.is_contiguous() else tensor.numel() * tensor.dtype.itemsize
+
+
+def _numel(operand: torch.Tensor | float) -> int:
+    return operand.numel() if isinstance(operand, torch.Tensor) else 1
+
+
+def _dtype(operand: torch.Tensor | float) -> torch.dtype:
+    if isinstance(operand, torch.Tensor):
+        return operand.dtype
+    return torch.bool if isinstance(operand, bool) else torch.int64 if isinstance(operand, int) else torch.float64
+
+
+def _foreach(args: Sequence, result: object) -> int:
+    """One tensor after the other, each with a number (native/ForeachOpsKernels.cpp, the slow path)."""
+    tensors, operand = args[:2]
+    if not isinstance(operand, (bool, int, float)):
+        return 0
+    return max(8 + (0 if tensor.dtype == _dtype(operand) else tensor.dtype.itemsize) for tensor in tensors)
+
+
+def _sum(args: Sequence, result: torch.Tensor) -> int:
+    """The input is copied in the output's type (native/ReduceOpsUtils.h, ``make_reduction``)."""
+    return args[0].numel() * result.dtype.itemsize if args[0].dtype != result.dtype else 0
+
+
+def _mean(args: Sequence, result: torch.Tensor) -> int:
+    """A sum, then a division by an integer in place (native/ReduceOps.cpp)."""
+    return max(_sum(args, result), 8 + result.dtype.itemsize)
+
+
+def _safe_softmax(args: Sequence, result: torch.Tensor) -> int:
+    """Where it is -inf, in which rows everywhere, and a zero (native/transformers/attention.cpp)."""
+    masked = result.numel()
+    return masked + masked // result.shape[args[1]] + result.dtype.itemsize if masked else 0
+
+
+def _logsumexp(args: Sequence, result: torch.Tensor) -> int:
+    """The maxima and ``exp(x - maximum)`` (native/ReduceOps.cpp, ``logsumexp_out_impl``)."""
+    return (args[0].numel() + result.numel()) * result.dtype.itemsize
+
+
+def _sort(args: Sequence, result: Sequence[torch.Tensor]) -> int:
+    """One row of indices (native/cpu/SortingKernel.cpp)."""
+    values = result[0]
+    return 8 * values.shape[-1] if values.dim() else 0
+
+
+def _layer_norm_backward(args: Sequence, result: Sequence[torch.Tensor]) -> int:
+    """Each thread's sums for the gradients of weight and bias (native/cpu/layer_norm_kernel.cpp)."""
+    if result[1] is None and result[2] is None:
+        return 0
+    return 2 * torch.get_num_threads() * math.prod(args[2]) * args[1].dtype.itemsize
+
+
+def _flash_sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
+    """Queries and keys in a block, and bytes of a number in a sum (native/cpu/FlashAttentionKernel.cpp)."""
+    queries, keys = query.shape[-2], key.shape[-2]
+    rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
+    return min(rows, queries), min(512, keys), max(query.dtype.itemsize, torch.float32.itemsize)
+
+
+def _flash_forward(args: Sequence, result: object) -> int:
+    """Each thread's scores, row maxima, row sums and output, and the scores in the input's narrower type."""
+    query, key = args[:2]
+    rows, columns, wide = _flash_sizes(query, key)
+    narrow = query.dtype.itemsize if query.dtype.itemsize < wide else 0
+    block = wide * (rows * columns + 2 * rows + rows * query.shape[-1]) + narrow * rows * columns
+    return torch.get_num_threads() * block
+
+
+def _flash_backward(args: Sequence, result: object) -> int:
+    """Each thread's scores and their gradients, in both types, and one sum a row; heads go behind queries.
+
+    Each thread has such sums, but in the other threads the profiler, and so `measure`, sees no allocation.
+    """
+    gradient, query, key = args[:3]
+    rows, columns, wide = _flash_sizes(query, key)
+    narrow = query.dtype.itemsize if query.dtype.itemsize < wide else 0
+    block = 2 * rows * columns * (wide + narrow)
+    return _copy(gradient.transpose(1, 2)) + torch.get_num_threads() * block + wide * rows
+
+
+# Which arguments are first made contiguous (native/SoftMax.cpp, native/layer_norm.cpp, native/Embedding.cpp).
+_CONTIGUOUS = {
+    _ATEN._softmax: (0,),
+    _ATEN._log_softmax: (0,),
+    _ATEN._softmax_backward_data: (0, 1),
+    _ATEN._log_softmax_backward_data: (0, 1),
+    _ATEN.native_layer_norm: (0,),
+    _ATEN.native_layer_norm_backward: (0, 1),
+    _ATEN.embedding_dense_backward: (0,),
+}
+_RULES = {
+    **dict.fromkeys((_ATEN._foreach_add_, _ATEN._foreach_sub_, _ATEN._foreach_mul_, _ATEN._foreach_div_), _foreach),
+    _ATEN.sum: _sum,
+    _ATEN.cumsum: _sum,
+    _ATEN.mean: _mean,
+    _ATEN._safe_softmax: _safe_softmax,
+    _ATEN.logsumexp: _logsumexp,
+    _ATEN.sort: _sort,
+    _ATEN.native_layer_norm_backward: _layer_norm_backward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+}
