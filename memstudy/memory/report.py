@@ -22,6 +22,7 @@ from dataclasses import dataclass
 MIB = 2**20
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "other")
 PHASES = ("build", "forward", "backward", "optimizer")
+WORKSPACE = "cuBLAS workspace"  # in an event's place for the module
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Event:
     """One thing that happened: ``kind`` says which of the other fields count.
 
     ``alloc`` (block, bytes, module) · ``free`` (block) · ``is`` (block has been seen to be of category
-    ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins).
+    ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) · ``empty_cache`` (a caching
+    allocator gives back what it does not use).
     """
 
     kind: str
@@ -37,6 +39,24 @@ class Event:
     block: int = 0
     bytes: int = 0
     label: str = ""
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """The first request that a GPU could not have met: its bytes, and the phase, the step and the module it came in.
+
+    ``iteration`` counts steps from 1; 0 is building.
+    """
+
+    bytes: int
+    phase: str
+    iteration: int
+    module: str
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        when = f"in {self.phase} of step {self.iteration}{where}" if self.iteration else "moving the model to the GPU"
+        return f"out of memory {when}, asking for {self.bytes / MIB:,.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,19 @@ class MemoryReport:
         Bytes of activations alive at the end of the last forward pass, by the module that made them.
     peak_reserved_bytes : int or None
         What the CUDA caching allocator had taken from the device at most; None elsewhere.
+    requested_bytes : int or None
+        On a predicted GPU: the most that tensors alone asked for at once, before the allocator rounds it up and without
+        what kernels use inside themselves.
+    workspace_bytes : int
+        On a predicted GPU: cuBLAS's workspaces among ``peak_bytes``, counted under ``other``.
+    context_bytes : int
+        On a predicted GPU: what the process takes besides the allocator's segments.
+    memory_bytes : int or None
+        All memory of the predicted GPU.
+    out_of_memory : OutOfMemory or None
+        On a predicted GPU: the request that would fail there; None when the step fits.
+    unverified : tuple of str
+        On a predicted GPU: ops that no rule covers and that are predicted as their CPU kernels.
     """
 
     device: str
@@ -77,6 +110,12 @@ class MemoryReport:
     timeline: list[tuple[float, str, dict[str, int]]]
     modules: dict[str, int]
     peak_reserved_bytes: int | None = None
+    requested_bytes: int | None = None
+    workspace_bytes: int = 0
+    context_bytes: int = 0
+    memory_bytes: int | None = None
+    out_of_memory: OutOfMemory | None = None
+    unverified: tuple[str, ...] = ()
 
     @property
     def peak_allocated_mib(self) -> float:
@@ -87,6 +126,24 @@ class MemoryReport:
     def peak_reserved_mib(self) -> float | None:
         """Most memory reserved by the caching allocator [MiB]; None without one."""
         return None if self.peak_reserved_bytes is None else self.peak_reserved_bytes / MIB
+
+    @property
+    def whole_gpu_mib(self) -> float | None:
+        """What the GPU's own monitor would show of the process [MiB]: segments and context; None without a GPU."""
+        return None if self.peak_reserved_bytes is None else (self.peak_reserved_bytes + self.context_bytes) / MIB
+
+    def waterfall_mib(self) -> dict[str, float]:
+        """The whole of the peak in parts that add up [MiB]: the categories, then what a GPU adds to them.
+
+        ``other`` without the workspace; ``fragmentation`` is what the allocator has reserved beyond its peak.
+        """
+        parts = dict(self.peak_by_category)
+        if self.peak_reserved_bytes is not None:
+            parts["other"] -= self.workspace_bytes
+            parts["workspace"] = self.workspace_bytes
+            parts["fragmentation"] = self.peak_reserved_bytes - self.peak_bytes
+            parts["context"] = self.context_bytes
+        return {name: size / MIB for name, size in parts.items()}
 
     def scalars(self) -> dict[str, float]:
         """Flat metrics for a record, each with its unit in its name."""
@@ -127,14 +184,14 @@ class _Block:
     category: str = ""
 
 
-def account(events: Iterable[Event], *, device: str, kind: str, reserved: int | None = None) -> MemoryReport:
+def account(events: Iterable[Event], *, device: str, kind: str, **others) -> MemoryReport:
     """Replay ``events`` and report.
 
     Parameters
     ----------
     events : iterable of Event
         In order. A ``free`` of a block that was never allocated is of memory from before: ignored.
-    device, kind, reserved
+    device, kind, others
         Passed on to :class:`MemoryReport`.
 
     Raises
@@ -147,7 +204,7 @@ def account(events: Iterable[Event], *, device: str, kind: str, reserved: int | 
     live = dict.fromkeys(CATEGORIES, 0)
     forward_end: dict[str, int] = dict(live)
     modules: dict[str, int] = {}
-    peak, peak_by_category = 0, dict(live)
+    peak, peak_by_category, workspaces, workspaces_at_peak = 0, dict(live), 0, 0
     by_phase = dict.fromkeys(PHASES, 0)
     iteration_peaks: list[int] = []
     timeline: list[tuple[float, str, dict[str, int]]] = []
@@ -164,6 +221,7 @@ def account(events: Iterable[Event], *, device: str, kind: str, reserved: int | 
         elif event.kind == "alloc":
             block = alive[event.block] = blocks[index]
             live[block.category] += block.bytes
+            workspaces += block.bytes if block.module == WORKSPACE else 0  # which is kept for good
         elif event.kind == "free" and event.block in alive:
             block = alive.pop(event.block)
             live[block.category] -= block.bytes
@@ -172,7 +230,7 @@ def account(events: Iterable[Event], *, device: str, kind: str, reserved: int | 
         total = sum(live.values())
         by_phase[phase] = max(by_phase[phase], total)
         if total > peak:
-            peak, peak_by_category = total, dict(live)
+            peak, peak_by_category, workspaces_at_peak = total, dict(live), workspaces
         if iteration_peaks:
             iteration_peaks[-1] = max(iteration_peaks[-1], total)
             timeline.append((event.time_ms - step_began, phase, dict(live)))
@@ -188,7 +246,8 @@ def account(events: Iterable[Event], *, device: str, kind: str, reserved: int | 
         iteration_peaks=tuple(iteration_peaks),
         timeline=timeline,
         modules=modules,
-        peak_reserved_bytes=reserved,
+        workspace_bytes=workspaces_at_peak,
+        **others,
     )
 
 
@@ -199,7 +258,8 @@ def _categorise(events: list[Event]) -> dict[int, _Block]:
     iteration, phase = 0, "build"
     for index, event in enumerate(events):
         if event.kind == "alloc":
-            block = _Block(event.bytes, event.label, iteration, phase == "forward")
+            category = "other" if event.label == WORKSPACE else ""
+            block = _Block(event.bytes, event.label, iteration, phase == "forward", category)
             made[index] = alive[event.block] = block
         elif event.kind == "free" and event.block in alive:
             block = alive.pop(event.block)
