@@ -1,0 +1,172 @@
+"""The catalogue of GPUs, and what is said of one that is unknown or badly described."""
+
+import re
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from memstudy.memory.gpus import CATALOGUE, Gpu, find_gpu, gpus
+from memstudy.memory.report import MIB
+
+# From NVIDIA's table of CUDA GPUs and the data sheets: compute capability, and GB (or GiB) on the box.
+PUBLISHED = {
+    "T4": ((7, 5), 16), "V100-16GB": ((7, 0), 16), "V100-32GB": ((7, 0), 32), "RTX3090": ((8, 6), 24),
+    "RTX4090": ((8, 9), 24), "RTX5090": ((12, 0), 32), "A10": ((8, 6), 24), "A100-40GB": ((8, 0), 40),
+    "A100-80GB": ((8, 0), 80), "L4": ((8, 9), 24), "L40S": ((8, 9), 48), "H100-80GB": ((9, 0), 80),
+    "H200": ((9, 0), 141), "B200": ((10, 0), 180),
+}  # fmt: skip
+
+
+def test_the_catalogue_has_these_cards():
+    assert sorted(gpus()) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_card_is_as_published_and_every_figure_has_a_source(name):
+    card = find_gpu(name)
+    capability, gigabytes = PUBLISHED[name]
+    assert card == gpus()[name]
+    assert card.name == name
+    assert card.compute_capability == capability
+    # CUDA reports up to a tenth less than is on the box, which is 2^30 or 10^9 bytes a piece.
+    assert 0.9 * gigabytes * 1000**3 < card.memory_mib * MIB < gigabytes * 1024**3
+    assert 50 < card.context_mib < 1000  # kernels are loaded lazily
+    assert card.capacity_bytes == (card.memory_mib - card.context_mib) * MIB
+    shown = str(round(card.memory_mib)), f"{card.memory_mib / 1024:.2f} GiB"
+    assert any(text in card.memory_source for text in shown)
+    assert "out-of-memory message" in card.context_source or "estimated from" in card.context_source
+
+
+def test_the_catalogue_is_installed_with_the_package():
+    root = Path(__file__).parents[1]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["memstudy"]
+    installed = {path for pattern in patterns for path in (root / "memstudy").glob(pattern)}
+    assert CATALOGUE in installed
+
+
+def described(tmp_path, text, name="card.yaml"):
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    return find_gpu(str(path))
+
+
+GOOD = 'compute_capability: "8.0"\nmemory_mib: 1000\ncontext_mib: 100.5\n'
+
+
+@pytest.mark.parametrize("name", ["card.yaml", "card.yml"])
+def test_a_users_own_card(tmp_path, name):
+    assert described(tmp_path, GOOD, name) == Gpu(
+        name="card", compute_capability=(8, 0), memory_mib=1000, context_mib=100.5
+    )
+
+
+def test_a_users_own_card_may_have_a_name_and_sources(tmp_path):
+    card = described(tmp_path, GOOD.replace('"8.0"', "12.1") + "name: Mine\nmemory_source: read off\n")
+    assert (card.name, card.memory_source, card.compute_capability) == ("Mine", "read off", (12, 1))
+    assert card.capacity_bytes == 899.5 * MIB
+
+
+def test_an_unknown_name_is_told_with_what_is_known():
+    with pytest.raises(ValueError, match=r"unknown GPU 'GTX970'; known: T4, .*B200, or a .yaml file") as caught:
+        find_gpu("GTX970")
+    assert all(name in str(caught.value) for name in PUBLISHED)
+
+
+NEEDED = r"; needed is \{compute_capability: \"8.0\", memory_mib: .*\}$"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"card.yaml: None is no mapping" + NEEDED),
+        ("- T4\n", r"card.yaml: \['T4'\] is no mapping" + NEEDED),
+        ("a: [", r"card.yaml: no YAML: while parsing.*" + NEEDED),
+        ("memory_mib: !!bool perhaps", r"card.yaml: no YAML: 'perhaps'" + NEEDED),
+        ("[" * 5000, r"card.yaml: no YAML: .*recursion" + ".*" + NEEDED),
+        (GOOD + "cores: 80\n", r"card.yaml: unknown key cores; known: name, compute_capability, .*" + NEEDED),
+        (GOOD + "3: 80\n", r"card.yaml: .*3.*" + NEEDED),
+        (GOOD.replace("memory_mib: 1000", ""), r"card.yaml: memory_mib is missing" + NEEDED),
+        (GOOD.replace('compute_capability: "8.0"', ""), r"card.yaml: compute_capability is missing" + NEEDED),
+        (GOOD.replace("1000", "-1"), r"card.yaml: memory_mib=-1: .*greater than 0" + NEEDED),
+        (GOOD.replace("1000", ".nan"), r"card.yaml: memory_mib=nan: .*" + NEEDED),
+        (GOOD.replace("1000", "lots"), r"card.yaml: memory_mib='lots': .*number" + NEEDED),
+        (GOOD.replace("100.5", "-0.5"), r"card.yaml: context_mib=-0.5: .*greater than or equal to 0" + NEEDED),
+        (GOOD.replace("100.5", "1000"), r"card.yaml: .*context_mib must be less than memory_mib" + NEEDED),
+        (GOOD.replace('"8.0"', "4.5"), r"card.yaml: compute_capability.0=4: .*greater than or equal to 5" + NEEDED),
+    ],
+)
+def test_a_bad_description_is_told_with_what_is_needed(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        described(tmp_path, text)
+    assert type(caught.value) is ValueError
+    assert str(caught.value).startswith("GPU file ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8", "8"),
+        ("ampere", "'ampere'"),
+        ('"8.x"', "'8.x'"),
+        ('"8.0.1"', "'8.0.1'"),
+        ('"-8.0"', "'-8.0'"),
+        ("[8, 0]", "[8, 0]"),
+        ("", "None"),
+    ],
+)
+def test_a_capability_that_is_none(tmp_path, text, value):
+    said = f"card.yaml: compute_capability={value}: Value error, major and minor number are needed, with a dot between"
+    with pytest.raises(ValueError, match=re.escape(said) + ".*" + NEEDED):
+        described(tmp_path, GOOD.replace('"8.0"', text))
+
+
+@pytest.mark.parametrize(("name", "why"), [("none.yaml", "No such file"), (".yaml", "Is a directory")])
+def test_a_file_that_cannot_be_read(tmp_path, name, why):
+    (tmp_path / ".yaml").mkdir()
+    with pytest.raises(ValueError, match=rf"GPU file .*{name}: {why}.*; known GPUs: T4, ") as caught:
+        find_gpu(str(tmp_path / name))
+    assert type(caught.value) is ValueError
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+texts = st.one_of(
+    st.text(),
+    st.binary(),
+    st.text(alphabet="ab:{}[]-!&*%#'\"|>?, \n\t0.~", max_size=40),
+    st.builds(
+        lambda entries: "\n".join(f"{key}: {value}" for key, value in entries),
+        st.lists(st.tuples(st.sampled_from(list(Gpu.model_fields)), values), max_size=6),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("gpus") / "card.yaml"
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+@example(text="compute_capability: 0x1" + 5000 * "0")  # more digits than Python makes text of
+@example(text=GOOD.replace("1000", "1" + 400 * "0"))  # more than a float holds
+@example(text=GOOD.replace("1000", "0x1" + 5000 * "0"))
+@example(text="compute_capability: 2024-13-45")
+@example(text="memory_mib: !!timestamp x")
+@example(text="&a [*a]")
+@example(text="&a {name: *a}")
+@example(text='compute_capability: "²."')
+def test_whatever_a_file_says_there_is_a_gpu_or_a_value_error(file, text):
+    file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    with suppress(ValueError):
+        card = find_gpu(str(file))
+        assert isinstance(card, Gpu)
+        assert 0 < card.capacity_bytes <= card.memory_mib * MIB
