@@ -37,12 +37,15 @@ class Technique:
         Two techniques of the same group exclude each other.
     requires : str
         ``"cuda"`` where the lever means nothing without a GPU; else empty.
+    capability : tuple of int
+        The least compute capability of a GPU that it needs.
     """
 
     summary = ""
     exact = True
     group = ""
     requires = ""
+    capability = (0, 0)
 
     def flags(self) -> dict[str, object]:
         """Flags for ``transformers.TrainingArguments``."""
@@ -79,6 +82,7 @@ class Tf32(Technique):
     exact = False
     group = "precision"
     requires = "cuda"
+    capability = (8, 0)
 
     def flags(self):
         return {"tf32": True}
@@ -314,11 +318,24 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
     return techniques
 
 
-def check_available(techniques: Sequence[Technique]) -> None:
-    """Raise :class:`Unavailable` for the first technique that cannot run on this machine."""
+def check_available(techniques: Sequence[Technique], *, capability: tuple[int, int] | None = None) -> None:
+    """Raise :class:`Unavailable` for the first technique that cannot run.
+
+    Parameters
+    ----------
+    techniques : sequence of Technique
+    capability : tuple of int, optional
+        Compute capability of the GPU in question; None asks for this machine.
+    """
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
     for technique in techniques:
-        if technique.requires == "cuda" and not torch.cuda.is_available():
-            raise Unavailable(f"{type(technique).__name__} needs a CUDA device, and there is none")
+        name = next(name for name, lever in TECHNIQUES.items() if lever is type(technique))
+        if technique.requires == "cuda" and capability is None:
+            raise Unavailable(f"{name} needs a CUDA device, and there is none")
+        if capability is not None and technique.capability > capability:
+            needed, had = (".".join(map(str, c)) for c in (technique.capability, capability))
+            raise Unavailable(f"{name} needs compute capability {needed}, and this GPU has {had}")
 
 
 def _parse_one(text: str) -> Technique:

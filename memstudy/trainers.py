@@ -1,4 +1,4 @@
-"""Runs: a frozen description in, flat metrics out; Hugging Face's ``Trainer`` inside.
+"""Runs carried out: a frozen description in (`configs`), flat metrics out; Hugging Face's ``Trainer`` inside.
 
 A run does up to two things. It *measures* a step on random tokens (memory needs no data) at its exact
 size, and it *trains* on a data set and evaluates. The step that is measured is the Trainer's own:
@@ -14,123 +14,21 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from memstudy import data, techniques
-from memstudy.attention import ATTENTION, AttentionConfig
-from memstudy.memory import MIB, measure
+from memstudy.attention import Unavailable
+from memstudy.configs import HubModelRun, LanguageModelRun, StepRun, parse_run
+from memstudy.memory import MIB, Gpu, find_gpu, measure
 from memstudy.memory.trace import Step
-from memstudy.models import DecoderLM, decoder
+
+__all__ = ["HubModelRun", "LanguageModelRun", "StepRun", "build", "execute", "load_data", "parse_run"]
 
 TIMELINE_POINTS = 400
 SAVE_STEPS = 100  # a training that is killed loses at most so many updates
-
-
-class LanguageModelRun(BaseModel):
-    """Every choice of one run of a decoder language model; sizes in tokens, memory in MiB.
-
-    ``measure_steps`` timed steps are taken on random tokens, ``train_steps`` updates on ``dataset``;
-    either may be 0. With ``budget_mib`` the measured step is refused when its peak passes the budget.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    kind: Literal["language_model"] = "language_model"
-    experiment: str
-    n_layers: PositiveInt
-    hidden_size: PositiveInt
-    n_heads: PositiveInt
-    feed_forward: PositiveInt
-    vocab_size: PositiveInt
-    seq_len: Annotated[int, Field(ge=2)]
-    batch_size: PositiveInt
-    attention: dict[str, str | int | float] = {"variant": "softmax", "implementation": "eager"}
-    techniques: tuple[str, ...] = ()
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    measure_steps: NonNegativeInt = 0
-    budget_mib: Annotated[float, Field(gt=0)] | None = None
-    train_steps: NonNegativeInt = 0
-    eval_blocks: PositiveInt = 32
-    dataset: str = ""
-    data_hash: str = ""
-    seed: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.hidden_size % self.n_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
-        if self.train_steps and not self.dataset:
-            raise ValueError(f"train_steps={self.train_steps} needs a dataset")
-        if not self.train_steps and not self.measure_steps:
-            raise ValueError("measure_steps and train_steps are both 0: nothing to run")
-        window = getattr(self.mixer(), "window", 0)
-        if window > self.seq_len:
-            raise ValueError(f"window={window} is larger than seq_len={self.seq_len}")
-        parts = self.accumulation
-        if self.batch_size % parts:
-            raise ValueError(f"accumulation={parts} does not divide batch_size={self.batch_size}")
-        return self
-
-    def levers(self) -> tuple[techniques.Technique, ...]:
-        """The techniques as objects."""
-        return techniques.parse(self.techniques)
-
-    def mixer(self) -> AttentionConfig:
-        """The attention variant as its config."""
-        settings = dict(self.attention)
-        variant = settings.pop("variant", None)
-        if variant not in ATTENTION:
-            raise ValueError(f"unknown attention variant {variant!r}; known: {', '.join(ATTENTION)}")
-        try:
-            return ATTENTION[variant](**settings)
-        except TypeError as error:
-            known = ", ".join(field.name for field in fields(ATTENTION[variant]))
-            raise ValueError(f"attention {variant!r}: {error}; its settings: {known}") from None
-
-    @property
-    def accumulation(self) -> int:
-        """In how many parts a batch is run."""
-        flags = (lever.flags() for lever in self.levers())
-        return next((f[k] for f in flags for k in f if k == "gradient_accumulation_steps"), 1)
-
-    def model(self) -> DecoderLM:
-        """The model with random weights."""
-        return decoder(
-            vocab_size=self.vocab_size,
-            n_layers=self.n_layers,
-            hidden_size=self.hidden_size,
-            n_heads=self.n_heads,
-            feed_forward=self.feed_forward,
-            max_len=self.seq_len,
-            attention=self.mixer(),
-        )
-
-
-RUNS: dict[str, type[BaseModel]] = {"language_model": LanguageModelRun}
-
-
-def parse_run(given: object) -> LanguageModelRun:
-    """The run that the JSON value ``given`` describes; its ``kind`` says which.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind or field, a value out of range, choices that contradict each other.
-    """
-    if not isinstance(given, dict) or given.get("kind") not in RUNS:
-        kind = given.get("kind") if isinstance(given, dict) else given
-        raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(RUNS)}")
-    known = RUNS[given["kind"]].model_fields
-    for name in given:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r} of a {given['kind']} run; known: {', '.join(known)}")
-    return RUNS[given["kind"]].model_validate(given)
 
 
 def load_data(run: LanguageModelRun) -> data.LoadedData:
@@ -150,31 +48,43 @@ def load_data(run: LanguageModelRun) -> data.LoadedData:
     return loaded
 
 
-def build(run: LanguageModelRun) -> Callable[[], Step]:
+def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = None) -> Callable[[], Step]:
     """What ``memory.measure`` and ``memory.predict`` take: makes everything and returns the step.
 
-    The step runs one whole update on random tokens, through ``Trainer.training_step``.
+    The step runs one whole update on random tokens, through ``Trainer.training_step``. ``gpu`` names the GPU that it
+    is to be predicted for, so that what only a GPU can do is not refused. Of an accumulated batch only the first
+    ``parts`` parts are run when they are given; two take all the memory that more do.
 
     Raises
     ------
     Unavailable
-        When a technique or the attention cannot run on this machine.
+        When a technique, the attention or the optimizer cannot run on this machine, or on that GPU.
     """
     levers = run.levers()
-    techniques.check_available(levers)
+    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    techniques.check_available(levers, capability=card and card.compute_capability)
+    if card and str(run.flags().get("optim", "")).startswith("paged_"):
+        raise Unavailable("how much of a paged optimizer's state a GPU holds is its driver's to say: not predicted")
 
     def make() -> Step:
         set_seed(run.seed)
-        trainer = _trainer(run, levers, Path("build/unused"), train_steps=1)
-        trainer.create_optimizer()
+        trainer = _trainer(run, levers, Path("build/unused"), train_steps=1, predicted=card is not None)
+        try:
+            trainer.create_optimizer()
+        except ImportError as error:
+            raise Unavailable(" ".join(str(error).split())) from None
         # The model is on its device already; under fake tensors it could not be moved again.
         model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer, device_placement=[False, True])
         trainer.current_gradient_accumulation_steps = run.accumulation
-        tokens = torch.randint(run.vocab_size, (run.batch_size, run.seq_len))
-        parts = [{"input_ids": part, "labels": part} for part in tokens.chunk(run.accumulation)]
+        batch = run.make_batch()
+        size = run.batch_size // run.accumulation
+        split = [
+            {name: tensor[start : start + size] for name, tensor in batch.items()}
+            for start in range(0, run.batch_size, size)[:parts]
+        ]
 
         def step():
-            for part in parts:
+            for part in split:
                 trainer.training_step(model, part)
             optimizer.step()
             optimizer.zero_grad()
@@ -184,7 +94,7 @@ def build(run: LanguageModelRun) -> Callable[[], Step]:
     return make
 
 
-def execute(run: LanguageModelRun, checkpoints: Path) -> dict:
+def execute(run: StepRun, checkpoints: Path) -> dict:
     """Carry out ``run`` in this process.
 
     Parameters
@@ -211,12 +121,12 @@ def execute(run: LanguageModelRun, checkpoints: Path) -> dict:
     result: dict = {"metrics": {}, "curves": {}, "data": {}}
     if run.measure_steps:
         _measure(run, result)
-    if run.train_steps:
+    if isinstance(run, LanguageModelRun) and run.train_steps:
         _train(run, checkpoints, result)
     return result
 
 
-def _measure(run: LanguageModelRun, result: dict) -> None:
+def _measure(run: StepRun, result: dict) -> None:
     if run.budget_mib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, run.budget_mib * MIB / total))
@@ -237,7 +147,7 @@ def _measure(run: LanguageModelRun, result: dict) -> None:
         "step_time_min_ms": min(times) * 1e3,
         "step_time_max_ms": max(times) * 1e3,
         "tokens_per_s": run.batch_size * run.seq_len / median,
-        "n_parameters": sum(p.numel() for p in run.model().parameters()),
+        "n_parameters": sum(p.numel() for p in run.make_model().parameters()),
     }
     result["curves"] |= {
         "memory_timeline": report.timeline_mib(TIMELINE_POINTS),
@@ -319,6 +229,9 @@ class _LeverTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model=None):
+        if "bitsandbytes" in sys.modules:
+            # It keeps which parameters, by their number, of all models so far have states of 32 bits, and those models.
+            sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
         optimizer = super().create_optimizer(model)
         for lever in self._levers:
             lever.attach(self.model, optimizer)
@@ -327,15 +240,17 @@ class _LeverTrainer(Trainer):
 
 def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([row["input_ids"] for row in rows])
-    labels = tokens.clone()
-    labels[:, 0] = -100  # never predicted, so never among the tokens that the loss is a mean of
-    return {"input_ids": tokens, "labels": labels}
+    return {"input_ids": tokens, "labels": tokens}
 
 
-def _trainer(run, levers, checkpoints: Path, *, train_steps: int, train=None) -> _LeverTrainer:
-    flags: dict = {}
+def _trainer(
+    run: StepRun, levers, checkpoints: Path, *, train_steps: int, train=None, predicted: bool = False
+) -> _LeverTrainer:
+    flags = run.flags()
     for lever in levers:
         flags |= lever.flags()
+    if predicted:
+        flags.pop("tf32", None)  # refused without a GPU, and of no account to memory
     logging_steps = max(1, train_steps // 50)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -352,12 +267,12 @@ def _trainer(run, levers, checkpoints: Path, *, train_steps: int, train=None) ->
         save_steps=-(-SAVE_STEPS // logging_steps) * logging_steps,
         save_total_limit=1,
         prediction_loss_only=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=predicted or not torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         **flags,
     )
-    model = run.model()
+    model = run.make_model()
     for lever in levers:
         lever.prepare(model)
     trainer = _LeverTrainer(model, arguments, data_collator=_collate, train_dataset=train, levers=levers)

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,19 @@ ANY = None  # no rule
 LAYERS = {
     "__init__": (set(), set()),
     "attention": (set(), {"torch", "flash_attn"}),
-    "memory": (set(), {"torch", "transformers"}),
+    "memory": (set(), {"torch", "transformers", "pydantic", "yaml"}),
     "techniques": ({"attention"}, ANY),
     "data": (set(), ANY),
     "models": ({"attention", "convert"}, ANY),
     "convert": ({"attention"}, {"torch", "transformers"}),
-    "trainers": ({"attention", "models", "techniques", "data", "memory"}, ANY),
+    "configs": ({"attention", "models", "techniques"}, ANY),
+    "trainers": ({"attention", "configs", "models", "techniques", "data", "memory"}, ANY),
     "parameters": (set(), {"nbformat", "yaml"}),
     "fresh": ({"trainers", "cli"}, set()),
     "runs": ({"fresh"}, set()),
     "study": ({"runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
+    "bad_input": (set(), {"typer", "pydantic"}),
+    "forecast": ({"attention", "bad_input", "configs", "memory", "trainers"}, {"rich", "typer"}),
     "cli": (ANY, ANY),
     "qa": (ANY, ANY),
     "notebooks": (
@@ -98,6 +102,15 @@ def test_a_notebook_imports_only_the_public_layers(path):
 )
 def test_imports_are_found_in_every_form(package, source, modules):
     assert imported_modules(ast.parse(source), package) == modules
+
+
+def test_every_file_that_is_no_module_is_installed_too():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"][
+        "memstudy"
+    ]
+    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    there = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there == installed
 
 
 def test_rows_tables_and_figures_need_no_torch():

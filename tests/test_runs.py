@@ -353,7 +353,7 @@ def test_the_kernel_s_count_of_kills_for_memory_is_read():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"techniques": ["offload_activations"]}, "OffloadActivations needs a CUDA device"),
+        ({"techniques": ["offload_activations"]}, "offload_activations needs a CUDA device"),
         (
             {"attention": {"variant": "softmax", "implementation": "flash_attention_2"}, "techniques": ["bf16"]},
             "implementation='flash_attention_2' needs CUDA",

@@ -281,7 +281,7 @@ def test_text_becomes_the_technique():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize("name", sorted(set(TECHNIQUES) - set(HERE)))
 def test_what_needs_cuda_says_so(name, tmp_path):
-    with pytest.raises(Unavailable, match=f"{TECHNIQUES[name].__name__} needs a CUDA device"):
+    with pytest.raises(Unavailable, match=f"^{name} needs a CUDA device"):
         build(lm((name,)))
     with pytest.raises(Unavailable, match="needs a CUDA device"):
         train((name,), tmp_path)

@@ -1,0 +1,314 @@
+"""What can be run: the published models, other people's config.json files, and what is refused of both."""
+
+import json
+import time
+
+import pytest
+import torch
+from pydantic import ValidationError
+from test_cli import invoke
+from tiny_models import TINY, config_file
+from tiny_run import tiny_run
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig
+
+from memstudy import runs
+from memstudy.configs import HubModelRun, LanguageModelRun, hub_models, parse_run
+from memstudy.memory import measure, predict
+from memstudy.trainers import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# As published with the weights; the head's matrix is the embedding's where they are tied.
+PARAMETERS = {
+    "bert-base-uncased": 109_514_298,
+    "bert-large-uncased": 335_174_458,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
+    "distilbert-base-uncased": 66_985_530,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "bart-base": 139_420_416,
+    "bart-large": 406_291_456,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+}
+POSITIONS = {
+    "bert-base-uncased": 512,
+    "roberta-base": 512,
+    "distilbert-base-uncased": 512,
+    "gpt2": 1024,
+    "gpt2-xl": 1024,
+    "bart-large": 1024,
+    "llama-2-7b": 4096,
+    "llama-3-8b": 8192,
+    "llama-3.2-1b": 131_072,
+    "mistral-7b": 32_768,
+}
+
+
+def hub_run(model="gpt2", **changes):
+    return HubModelRun(**{"experiment": "test", "model": model, "seq_len": 16, "batch_size": 2, **changes})
+
+
+def refusal(**choices) -> str:
+    """Return what the refused choices are told, which must be one error of one line."""
+    with pytest.raises(ValidationError) as refused:
+        hub_run(**choices)
+    (error,) = refused.value.errors()
+    assert "\n" not in error["msg"]
+    return error["msg"]
+
+
+# --- models by name
+
+
+@pytest.mark.parametrize("name", hub_models())
+def test_a_model_known_by_name_has_the_published_number_of_parameters(name):
+    with FakeTensorMode():
+        model = hub_run(name).make_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_sequence_fills_the_models_positions_and_no_more(name):
+    positions = POSITIONS[name]
+    assert hub_run(name, seq_len=positions).seq_len == positions
+    said = refusal(model=name, seq_len=positions + 1)
+    assert f"seq_len={positions + 1} is more than the {positions} positions of {name}" in said
+
+
+def test_relative_positions_have_no_end():
+    assert hub_run("t5-small", seq_len=100_000).seq_len == 100_000
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_is_the_one_asked_for(implementation):
+    with FakeTensorMode():
+        model = hub_run("gpt2", attention=implementation).make_model()
+    assert model.config._attn_implementation == implementation
+
+
+def test_an_unknown_name_is_told_the_known_ones_and_the_remedy():
+    said = refusal(model="gpt3")
+    for word in ("unknown model 'gpt3'", *hub_models(), "give the path of its config.json"):
+        assert word in said
+
+
+# --- models by the path of a config.json
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        *((family, "lm") for family in TINY),
+        *((family, "classification") for family in ("gpt2", "llama", "bert", "roberta")),
+    ],
+)
+def test_a_step_of_a_model_in_a_file_takes_what_is_predicted(family, task, tmp_path):
+    make = build(hub_run(config_file(tmp_path, family), task=task, techniques=("bf16",)))
+    measured, predicted = measure(make), predict(make)
+    assert predicted.peak_bytes == measured.peak_bytes
+    assert predicted.peak_by_category == measured.peak_by_category
+
+
+def test_a_file_that_has_only_what_differs_from_the_familys_defaults_is_enough(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(hub_models()["gpt2-medium"]))
+    with FakeTensorMode():
+        model = hub_run(str(path)).make_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS["gpt2-medium"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{n_layer: 2}", "not JSON"),
+        (b'{"model_type": "gpt2\xff"}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'["gpt2"]', "model_type=None is none that transformers knows"),
+        (b'{"n_layer": 2}', "model_type=None is none that transformers knows"),
+        (b'{"model_type": ["gpt2"]}', "model_type=['gpt2'] is none that transformers knows"),
+        (b'{"model_type": "gpt9", "auto_map": {"AutoConfig": "x--y.Z"}}', "model_type='gpt9' is none"),
+        (b'{"model_type": "gpt2"}', "architectures=None: a language model's class is needed"),
+        (b'{"model_type": "gpt2", "architectures": []}', "architectures=[]: a language model's class is needed"),
+        (b'{"model_type": "gpt2", "architectures": ["GPT2Model"]}', "architectures=['GPT2Model']"),
+        (b'{"model_type": "gpt2", "architectures": ["NoSuchModel"]}', "architectures=['NoSuchModel']"),
+        (b'{"model_type": "gpt2", "architectures": "GPT2LMHeadModel"}', "architectures='GPT2LMHeadModel'"),
+        (b'{"model_type": "vit", "architectures": ["ViTForImageClassification"]}', "ViTForImageClassification"),
+        (b'{"model_type": "gpt2", "architectures": ["BertForMaskedLM"]}', "BertForMaskedLM is not of its model_type"),
+        (b'{"model_type": "gpt2", "n_layer": "two"}', "Field 'n_layer' expected int, got str"),
+    ],
+    ids=lambda value: value[:60].decode(errors="replace") if isinstance(value, bytes) else "",
+)
+def test_a_file_that_describes_no_language_model_is_named_with_the_reason(content, said, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    told = refusal(model=str(path))
+    assert f"model {path}: " in told
+    assert said in told
+
+
+def test_a_path_that_is_no_file_is_refused_without_a_look_at_the_internet(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("looked at the internet"))
+    monkeypatch.chdir(tmp_path)
+    began = time.monotonic()
+    assert "model none.json: No such file or directory; the path of a config.json" in refusal(model="none.json")
+    (tmp_path / "folder.json").mkdir()
+    assert "model folder.json: Is a directory" in refusal(model="folder.json")
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(("family", "positions"), [("gpt2", 64), ("roberta", 64), ("bert", 64)])
+def test_the_positions_of_a_model_in_a_file_count_too(family, positions, tmp_path):
+    path = config_file(tmp_path, family)
+    hub_run(path, seq_len=positions)
+    assert f"the {positions} positions of {path}" in refusal(model=path, seq_len=positions + 1)
+
+
+@pytest.mark.parametrize("family", ["camembert", "xlm-roberta", "mpnet"])
+def test_tables_with_rows_for_the_padding_have_fewer_positions(family, tmp_path):
+    config = AutoConfig.for_model(family, max_position_embeddings=66, pad_token_id=1)
+    config.architectures = [
+        {"camembert": "Camembert", "xlm-roberta": "XLMRoberta", "mpnet": "MPNet"}[family] + "ForMaskedLM"
+    ]
+    path = str(tmp_path / "config.json")
+    config.to_json_file(path)
+    hub_run(path, seq_len=64)
+    assert "the 64 positions" in refusal(model=path, seq_len=65)
+
+
+# --- choices
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; known: adamw, adamw_torch"),
+        ({"task": "translation"}, "'lm' or 'classification'"),
+        ({"attention": "flash"}, "'eager' or 'sdpa'"),
+        ({"measure_steps": 0}, "greater than 0"),
+        ({"techniques": ("fp8",)}, "unknown technique 'fp8'; known: bf16"),
+        ({"techniques": ("accumulation=4",)}, "accumulation=4 does not divide batch_size=2"),
+        ({"techniques": ("adamw_8bit",), "optimizer": "sgd"}, "adamw_8bit is an optimizer itself and excludes"),
+        ({"model": "t5-small", "task": "classification"}, "classification is for encoders and decoders"),
+        ({"model": "bart-base", "task": "classification"}, "classification is for encoders and decoders"),
+    ],
+    ids=str,
+)
+def test_bad_choices_are_refused(choices, said):
+    assert said in refusal(**choices)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama-2-7b", "mistral-7b"])
+def test_a_chunked_loss_is_for_causal_language_models(model):
+    assert hub_run(model, techniques=("chunked_loss",)).techniques == ("chunked_loss",)
+    assert "task classification is none" in refusal(model=model, techniques=("chunked_loss",), task="classification")
+
+
+@pytest.mark.parametrize(
+    "model", ["bert-base-uncased", "roberta-base", "distilbert-base-uncased", "t5-small", "bart-base"]
+)
+def test_a_chunked_loss_is_for_no_others(model):
+    said = refusal(model=model, techniques=("chunked_loss",))
+    assert f"chunked_loss is for causal language models; {model} with task lm is none" in said
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_torch", "adafactor", "sgd"])
+def test_the_optimizer_is_trainers(optimizer, tmp_path):
+    run = hub_run(config_file(tmp_path, "gpt2"), optimizer=optimizer)
+    report = predict(build(run))
+    state = report.peak_by_category["optimizer"] / report.peak_by_category["parameters"]
+    assert state == pytest.approx({"adamw": 2, "adamw_torch": 2, "adafactor": 0.03, "sgd": 0}[optimizer], abs=0.03)
+
+
+@pytest.mark.parametrize("report_on", [predict, measure])
+def test_an_8bit_optimizer_takes_the_same_whatever_was_before(report_on, tmp_path):
+    """bitsandbytes would remember that BERT's third parameter is an embedding, which it leaves in 32 bits."""
+    makes = [
+        build(hub_run(config_file(tmp_path, family), techniques=("adamw_8bit",))) for family in ("gpt2", "bert", "gpt2")
+    ]
+    before, between, after = (report_on(make).peak_by_category["optimizer"] for make in makes)
+    assert before == after != between
+
+
+# --- descriptions as JSON
+
+
+RECORDS = sorted((runs.ROOT / "results" / "lab4_grid").glob("*.json"))
+
+
+def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say():
+    assert len(RECORDS) > 50
+    for path in RECORDS:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        run = parse_run(record["config"])
+        assert isinstance(run, LanguageModelRun)
+        assert runs.run_id(run.model_dump(mode="json")) == record["run_id"]
+        assert path.stem.startswith(record["run_id"])
+
+
+@pytest.mark.parametrize(
+    "run",
+    [hub_run(techniques=("bf16",), optimizer="adafactor"), tiny_run(techniques=("bf16",))],
+    ids=["hub", "language"],
+)
+def test_both_kinds_of_run_survive_json(run):
+    again = parse_run(json.loads(run.model_dump_json()))
+    assert again == run
+    assert type(again) is type(run)
+    assert runs.run_id(again.model_dump(mode="json")) == runs.run_id(run.model_dump(mode="json"))
+
+
+def test_each_kind_of_run_has_its_own_fields():
+    with pytest.raises(ValueError, match=r"unknown field 'n_layers' of a hub_model run; known: .*optimizer"):
+        parse_run(hub_run().model_dump(mode="json") | {"n_layers": 2})
+    with pytest.raises(ValueError, match=r"unknown field 'optimizer' of a language_model run; known: .*n_layers"):
+        parse_run(tiny_run().model_dump(mode="json") | {"optimizer": "sgd"})
+    with pytest.raises(ValueError, match=r"unknown kind of run 'encoder'; known: language_model, hub_model"):
+        parse_run(hub_run().model_dump(mode="json") | {"kind": "encoder"})
+
+
+def test_a_run_of_a_model_in_a_file_leaves_a_record(tmp_path):
+    run = hub_run(config_file(tmp_path, "gpt2"), measure_steps=2)
+    path = tmp_path / "run.json"
+    path.write_text(run.model_dump_json())
+    result = invoke("run", path, "--results", tmp_path / "results")
+    assert result.exit_code == 0, result.output
+    (record,) = runs.read_records(tmp_path / "results")
+    assert (record["status"], record["config"]) == ("ok", run.model_dump(mode="json"))
+    assert len(record["curves"]["step_times_ms"]) == 2
+    assert record["metrics"]["n_parameters"] == sum(parameter.numel() for parameter in run.make_model().parameters())
+    assert record["metrics"]["peak_allocated_mib"] == predict(build(run)).peak_allocated_mib
+
+
+def test_a_run_whose_optimizer_is_not_installed_is_unavailable(tmp_path):
+    run = hub_run(config_file(tmp_path, "gpt2"), optimizer="lomo")
+    path = tmp_path / "run.json"
+    path.write_text(run.model_dump_json())
+    assert invoke("run", path, "--results", tmp_path / "results").exit_code == 0
+    (record,) = runs.read_records(tmp_path / "results")
+    assert record["status"] == "unavailable"
+    assert "lomo" in record["reason"]
+
+
+def test_the_tokens_of_a_batch_are_the_models(tmp_path):
+    run = hub_run(config_file(tmp_path, "bert"), batch_size=8, seq_len=64)
+    batch = run.make_batch()
+    assert batch["input_ids"].shape == (8, 64)
+    assert batch["labels"] is batch["input_ids"]
+    assert 900 < batch["input_ids"].max() < 1000
+    labels = hub_run(config_file(tmp_path, "bert"), batch_size=8, task="classification").make_batch()["labels"]
+    assert labels.shape == (8,)
+    assert set(labels.tolist()) <= {0, 1}
+    assert labels.dtype is torch.int64

@@ -1,0 +1,33 @@
+"""Configurations of small Hugging Face models, as the config.json files that a run or a forecast may be given."""
+
+import transformers as hf
+
+SIZES = {
+    "vocab_size": 1000, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+TINY = {
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=1000, n_embd=128, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0,
+        architectures=["GPT2LMHeadModel"],
+    ),
+    "llama": lambda: hf.LlamaConfig(**SIZES, num_key_value_heads=2, architectures=["LlamaForCausalLM"]),
+    "bert": lambda: hf.BertConfig(**SIZES, architectures=["BertForMaskedLM"]),
+    "roberta": lambda: hf.RobertaConfig(
+        **SIZES | {"max_position_embeddings": 66}, type_vocab_size=1, architectures=["RobertaForMaskedLM"]
+    ),
+    "t5": lambda: hf.T5Config(
+        vocab_size=1000, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        architectures=["T5ForConditionalGeneration"],
+    ),
+}  # fmt: skip
+
+
+def config_file(folder, family: str, **changes) -> str:
+    """Write the config.json of the tiny model of `family`, with `changes`, and return its path."""
+    config = TINY[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    path = folder / f"{family}-{len(list(folder.iterdir()))}.json"
+    config.to_json_file(path, use_diff=False)
+    return str(path)
