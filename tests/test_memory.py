@@ -587,38 +587,33 @@ def test_nothing_is_left_behind(report_on, where):
 
 # --- predicted
 
-# What PyTorch allocates inside C++, where no dispatch mode sees it, and keeps. Of what kernels use and give back
-# (oneDNN for bf16, say) nothing is alive at these peaks.
-SCALE = 8  # eager attention's 1 / sqrt(head_dim), wrapped as a tensor to multiply by and saved for backward; a layer
-RNG = 5056  # torch.get_rng_state(), once per checkpointed block that is yet to be recomputed or is just being so
-
 CASES = {
-    "baseline": ((), EAGER, 2 * SCALE),
-    "sdpa": ((), SDPA, 0),
-    "window": ((), WINDOW, 0),
-    "bf16": (("bf16",), EAGER, 2 * SCALE),
-    "bf16-sdpa": (("bf16",), SDPA, 0),
-    "bf16-window": (("bf16",), WINDOW, 0),
-    "checkpointing": (("checkpointing",), EAGER, RNG + SCALE),
-    "checkpointing-sdpa": (("checkpointing",), SDPA, RNG),
-    "selective-0": (("selective_checkpointing=0",), EAGER, RNG + SCALE),
-    "selective-half": (("selective_checkpointing",), EAGER, 3 * (RNG + SCALE)),
-    "selective-1": (("selective_checkpointing=1",), EAGER, 2 * (RNG + SCALE)),
-    "accumulation": (("accumulation=2",), EAGER, 2 * SCALE),
-    "optimizer_in_backward": (("optimizer_in_backward",), EAGER, 2 * SCALE),
-    "chunked_loss": (("chunked_loss",), EAGER, 2 * SCALE),
-    "all-exact": (("checkpointing", "chunked_loss", "optimizer_in_backward"), EAGER, 2 * (RNG + SCALE)),
+    "baseline": ((), EAGER),
+    "sdpa": ((), SDPA),
+    "window": ((), WINDOW),
+    "bf16": (("bf16",), EAGER),
+    "bf16-sdpa": (("bf16",), SDPA),
+    "bf16-window": (("bf16",), WINDOW),
+    "checkpointing": (("checkpointing",), EAGER),
+    "checkpointing-sdpa": (("checkpointing",), SDPA),
+    "selective-0": (("selective_checkpointing=0",), EAGER),
+    "selective-half": (("selective_checkpointing",), EAGER),
+    "selective-1": (("selective_checkpointing=1",), EAGER),
+    "accumulation": (("accumulation=2",), EAGER),
+    "optimizer_in_backward": (("optimizer_in_backward",), EAGER),
+    "chunked_loss": (("chunked_loss",), EAGER),
+    "all-exact": (("checkpointing", "chunked_loss", "optimizer_in_backward"), EAGER),
 }
 
 
-@pytest.mark.parametrize(("techniques", "attention", "unseen"), CASES.values(), ids=CASES)
-def test_the_predicted_peak_is_the_measured_to_the_byte(techniques, attention, unseen):
+@pytest.mark.parametrize(("techniques", "attention"), CASES.values(), ids=CASES)
+def test_the_predicted_peak_is_the_measured_to_the_byte(techniques, attention):
     make = build(lm(techniques, attention))
     measured, predicted = measure(make), predict(make)
     assert (measured.kind, predicted.kind) == ("measured", "predicted")
-    assert measured.peak_bytes - predicted.peak_bytes == unseen
-    for category in ("parameters", "gradients", "optimizer", "other"):
-        assert predicted.peak_by_category[category] == measured.peak_by_category[category]
+    assert predicted.peak_bytes == measured.peak_bytes
+    assert predicted.peak_by_category == measured.peak_by_category
+    assert predicted.iteration_peaks == measured.iteration_peaks
 
 
 @pytest.mark.parametrize("vocab_size", [300, 4000])
@@ -632,28 +627,22 @@ def test_the_predicted_chunked_loss(vocab_size):
 
 
 def test_the_predicted_8bit_optimizer():
-    """The state to the byte; not the scratch of bitsandbytes' CPU kernels, which run below dispatch."""
+    """State and scratch: bitsandbytes' CPU kernels are written in Python, so that predicting runs them too."""
     make = build(lm(("adamw_8bit",), SDPA))
     measure(make)  # bitsandbytes makes its code tables once a process
     measured, predicted = measure(make), predict(make)
-    assert predicted.peak_by_category["optimizer"] == measured.peak_by_category["optimizer"]
-    assert abs(predicted.peak_bytes - measured.peak_bytes) <= 128
-    scratch = measured.peak_by_phase["optimizer"] - predicted.peak_by_phase["optimizer"]
-    largest = 4 * 300 * 64  # the embedding, whose states stay 32-bit
-    assert scratch == pytest.approx(3 * largest, rel=0.1)
+    assert predicted.peak_by_phase == measured.peak_by_phase
+    assert predicted.peak_by_category == measured.peak_by_category
 
 
 @pytest.mark.parametrize("techniques", [(), ("bf16", "accumulation=2")], ids=["fp32", "bf16-accumulation"])
 def test_the_predicted_moments_are_the_measured(techniques):
-    """Not only the peak: phase by phase and step by step, scalars apart."""
+    """Not only the peak: phase by phase and step by step."""
     make = build(lm(techniques, SDPA))
     measured, predicted = measure(make), predict(make)
-    for phase in PHASES:
-        assert predicted.peak_by_phase[phase] == pytest.approx(measured.peak_by_phase[phase], abs=16)
-    for category in CATEGORIES:
-        ends = [r.forward_end_by_category[category] for r in (measured, predicted)]
-        assert ends[0] == pytest.approx(ends[1], abs=16)
-    assert predicted.iteration_peaks == pytest.approx(measured.iteration_peaks, abs=16)
+    assert predicted.peak_by_phase == measured.peak_by_phase
+    assert predicted.forward_end_by_category == measured.forward_end_by_category
+    assert predicted.iteration_peaks == measured.iteration_peaks
 
 
 def test_prediction_takes_no_memory_whatever_the_model():
@@ -729,14 +718,45 @@ def test_prediction_answers_for_values_that_no_fake_tensor_has():
 
     def make():
         def step():
-            asked.flag = bool(torch.ones(3, dtype=torch.bool).all())
+            asked.every = bool(torch.ones(3, dtype=torch.bool).all())
+            asked.some = bool((torch.randn(3) > 9).any())
+            asked.known = int(torch.tensor(6) // 2)
             asked.real = float(torch.randn(3).sum())
             asked.whole = int(torch.arange(3).sum())
 
         return step
 
     predict(make)
-    assert (asked.flag, asked.real, asked.whole) == (True, 1.0, 1)
+    assert (asked.every, asked.some, asked.known, asked.real, asked.whole) == (True, False, 3, 1.0, 1)
+
+
+def test_a_loop_until_no_value_is_out_of_bounds_ends():
+    report = predict(lambda: lambda: nn.init.trunc_normal_(torch.empty(30)))
+    assert report.peak_bytes >= 4 * 30
+
+
+POSITIONS = {
+    "an element": lambda p: p[3],
+    "the largest": lambda p: p.max(),
+    "of a batch": lambda p: p.unsqueeze(0).expand(4, -1).max(),
+    "of a part": lambda p: p[2:5].max(),
+    "of every second": lambda p: p.view(4, 2)[:, 0].max(),
+    "downwards": lambda p: torch.arange(9, 2, -2)[1:].max(),
+    "from": lambda p: torch.arange(5, 30).max(),
+}
+
+
+@pytest.mark.parametrize("take", POSITIONS.values(), ids=POSITIONS)
+def test_prediction_knows_the_elements_of_a_range(take):
+    asked = []
+    predict(lambda: lambda: asked.append(take(torch.arange(8)).item()), iterations=1)
+    assert asked == [take(torch.arange(8)).item()]
+
+
+def test_prediction_forgets_a_range_that_is_written_to():
+    asked = []
+    predict(lambda: lambda: asked.append(torch.arange(8).mul_(2).max().item()), iterations=1)
+    assert asked == [1]  # the guess for any whole number
 
 
 def test_reported_mib_are_two_to_the_twentieth():

@@ -2,8 +2,9 @@
 
 The step runs under PyTorch's ``FakeTensorMode``, so it takes no memory and no arithmetic; a dispatch mode
 sees each new storage once and, by a weak reference, its release. What a kernel allocates inside itself is
-not seen, unless it is a ``torch.library.custom_op``. The events go through the same accounting as the measured
-ones (`report`).
+seen where it is written in Python (a ``torch.library.custom_op``), and else said by rules: `cpu` for this machine,
+`cuda` for a GPU, for which the step also runs with CUDA's semantics and its requests go through the caching allocator
+(`allocator`). The events go through the same accounting as the measured ones (`report`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -25,40 +27,95 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from memstudy.memory.report import Event, MemoryReport, account
-from memstudy.memory.trace import Roles, Step
+from memstudy.memory import cpu, cuda
+from memstudy.memory.allocator import replay
+from memstudy.memory.gpus import Gpu, find_gpu
+from memstudy.memory.report import MIB, Event, MemoryReport, account
+from memstudy.memory.trace import Roles, Step, watch_modules
+from memstudy.memory.values import Values
+
+_ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
+# What a CPU build of PyTorch says to it where no tensor is made.
+_NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
 
 
-def predict(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
-    """Predict for this CPU what :func:`~memstudy.memory.measure` would report, without running the step.
+def predict(
+    build: Callable[[], Step],
+    *,
+    gpu: str | Gpu | None = None,
+    iterations: int = 2,
+    expandable_segments: bool = False,
+) -> MemoryReport:
+    """Predict what :func:`~memstudy.memory.measure` would report, without running the step.
 
     Parameters
     ----------
     build : callable
-        Makes model, optimizer and inputs, and returns ``step``; runs on fake tensors.
+        Makes model, optimizer and inputs, and returns ``step``; runs on fake tensors. It makes everything on the CPU,
+        also for a GPU; ``torch.autocast("cuda")`` and ``GradScaler("cuda")`` may be used.
+    gpu : str or Gpu, optional
+        The GPU to predict for: a name of the catalogue (`gpus`), or the path of a YAML file that describes one. None
+        predicts this CPU.
     iterations : int
         How many steps to follow; at least 1.
+    expandable_segments : bool
+        Whether the GPU's allocator runs with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
 
     Returns
     -------
     MemoryReport
-        ``kind="predicted"``.
+        ``kind="predicted"``. For a GPU allocated bytes are those of the caching allocator's blocks, and the report says
+        what is reserved, what the whole GPU shows, and which request would fail if the step does not fit.
 
     Raises
     ------
     ValueError
-        When ``iterations`` is below 1, or the step trains what ``build`` has not made.
+        When ``iterations`` is below 1, the GPU is unknown, the step trains what ``build`` has not made, or ``build``
+        asks for a CUDA device.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least 1 step must run")
+    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    recorder, _step = _follow(build, iterations, card)  # when the step goes, so does what it holds
+    if card is None:
+        return account(recorder.events, device="cpu", kind="predicted")
+    replayed = replay(recorder.events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
+    return account(
+        replayed.events,
+        device=card.name,
+        kind="predicted",
+        peak_reserved_bytes=replayed.peak_reserved,
+        requested_bytes=recorder.requested_bytes,
+        context_bytes=int(card.context_mib * MIB),
+        memory_bytes=int(card.memory_mib * MIB),
+        out_of_memory=replayed.out_of_memory,
+        unverified=tuple(sorted(recorder.below.unverified)),
+    )
+
+
+def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tuple[_Recorder, Step]:
+    """Run everything on fake tensors under a recorder; also gives the step."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = _Recorder(fake)
+    recorder = _Recorder(fake, card)
     roles = Roles(mark=lambda: recorder.mark(roles.told[-1]), key=_key)
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a Trainer counts so
         stack.enter_context(roles.watch())
         stack.enter_context(recorder.watch_optimizer())
+        stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
+        stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
+        # Else lists of fake parameters are taken one by one where real ones are taken together.
+        types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
+        for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+            stack.enter_context(patch(f"{module}._foreach_supported_types", types))
+        if card is not None:
+            stack.enter_context(cuda.semantics(card))
+        else:
+            # Its tensor is made below dispatch; checkpointing keeps one for each block.
+            stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))
         stack.enter_context(fake)
         stack.enter_context(recorder)
         if "transformers" in sys.modules:
@@ -67,14 +124,20 @@ def predict(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
         # Cycles must go between steps, or when their memory is released is chance. Only the step's own need a look.
         gc.freeze()
         stack.callback(gc.unfreeze)
-        step = build()
-        roles.watch_gradients()
-        for _ in range(iterations):
-            gc.collect()
-            recorder.begin_step()
-            roles.tell_parameters()
-            step()
-    return account(recorder.events, device="cpu", kind="predicted")
+        try:
+            step = build()
+            recorder.end_build()
+            roles.watch_gradients()
+            for _ in range(iterations):
+                gc.collect()
+                recorder.begin_step()
+                roles.tell_parameters()
+                step()
+        except (AssertionError, RuntimeError) as error:
+            if not any(text in str(error) for text in _NO_CUDA):
+                raise
+            raise ValueError(_ON_CUDA) from error
+    return recorder, step
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -93,16 +156,47 @@ def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
     return engine_asks and alike and torch._C._storage_Use_Count(_key(gradient)) == 2
 
 
-class _Recorder(TorchDispatchMode):
-    """Tells each storage that an op makes, and its release, as :class:`Event` s."""
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments or results, which nest no deeper than in lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
 
-    def __init__(self, fake: FakeTensorMode):
+
+class _Recorder(TorchDispatchMode):
+    """Tells each storage that an op makes, and its release, as :class:`Event` s.
+
+    With a GPU also what CUDA's kernels allocate besides (`cuda`); ``requested_bytes`` is the peak of the tensors alone.
+    """
+
+    def __init__(self, fake: FakeTensorMode, card: Gpu | None):
         super().__init__()
-        self._fake = fake
         self.events: list[Event] = []
+        self.modules: list[str] = []  # whose forward runs, outermost first
+        self.requested_bytes = 0
+        self._fake, self._card = fake, card
         self._alive: dict[int, weakref.ref] = {}
+        self._live_bytes = 0
         self._phase = "build"
         self._in_optimizer = False
+        self.below = cpu.BelowDispatch(self._tell) if card is None else cuda.BelowDispatch(self._tell, card)
+        self._values = Values()
+        self._corrected = cpu.corrected if card is None else cuda.corrected
+
+    def end_build(self) -> None:
+        """Forget what building made and dropped: a model is built on the host, and what is left moves to the GPU."""
+        if self._card is None:
+            return
+        gc.collect()
+        dropped = {e.block: i for i, e in enumerate(self.events) if e.kind == "free"}
+        kept = {e.block: i for i, e in enumerate(self.events) if e.kind == "alloc" and dropped.get(e.block, -1) < i}
+        self.events = [e for i, e in enumerate(self.events) if kept.get(e.block) == i or e.kind in ("is", "phase")]
+        self.requested_bytes = self._live_bytes
+
+    def empty_cache(self) -> None:
+        self._tell("empty_cache")
 
     def begin_step(self) -> None:
         self._enter("forward")
@@ -129,26 +223,46 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def noting(self, make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """``make``, whose tensor counts although no dispatch mode sees it."""
+
+        def noted():
+            made = make()
+            self._note(made.untyped_storage())
+            return made
+
+        return noted
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
+        real = any(not isinstance(tensor, FakeTensor) for tensor in _tensors((*args, *kwargs.values())))
+        if real and func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
             args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
+        self.below.before(func)
         if self._phase != "build" and not self._in_optimizer and func.namespace != "profiler":
             in_backward = torch._C._current_autograd_node() is not None
             self._enter("backward" if in_backward else "forward")
-        if func is torch.ops.aten._local_scalar_dense.default:
-            # The step asks for a value that no fake tensor has. True and 1 mean no padding, one
-            # sequence a row, the first update.
-            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
+            return self._values.answer(args[0])
         if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
             return args[0]
         if func._schema.name in OPDEFS:  # a kernel written in Python: what it allocates can be seen
             with self:
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        result = func(*args, **kwargs)
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
-                self._note(value.untyped_storage())
+        if self._card is None and func._schema.name.startswith("bitsandbytes::optimizer_update"):  # as are these
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+        result = self._corrected(func, args, func(*args, **kwargs))
+        self._values.follow(func, args, kwargs, result)
+        if self._card is not None and self._in_optimizer and func is torch.ops.aten.lift_fresh.default:
+            self._ignore(result)  # a count of steps, which stays on the host
+            return result
+        for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            if tensor.is_cuda:
+                raise ValueError(_ON_CUDA)
+            self._note(tensor.untyped_storage())
+        if self._card is None or self._phase != "build":  # for a GPU, building happens on the host
+            self.below.after(func, args, result)
         return result
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -159,16 +273,26 @@ class _Recorder(TorchDispatchMode):
                 f"a parameter of shape {tuple(tensor.shape)} was made before build() was called: make the model in it"
             )
         faked = self._fake.from_tensor(tensor)
-        storage = faked.untyped_storage()
-        self._alive[storage._cdata] = weakref.ref(storage)  # memory from before: neither counted nor freed
+        self._ignore(faked)  # memory from before
         return faked
 
+    def _ignore(self, tensor: torch.Tensor) -> None:
+        """Neither count the tensor's storage nor its release."""
+        storage = tensor.untyped_storage()
+        self._alive[storage._cdata] = weakref.ref(storage)
+
     def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         known = self._alive.get(key)
         if known is None or known() is None:
-            self._alive[key] = weakref.ref(storage, lambda _: self._tell("free", block=key))
-            self._tell("alloc", block=key, size=storage.nbytes())
+            self._alive[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            self._tell("alloc", block=key, size=size, label=self.modules[-1] if self.modules else "")
+            self._live_bytes += size
+            self.requested_bytes = max(self.requested_bytes, self._live_bytes)
+
+    def _release(self, key: int, size: int) -> None:
+        self._live_bytes -= size
+        self._tell("free", block=key)
 
     def _enter(self, phase: str) -> None:
         if phase != self._phase:

@@ -62,9 +62,15 @@ def measure(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
     roles = Roles(mark=_mark)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     profile = torch.profiler.profile(activities=activities, profile_memory=True)
+    ranges: list[record_function] = []
+
+    def enter(path):
+        ranges.append(record_function(_MODULE + path))
+        ranges[-1].__enter__()
+
     with ExitStack() as stack:
         stack.enter_context(roles.watch())
-        stack.enter_context(_module_ranges())
+        stack.enter_context(watch_modules(enter, lambda: ranges.pop().__exit__(None, None, None)))
         stack.enter_context(profile)
         step = build()
         roles.watch_gradients()
@@ -79,7 +85,7 @@ def measure(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
         _events(profile, roles.told, device),
         device=torch.cuda.get_device_name() if on_cuda else "cpu",
         kind="measured",
-        reserved=torch.cuda.max_memory_reserved() if on_cuda else None,
+        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else None,
     )
 
 
@@ -157,24 +163,26 @@ def _mark() -> None:
 
 
 @contextmanager
-def _module_ranges() -> Iterator[None]:
-    """Bracket every module's forward in a profiler range named after its path from the root."""
-    ranges: list[record_function] = []
+def watch_modules(enter: Callable[[str], None], leave: Callable[[], None]) -> Iterator[None]:
+    """Call ``enter(path from the root)`` and ``leave()`` around every module's forward in the block."""
+    depth = 0
     paths: dict[int, str] = {}
 
-    def enter(module, args):
-        if not ranges:
+    def before(module, args):
+        nonlocal depth
+        if not depth:
             paths.update({id(m): path for path, m in module.named_modules()})
-        path = paths.get(id(module)) or type(module).__name__
-        ranges.append(record_function(_MODULE + path))
-        ranges[-1].__enter__()
+        depth += 1
+        enter(paths.get(id(module)) or type(module).__name__)
 
-    def leave(module, args, output):
-        ranges.pop().__exit__(None, None, None)
+    def after(module, args, output):
+        nonlocal depth
+        depth -= 1
+        leave()
 
     handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after, always_call=True),
     ]
     try:
         yield
