@@ -1,0 +1,63 @@
+"""Predict three published tables of GPU memory, and print how far off each figure is.
+
+python benchmarks/prediction [ops|bert|inference]... [--json FILE]
+
+It needs no GPU, and two minutes for all. How each constant was chosen is said in ``eras.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+from rows import bert_rows, inference_rows, length_differences, ops_rows, savings
+
+
+def ops() -> list[pd.DataFrame]:
+    return [ops_rows()]
+
+
+def bert() -> list[pd.DataFrame]:
+    """With the rules of its time, and beside it without."""
+    rows, today = bert_rows(), bert_rows(era=False)
+    both = [rows, savings(rows)], [today, savings(today)]
+    columns = {"predicted_mib": "today_mib", "error_percent": "today_error_percent"}
+    return [old.join(new.rename(columns=columns)[[*columns.values()]]) for old, new in zip(*both, strict=True)]
+
+
+def inference() -> list[pd.DataFrame]:
+    rows = inference_rows()
+    return [rows, length_differences(rows)]
+
+
+TABLES = {"ops": ops, "bert": bert, "inference": inference}
+
+
+def show(frame: pd.DataFrame) -> None:
+    frame = frame.copy()
+    frame.insert(4, "difference_mib", frame.predicted_mib - frame.published_mib)
+    print(f"\n{frame.table[0]}\n{frame.drop(columns='table').to_string(index=False, float_format='{:,.3f}'.format)}")
+    for column in frame.columns[frame.columns.str.endswith("error_percent")]:
+        error = frame[column].abs()
+        print(f"{column}: median {error.median():.4f} %, worst {error.max():.4f} % ({frame.row[error.idxmax()]})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, "all"], default="all", help="default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
+    chosen = parser.parse_args()
+    frames = []
+    for name in TABLES if "all" in chosen.tables else chosen.tables:
+        frames += (made := TABLES[name]())
+        for frame in made:
+            show(frame)
+    if chosen.json:
+        rows = [row for frame in frames for row in frame.to_dict("records")]
+        chosen.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Three published tables of GPU memory, predicted: a function each, which gives a row for each published figure.
+
+Columns: ``table``, ``row``, ``published_mib``, ``predicted_mib``, ``error_percent``. What nvidia-smi calls MB is MiB.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import bitsandbytes
+import eras
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import BertConfig, BertForSequenceClassification, ReformerConfig, ReformerModelWithLMHead
+from transformers.modeling_utils import local_torch_dtype
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+from transformers.optimization import Adafactor
+
+from memstudy.memory import MIB, predict
+from memstudy.study import PUBLISHED
+
+
+def table(name: str, rows: Iterable[tuple[str, float, float]]) -> pd.DataFrame:
+    """A frame of ``(row, published, predicted)`` [MiB], and the errors."""
+    frame = pd.DataFrame(rows, columns=["row", "published_mib", "predicted_mib"])
+    frame.insert(0, "table", name)
+    difference = frame.predicted_mib - frame.published_mib
+    return frame.assign(error_percent=100 * difference / frame.published_mib.abs())
+
+
+# --- ops: max_memory_allocated of plain ops on an A100, as Liger-Kernel's benchmark took it (2024)
+
+
+def cross_entropy(vocab: int, B: int, T: int) -> Callable[[], None]:
+    logits = torch.randn(B * T, vocab, requires_grad=True)
+    target = torch.randint(vocab, (B * T,))
+    return lambda: nn.functional.cross_entropy(logits, target).backward()
+
+
+def fused_linear_cross_entropy(tokens: int, H: int, V: int, **same) -> Callable[[], None]:
+    head, unused = (nn.Linear(H, V, bias=False, dtype=torch.bfloat16) for _ in range(2))
+    hidden = torch.randn(tokens, H, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(V, (tokens,))
+
+    def step(alive=unused):  # the fused head, which the benchmark makes in any case
+        nn.functional.cross_entropy(head(hidden), target).backward()
+
+    return step
+
+
+def layer_norm(width: int, M: int, **same) -> Callable[[], None]:
+    norm, unused = nn.LayerNorm(width), nn.LayerNorm(width)
+    hidden, gradient = torch.randn(M, width, requires_grad=True), torch.randn(M, width)
+
+    def step(alive=unused):
+        norm(hidden).backward(gradient, retain_graph=True)
+
+    return step
+
+
+def swiglu(tokens: int, B: int, dtype: str, **sizes) -> Callable[[], None]:
+    with local_torch_dtype(torch.bfloat16):
+        mlp = LlamaMLP(LlamaConfig(**sizes))
+        hidden = torch.randn(B, tokens, mlp.hidden_size, requires_grad=True)
+        gradient = torch.randn(B, tokens, mlp.hidden_size)
+    return lambda: mlp(hidden).backward(gradient, retain_graph=True)
+
+
+OPS = {op.__name__: op for op in (cross_entropy, fused_linear_cross_entropy, layer_norm, swiglu)}
+
+
+def ops_rows() -> pd.DataFrame:
+    """Forward and backward of four ops. No gradient is ever cleared: the second step has those of the first.
+
+    In float32, which the published figures have gone through, all 19 are equal.
+    """
+    published, rows = pd.read_csv(PUBLISHED / "gpu_memory_ops.csv"), []
+    for row in tqdm([*published.itertuples()], "ops", leave=False):
+        build = partial(OPS[row.kernel_name], row.axis_value, **json.loads(row.config))
+        peak = predict(build, gpu="A100-80GB").iteration_peaks[-1] / MIB
+        rows.append((f"{row.kernel_name} {row.axis} {row.axis_value}", row.peak_allocated_mib, peak))
+    return table("ops", rows)
+
+
+# --- inference: a whole GPU in one forward pass of Reformer and GPT-2, batch 16 (2020)
+
+CRIME = {
+    "attention_head_size": 64, "attn_layers": ["local", "lsh"] * 3, "axial_pos_embds_dim": [64, 192],
+    "axial_pos_shape": [512, 1024], "feed_forward_size": 512, "hidden_size": 256, "hidden_act": "relu",
+    "is_decoder": True, "local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64, "max_position_embeddings": 524288,
+    "num_attention_heads": 2, "num_buckets": [64, 128], "num_hashes": 1, "vocab_size": 320,
+}  # fmt: skip
+ENWIK8 = {
+    "attention_head_size": 128, "attn_layers": ["local", "local", "lsh", "local"] * 3, "axial_pos_embds": False,
+    "feed_forward_size": 4096, "hidden_size": 1024, "hidden_act": "relu", "is_decoder": True,
+    "local_attn_chunk_length": 128, "lsh_attn_chunk_length": 256, "max_position_embeddings": 65536,
+    "num_attention_heads": 8, "num_buckets": 512, "num_hashes": 4, "vocab_size": 258,
+}  # fmt: skip
+MODELS = {
+    "Reformer C/P, no axial": lambda: ReformerModelWithLMHead(ReformerConfig(**CRIME, axial_pos_embds=False)),
+    "Reformer C/P, axial": lambda: ReformerModelWithLMHead(ReformerConfig(**CRIME, axial_pos_embds=True)),
+    "Reformer en8, no axial": lambda: ReformerModelWithLMHead(ReformerConfig(**ENWIK8)),
+    "GPT2 base": eras.gpt2,
+}
+
+
+def forward(system: str, batch_size: int, seq_len: int) -> Callable[[], None]:
+    model = MODELS[system]().eval()
+    tokens = torch.randint(model.config.vocab_size, (batch_size, seq_len))
+
+    @torch.no_grad()
+    def step():
+        model(tokens)
+
+    return step
+
+
+def inference_rows() -> pd.DataFrame:
+    """One forward pass. Which GPU it was is not published, and without matrix workspaces no rule here depends on it.
+
+    "Reformer en8, no axial" 2048 is 2 MB low: one segment for small tensors, where 1.7 of 2 MiB are predicted to be
+    full. CUDA's sort takes scratch that is not predicted, beyond 2,048 elements a row.
+    """
+    published = pd.read_csv(PUBLISHED / "reformer.csv").query("metric == 'inference_memory' and value == value")
+    rows = []
+    with eras.workspace_of_cublas():
+        for row in tqdm([*published.itertuples()], "inference", leave=False):
+            build = partial(forward, row.system, int(row.batch_size), int(row.seq_len))
+            reserved = predict(build, gpu="V100-16GB", iterations=1).peak_reserved_mib
+            rows.append((f"{row.system}, {row.seq_len:.0f}", row.value, reserved + eras.INFERENCE_CONTEXT_MIB))
+    return table("inference", rows)
+
+
+def length_differences(rows: pd.DataFrame) -> pd.DataFrame:
+    """What each next length takes more, of :func:`inference_rows`."""
+    system = rows.row.str.rpartition(", ")[0]
+    steps = rows.groupby(system)[["published_mib", "predicted_mib"]].diff().dropna()
+    names = rows.row.shift() + " to " + rows.row.str.rpartition(", ")[2]
+    return table("inference, differences", zip(names[steps.index], *steps.to_numpy().T, strict=True))
+
+
+# --- BERT-large: a whole V100 while the Trainer trains it, by lever (Hugging Face documentation, 2022)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One update from four sequences of 512 random tokens."""
+
+    parts: int = 1
+    checkpointing: bool = False
+    fp16: bool = False
+    optimizer: str = "adamw"
+
+
+LEAN = "batch 1 × 4, checkpointing, fp16"
+TRAININGS = {
+    "batch 4": Training(),
+    "batch 1 × 4": Training(parts=4),
+    "batch 1 × 4, checkpointing": Training(parts=4, checkpointing=True),
+    "batch 4, fp16": Training(fp16=True),
+    LEAN: Training(parts=4, checkpointing=True, fp16=True),
+    "batch 4, Adafactor": Training(optimizer="adafactor"),
+    f"{LEAN}, Adafactor": Training(parts=4, checkpointing=True, fp16=True, optimizer="adafactor"),
+    "batch 4, 8-bit Adam": Training(optimizer="adam_8bit"),
+    f"{LEAN}, 8-bit Adam": Training(parts=4, checkpointing=True, fp16=True, optimizer="adam_8bit"),
+}
+SAVINGS = {
+    "accumulation": ("batch 4", "batch 1 × 4"),
+    "checkpointing": ("batch 1 × 4", "batch 1 × 4, checkpointing"),
+    "fp16": ("batch 4", "batch 4, fp16"),
+    "fp16 with checkpointing": ("batch 1 × 4, checkpointing", LEAN),
+    "Adafactor": ("batch 4", "batch 4, Adafactor"),
+    "Adafactor with the others": (LEAN, f"{LEAN}, Adafactor"),
+    "8-bit Adam": ("batch 4", "batch 4, 8-bit Adam"),
+    "8-bit Adam with the others": (LEAN, f"{LEAN}, 8-bit Adam"),
+}
+
+
+def bert(attention: str) -> BertForSequenceClassification:
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    return BertForSequenceClassification(BertConfig(**sizes, attn_implementation=attention))
+
+
+def weights() -> Callable[[], object]:
+    return partial(id, bert("eager"))  # a step that does nothing
+
+
+def train(training: Training, era: bool) -> Callable[[], None]:
+    """The Trainer's step: of 2022, or with what PyTorch and transformers do today."""
+    model = bert("bert_2022" if era else "eager").train()
+    if training.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": era})
+    tokens, labels = torch.randint(30522, (4, 512)), torch.randint(2, (4,))
+    groups = [{"params": []}, {"params": []}]  # those with weight decay come first
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("bias") or "LayerNorm" in name]["params"].append(parameter)
+    if training.optimizer == "adamw":
+        optimizer = (eras.AdamW if era else torch.optim.AdamW)(groups)
+    elif training.optimizer == "adafactor":
+        optimizer = Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
+    else:
+        optimizer = bitsandbytes.optim.Adam8bit(groups)
+    scaler = torch.amp.GradScaler("cuda", enabled=training.fp16)
+
+    def step():
+        for part in zip(tokens.chunk(training.parts), labels.chunk(training.parts), strict=True):
+            with torch.autocast("cuda", torch.float16, enabled=training.fp16):
+                loss = model(part[0], labels=part[1]).loss / training.parts
+            scaler.scale(loss).backward()
+            del loss
+        if training.fp16:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False if era else None)
+        scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad(set_to_none=not era)
+
+    return step
+
+
+def bert_rows(*, era: bool = True, only: Collection[str] = ("weights", *TRAININGS)) -> pd.DataFrame:
+    """The second step; all later ones are the same.
+
+    Without ``era`` as software of today would take it, but for the context, which stays the published one.
+    Unexplained: AdamW with batch 4, in fp32 and in fp16, took some 80 MB more than predicted, where Adafactor and 8-bit
+    Adam are within 8. So it lies in how the states are placed; it does not come of the order of parameters, segments'
+    addresses, gradients added out of place, steps that the scaler skips, the embedding's sort in backward, or a bias
+    added after its product. All rows with batch 1 are 10 to 34 MB low.
+    """
+    published = pd.read_csv(PUBLISHED / "bert_large_memory.csv").query("metric == 'gpu_memory' and system in @only")
+    rows = []
+    with eras.training_of_2022() if era else nullcontext():
+        for row in tqdm([*published.itertuples()], "BERT-large", leave=False):
+            build = weights if row.system == "weights" else partial(train, TRAININGS[row.system], era)
+            reserved = predict(build, gpu="V100-16GB").peak_reserved_mib
+            rows.append((row.system, row.value, reserved + eras.BERT_CONTEXT_MIB))
+    return table("bert", rows)
+
+
+def savings(rows: pd.DataFrame) -> pd.DataFrame:
+    """What each lever saves, between two of :func:`bert_rows`."""
+    memory = rows.set_index("row")[["published_mib", "predicted_mib"]]
+    pairs = {name: pair for name, pair in SAVINGS.items() if set(pair) <= set(memory.index)}
+    return table("bert, savings", ((name, *(memory.loc[a] - memory.loc[b])) for name, (a, b) in pairs.items()))
