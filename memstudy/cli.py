@@ -1,19 +1,19 @@
-"""The command line: ``memstudy run | report | list``."""
+"""The command line: ``memstudy run | report | predict | fit | list``."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memstudy import parameters, runs
+from memstudy import forecast, parameters, runs
+from memstudy.bad_input import one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,8 @@ app = typer.Typer(
     A study is a notebook. It asks for rows; rows that have no record yet are run, each in a fresh process; every
     table, figure and number of the report is computed from the rows.
 
+    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4       will it fit? no GPU needed\n
+    memstudy fit --model gpt2 --seq-len 512 --gpu T4 --advise            the largest batch\n
     memstudy list studies            what there is\n
     memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
     memstudy run CONFIG.json         one run: a record in results/, whatever becomes of it\n
@@ -41,6 +43,8 @@ class Listing(StrEnum):
     variants = "variants"
     techniques = "techniques"
     datasets = "datasets"
+    gpus = "gpus"
+    models = "models"
     studies = "studies"
     runs = "runs"
 
@@ -52,7 +56,7 @@ def run(
 ) -> None:
     """Carry out one run in this process and write its record.
 
-    The file's "kind" says what is run; "language_model" is the one kind so far:
+    The file's "kind" says what is run, "language_model" or "hub_model":
 
     {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
     "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],
@@ -60,7 +64,7 @@ def run(
 
     Exit status: 0 with status ok, unavailable or oom in the record; 1 when the run failed; 2 for bad input.
     """
-    with _bad_input_is_one_line():
+    with one_line():
         try:
             given = json.loads(config.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +79,7 @@ def run(
         from memstudy.attention import Unavailable
 
         planned = trainers.parse_run(given)
-        if planned.train_steps:
+        if isinstance(planned, trainers.LanguageModelRun) and planned.train_steps:
             trainers.load_data(planned)
         record = runs.perform(
             planned.model_dump(mode="json"),
@@ -103,7 +107,7 @@ def report(
     Each notebook is executed with params/SCALE/<study>.yaml; the executed copy is build/<study>.ipynb. At full
     scale tables and figures go to report/ and figures/, at any other to build/SCALE/.
     """
-    with _bad_input_is_one_line():
+    with one_line():
         stems = studies or [s for s in parameters.studies() if scale in parameters.scales(s)]
         if not stems:
             raise ValueError(f"no study has parameters at scale {scale!r}")
@@ -129,16 +133,20 @@ def report(
     raise typer.Exit(status)
 
 
+app.command()(forecast.predict)
+app.command()(forecast.fit)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
     results: Annotated[Path, typer.Option(help="Folder of the records, for runs.")] = runs.ROOT / "results",
 ) -> None:
-    """List variants, techniques, datasets, studies or runs."""
+    """List variants, techniques, datasets, gpus, models, studies or runs."""
     from rich.console import Console
     from rich.table import Table
 
-    with _bad_input_is_one_line():
+    with one_line():
         rows = _LISTINGS[what](results)
     if not rows:
         typer.echo(f"no {what.value} yet")
@@ -175,6 +183,30 @@ def _datasets(results: Path) -> list[dict]:
     return data.datasets_available()
 
 
+def _gpus(results: Path) -> list[dict]:
+    from memstudy.memory import gpus
+
+    return [
+        {
+            "gpu": card.name,
+            "memory [GiB]": f"{card.memory_mib / 1024:.2f}",
+            "CUDA context [MiB]": f"{card.context_mib:.0f}",
+            "compute capability": ".".join(map(str, card.compute_capability)),
+            "source of the context": re.split(r":| \(|,", card.context_source)[0],
+        }
+        for card in gpus().values()
+    ]
+
+
+def _models(results: Path) -> list[dict]:
+    from memstudy.configs import hub_models
+
+    return [
+        {"model": name, "family": settings["model_type"], "class": settings["architectures"][0]}
+        for name, settings in hub_models().items()
+    ]
+
+
 def _studies(results: Path) -> list[dict]:
     return [{"study": stem, "scales": ", ".join(parameters.scales(stem))} for stem in parameters.studies()]
 
@@ -198,6 +230,8 @@ _LISTINGS = {
     Listing.variants: _variants,
     Listing.techniques: _techniques,
     Listing.datasets: _datasets,
+    Listing.gpus: _gpus,
+    Listing.models: _models,
     Listing.studies: _studies,
     Listing.runs: _runs,
 }
@@ -228,25 +262,6 @@ def _execute(position: str, stem: str, values: dict, generated: Path, reference:
         typer.echo(f"{stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", err=True)
         return False
     return True
-
-
-@contextmanager
-def _bad_input_is_one_line() -> Iterator[None]:
-    """Turn a ``ValueError`` into one line on stderr and exit status 2."""
-    try:
-        yield
-    except ValueError as error:
-        from pydantic import ValidationError
-
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            said = f"{where}={first['input']!r}" if where and first["type"] != "missing" else where or "run"
-            line = f"{said}: {first['msg'].removeprefix('Value error, ')}"
-        else:
-            line = " ".join(str(error).split())
-        typer.echo(f"error: {line}", err=True)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -261,6 +261,8 @@ def test_the_list_of_runs_has_the_records_there_are(tmp_path):
 
 
 def test_an_unknown_list_is_refused_with_those_there_are():
-    result = invoke("list", "gpus")
+    result = invoke("list", "nonsense")
     assert result.exit_code == 2
-    assert "'variants', 'techniques', 'datasets', 'studies', 'runs'" in " ".join(result.stderr.split())
+    assert "'variants', 'techniques', 'datasets', 'gpus', 'models', 'studies', 'runs'" in " ".join(
+        result.stderr.split()
+    )

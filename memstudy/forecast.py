@@ -1,0 +1,280 @@
+"""The commands ``memstudy predict`` and ``memstudy fit``: what a model will take on a GPU that is not here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memstudy.bad_input import one_line
+
+if TYPE_CHECKING:
+    from memstudy.configs import HubModelRun
+    from memstudy.memory import Fit, MemoryReport
+
+# By the step times of the Lab-4 study's reference rows.
+CHEAPEST_FIRST = (
+    "bf16", "chunked_loss", "optimizer_in_backward", "adamw_8bit", "selective_checkpointing=0.5", "checkpointing",
+)  # fmt: skip
+
+Model = Annotated[str, typer.Option(help="A name of `memstudy list models`, or the path of a config.json.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=2, max=2**31)]
+GpuName = Annotated[str | None, typer.Option("--gpu", help="`memstudy list gpus`, or a .yaml file; else this CPU.")]
+Techniques = Annotated[str, typer.Option("--technique", help="Comma-separated names of `memstudy list techniques`.")]
+Optimizer = Annotated[str, typer.Option(help="adamw (fused), adamw_torch (foreach), adafactor, sgd, ...")]
+Task = Annotated[str, typer.Option(help="lm (what the model was pretrained for) or classification.")]
+Attention = Annotated[str, typer.Option(help="sdpa (PyTorch's fused kernels) or eager.")]
+Expandable = Annotated[bool, typer.Option("--expandable-segments", help="As PYTORCH_ALLOC_CONF sets it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def predict(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)],
+    seq_len: SeqLen,
+    gpu: GpuName = None,
+    technique: Techniques = "",
+    optimizer: Optimizer = "adamw",
+    task: Task = "lm",
+    attention: Attention = "sdpa",
+    expandable_segments: Expandable = False,
+    as_json: Json = False,
+) -> None:
+    """Say what training a model takes, and whether it fits; nothing is run.
+
+    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4
+
+    The step is Hugging Face Trainer's own, followed on tensors without bytes. Exit status 0 whether it fits or not.
+    """
+    with _one_line():
+        run = _plan(
+            model=model, batch_size=batch, seq_len=seq_len, techniques=_split(technique), optimizer=optimizer,
+            task=task, attention=attention,
+        )  # fmt: skip
+        report = _report(run, gpu, expandable_segments)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(report, run), indent=2))
+    else:
+        _show(report)
+
+
+def fit(
+    model: Model,
+    seq_len: SeqLen,
+    gpu: GpuName = None,
+    budget_mib: Annotated[
+        float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")
+    ] = None,
+    effective_batch: Annotated[
+        int | None,
+        typer.Option(help="Sequences in one update; the batch divides it and is accumulated.", min=1, max=2**31),
+    ] = None,
+    technique: Techniques = "",
+    optimizer: Optimizer = "adamw",
+    task: Task = "lm",
+    attention: Attention = "sdpa",
+    expandable_segments: Expandable = False,
+    advise: Annotated[bool, typer.Option("--advise", help="When nothing fits, say what to add.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Run the batch that is found, here on this CPU.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the largest batch that fits, by prediction.
+
+    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise
+
+    With --advise, techniques are added one after another, cheapest in step time first, until a batch fits. With
+    --verify (without --gpu) the batch is run here, and the answer is a tested one. Exit status 0 whether one fits or
+    not.
+    """
+    with _one_line():
+        if verify and gpu is not None:
+            raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
+        if gpu is None and budget_mib is None:
+            raise ValueError("fit needs a budget: give --gpu, or --budget-mib for this CPU")
+        chosen = _split(technique)
+        if any(text.partition("=")[0] == "accumulation" for text in chosen):
+            raise ValueError("accumulation follows from the batch that fits: give --effective-batch instead")
+        plan = {
+            "model": model, "seq_len": seq_len, "techniques": chosen, "optimizer": optimizer, "task": task,
+            "attention": attention,
+        }  # fmt: skip
+        steps: list[tuple[tuple[str, ...], Fit]] = []
+        for techniques in [chosen, *(_additions(plan, effective_batch) if advise else [])]:
+            found = _fit(
+                plan | {"techniques": techniques}, gpu, budget_mib, effective_batch, expandable_segments, verify
+            )
+            steps.append((techniques, found))
+            if found.batch_size:
+                break
+    if as_json:
+        typer.echo(json.dumps([_row(techniques, found) for techniques, found in steps], indent=2))
+        return
+    for techniques, found in steps:
+        typer.echo(f"{', '.join(techniques) or 'no technique'}: {_verdict(found)}")
+    if steps[-1][1].batch_size:
+        _show(steps[-1][1].report)
+    elif not advise:
+        typer.echo("--advise says which techniques to add")
+
+
+def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) -> Fit:
+    from rich.console import Console
+
+    from memstudy.memory import find_gpu, measure
+    from memstudy.memory import fit as largest_fit
+    from memstudy.trainers import build
+
+    card = gpu and find_gpu(gpu)
+
+    def build_for_batch(size: int):
+        whole = effective_batch or size
+        parts = (f"accumulation={whole // size}",) if whole > size else ()
+        run = _plan(**plan | {"batch_size": whole, "techniques": (*plan["techniques"], *parts)})
+        status.update(f"{plan['model']}: batch {size}, {', '.join(plan['techniques']) or 'no technique'}")
+        return build(run, gpu=card, parts=2)
+
+    def run_batch(size: int) -> float | None:
+        try:
+            peak = measure(build_for_batch(size)).peak_allocated_mib
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            return None
+        return peak if peak <= budget_mib else None
+
+    with Console(stderr=True).status("predicting") as status:
+        return largest_fit(
+            build_for_batch,
+            gpu=card,
+            budget_mib=budget_mib,
+            effective_batch=effective_batch,
+            expandable_segments=expandable_segments,
+            run=run_batch if verify else None,
+        )
+
+
+def _additions(plan: dict, effective_batch: int | None) -> list[tuple[str, ...]]:
+    """Ever longer lists of techniques, those that suit the model and each other; more is recomputed in less's stead."""
+    lists, grown = [], plan["techniques"]
+    # A batch of 1 shall do, and is accumulated to the effective batch.
+    batch = effective_batch or 1
+    parts = (f"accumulation={batch}",) if batch > 1 else ()
+    for text in CHEAPEST_FIRST:
+        kept = grown
+        if text == "checkpointing":
+            kept = tuple(other for other in grown if not other.startswith("selective_checkpointing"))
+        try:
+            _plan(**plan | {"seq_len": 2, "batch_size": batch, "techniques": (*kept, text, *parts)})
+        except ValueError:
+            continue
+        grown = (*kept, text)
+        lists.append(grown)
+    return lists
+
+
+def _split(techniques: str) -> tuple[str, ...]:
+    return tuple(text.strip() for text in techniques.split(",") if text.strip())
+
+
+def _plan(**choices) -> HubModelRun:
+    from memstudy.trainers import HubModelRun
+
+    return HubModelRun(experiment="forecast", **choices)
+
+
+def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> MemoryReport:
+    from rich.console import Console
+
+    from memstudy.memory import find_gpu
+    from memstudy.memory import predict as predict_memory
+    from memstudy.trainers import build
+
+    card = gpu and find_gpu(gpu)
+    with Console(stderr=True).status(f"following two steps of {run.model} on tensors without bytes"):
+        return predict_memory(build(run, gpu=card), gpu=card, expandable_segments=expandable_segments)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """As `one_line`, also for what the machine or the GPU cannot do, and for tensors that no number can size."""
+    from memstudy.attention import Unavailable
+
+    with one_line():
+        try:
+            yield
+        except Unavailable as error:
+            raise ValueError(str(error)) from None
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise ValueError("a tensor would have more than 2^63 bytes: take a smaller batch or sequence") from None
+
+
+def _as_dict(report: MemoryReport, run: HubModelRun) -> dict:
+    return {
+        "run": run.model_dump(mode="json"),
+        "device": report.device,
+        "kind": report.kind,
+        "waterfall_mib": report.waterfall_mib(),
+        "peak_allocated_mib": report.peak_allocated_mib,
+        "peak_reserved_mib": report.peak_reserved_mib,
+        "whole_gpu_mib": report.whole_gpu_mib,
+        "peak_by_phase_mib": {phase: size / 2**20 for phase, size in report.peak_by_phase.items()},
+        "fits": None if report.memory_bytes is None else report.out_of_memory is None,
+        "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
+        "unverified": list(report.unverified),
+    }
+
+
+def _row(techniques: tuple[str, ...], found: Fit) -> dict:
+    return {
+        "techniques": techniques,
+        "device": found.report.device,
+        "batch_size": found.batch_size,
+        "accumulation": found.accumulation,
+        "budget_mib": found.budget_mib,
+        "needed_mib": found.needed_mib,
+        "headroom_percent": found.headroom_percent,
+        "refused_at": found.refused_at,
+        "tested": found.tested,
+    }
+
+
+def _verdict(found: Fit) -> str:
+    said = "tested" if found.tested else "predicted"
+    if not found.batch_size:
+        return f"nothing fits: a batch of 1 needs {_size(found.needed_mib)}, the budget is {_size(found.budget_mib)}"
+    parts = f", {found.accumulation} of them an update" if found.accumulation > 1 else ""
+    return f"largest batch {found.batch_size}{parts} ({said}), {found.headroom_percent:.1f} % left"
+
+
+def _size(mib: float) -> str:
+    return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
+
+
+def _show(report: MemoryReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    parts = report.waterfall_mib()
+    whole = sum(parts.values())
+    table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {report.device}, predicted")
+    for column in (1, 2):
+        table.columns[column].justify = "right"
+    for name, size in parts.items():
+        table.add_row(name, f"{size:,.0f}", f"{100 * size / whole:.0f} %", "█" * round(30 * size / whole))
+    table.add_row("whole GPU" if report.memory_bytes else "peak", f"{whole:,.0f}", "", "", style="bold")
+    console = Console(highlight=False)
+    console.print(table)
+    if report.memory_bytes is not None:
+        have = report.memory_bytes / 2**30
+        if report.out_of_memory is None:
+            console.print(f"fits: {whole / 1024:.1f} of {have:.1f} GiB")
+        else:
+            said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} there; {report.out_of_memory}"
+            console.print(said, soft_wrap=True)
+    if report.unverified:
+        console.print(f"not checked against CUDA, taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True)

@@ -1,0 +1,432 @@
+"""`memstudy predict` and `memstudy fit`: what they print, their JSON, and bad input told in one line."""
+
+import json
+import re
+
+import pytest
+from test_cli import assert_one_line, invoke
+from tiny_models import config_file
+from tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
+
+from memstudy import memory
+from memstudy.configs import HubModelRun, hub_models
+from memstudy.forecast import CHEAPEST_FIRST
+from memstudy.techniques import TECHNIQUES
+from memstudy.trainers import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Paths of config.json files; the two of "large" ones take hundreds of MiB, and fake tensors none."""
+    folder = tmp_path_factory.mktemp("models")
+    large = {"hidden_size": 512, "vocab_size": 20_000}
+    files = {family: config_file(folder, family) for family in ("gpt2", "bert", "t5")}
+    return files | {
+        "large gpt2": config_file(folder, "gpt2", n_embd=512, vocab_size=20_000),
+        "large bert": config_file(folder, "bert", **large),
+    }
+
+
+@pytest.fixture(scope="module")
+def small_gpu(tmp_path_factory):
+    """The path of a description of a GPU with 1 GiB."""
+    path = tmp_path_factory.mktemp("gpus") / "small.yaml"
+    path.write_text('compute_capability: "8.0"\nmemory_mib: 1024\ncontext_mib: 100\n')
+    return str(path)
+
+
+def predict(model, *arguments, batch=2, seq_len=16):
+    return invoke("predict", "--model", model, "--batch", batch, "--seq-len", seq_len, *arguments)
+
+
+def fit(model, *arguments, seq_len=16):
+    return invoke("fit", "--model", model, "--seq-len", seq_len, *arguments)
+
+
+def answer(result):
+    """Return the JSON that a command has printed; nothing else may be."""
+    assert (result.exit_code, result.stderr) == (0, "")
+    return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def table(result) -> dict[str, int]:
+    """Return the rows of a printed waterfall [MiB]."""
+    rows = re.findall(r"^ +(\w+(?: GPU)?) +([\d,]+)(?: +\d+ %.*| *)$", result.stdout, re.MULTILINE)
+    return {name: int(size.replace(",", "")) for name, size in rows}
+
+
+# --- predict
+
+
+@pytest.mark.parametrize("model", ["large gpt2", "large bert"])
+def test_the_waterfall_on_a_gpu_adds_up_to_the_whole(model, models, small_gpu):
+    result = predict(models[model], "--gpu", small_gpu)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "training step on small, predicted" in result.stdout
+    parts = table(result)
+    whole = parts.pop("whole GPU")
+    assert list(parts) == [*memory.CATEGORIES, "workspace", "fragmentation", "context"]
+    assert abs(sum(parts.values()) - whole) <= len(parts) / 2 + 0.5  # each is rounded
+    assert parts["context"] == 100
+    assert parts["parameters"] > 50
+    shares = [int(share) for share in re.findall(r"(\d+) %", result.stdout)]
+    assert abs(sum(shares) - 100) <= len(shares) / 2
+    assert f"fits: {whole / 1024:.1f} of 1.0 GiB" in result.stdout
+
+
+def test_the_waterfall_on_this_cpu_adds_up_to_the_peak(models):
+    result = predict(models["large gpt2"])
+    assert "training step on cpu, predicted" in result.stdout
+    parts = table(result)
+    whole = parts.pop("peak")
+    assert list(parts) == list(memory.CATEGORIES)
+    assert abs(sum(parts.values()) - whole) <= len(parts) / 2 + 0.5
+    assert "fit" not in result.stdout  # how much memory there is has not been said
+    assert "GPU" not in result.stdout
+
+
+def test_what_does_not_fit_is_told_where(models, small_gpu):
+    result = predict(models["large gpt2"], "--gpu", small_gpu, batch=200, seq_len=64)
+    assert result.exit_code == 0
+    whole = table(result)["whole GPU"]
+    (line,) = [line for line in result.stdout.splitlines() if "fit" in line]
+    said = rf"does not fit: {whole / 1024:.1f} GiB needed, 1.0 there; out of memory in forward of step 1"
+    assert re.fullmatch(said + r"( in [\w.]+)?, asking for [\d,.]+ MiB", line)
+
+
+PREDICTED = {
+    "run", "device", "kind", "waterfall_mib", "peak_allocated_mib", "peak_reserved_mib", "whole_gpu_mib",
+    "peak_by_phase_mib", "fits", "out_of_memory", "unverified",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [2, 20_000])
+def test_the_json_of_a_prediction_is_the_librarys_report(batch, models, small_gpu):
+    options = ("--technique", "bf16, checkpointing", "--optimizer", "adafactor", "--json", "--gpu", small_gpu)
+    given = answer(predict(models["gpt2"], *options, batch=batch))
+    assert given.keys() == PREDICTED
+    run = HubModelRun.model_validate(given["run"])
+    assert (run.techniques, run.optimizer, run.batch_size) == (("bf16", "checkpointing"), "adafactor", batch)
+    report = memory.predict(build(run, gpu=memory.find_gpu(small_gpu)), gpu=small_gpu)
+    assert (given["kind"], given["device"]) == ("predicted", "small")
+    assert given["waterfall_mib"] == report.waterfall_mib()
+    assert sum(given["waterfall_mib"].values()) == pytest.approx(given["whole_gpu_mib"])
+    assert given["whole_gpu_mib"] == report.whole_gpu_mib
+    assert given["peak_allocated_mib"] == report.peak_allocated_mib <= given["peak_reserved_mib"]
+    assert max(given["peak_by_phase_mib"].values()) == given["peak_allocated_mib"]
+    assert given["fits"] is (batch == 2)
+    assert given["out_of_memory"] == (str(report.out_of_memory) if batch == 20_000 else None)
+
+
+def test_the_json_of_a_prediction_for_this_cpu(models):
+    given = answer(predict(models["t5"], "--json"))
+    assert given.keys() == PREDICTED
+    assert (given["kind"], given["device"]) == ("predicted", "cpu")
+    assert sum(given["waterfall_mib"].values()) == pytest.approx(given["peak_allocated_mib"])
+    for name in ("peak_reserved_mib", "whole_gpu_mib", "fits", "out_of_memory"):
+        assert given[name] is None
+
+
+def test_the_choices_change_the_prediction(models):
+    def peak(model, *arguments):
+        return answer(predict(models[model], *arguments, "--gpu", "A100-80GB", "--json", seq_len=64))["waterfall_mib"]
+
+    plain = peak("large gpt2")
+    assert peak("large gpt2", "--optimizer", "sgd")["optimizer"] == 0 < plain["optimizer"]
+    assert peak("large gpt2", "--technique", "adamw_8bit")["optimizer"] < plain["optimizer"]
+    expandable = peak("large gpt2", "--expandable-segments")
+    assert expandable["fragmentation"] != plain["fragmentation"]
+    assert expandable["parameters"] != 0
+    assert peak("large bert", "--task", "classification") != peak("large bert")
+
+
+@pytest.mark.parametrize("gpu", ["T4", "H100-80GB"])
+def test_offloaded_activations_are_predicted_for_a_gpu_and_are_not_on_it(gpu, models):
+    def activations(*arguments):
+        given = answer(predict(models["large gpt2"], *arguments, "--gpu", gpu, "--json", batch=64, seq_len=64))
+        return given["peak_by_phase_mib"]["forward"]
+
+    assert activations("--technique", "offload_activations") < 0.8 * activations()
+
+
+# --- fit
+
+FOUND = {
+    "techniques", "device", "batch_size", "accumulation", "budget_mib", "needed_mib", "headroom_percent", "refused_at",
+    "tested",
+}  # fmt: skip
+
+
+def test_the_largest_batch_is_the_last_that_predict_says_fits(models, small_gpu):
+    (found,) = answer(fit(models["large gpt2"], "--gpu", small_gpu, "--json"))
+    assert found.keys() == FOUND
+    assert (found["techniques"], found["device"], found["tested"]) == ([], "small", False)
+    assert found["refused_at"] == found["batch_size"] + 1
+    last, next_ = (
+        answer(predict(models["large gpt2"], "--gpu", small_gpu, "--json", batch=found["batch_size"] + more))
+        for more in (0, 1)
+    )
+    assert (last["fits"], next_["fits"]) == (True, False)
+    assert last["whole_gpu_mib"] == found["needed_mib"] <= found["budget_mib"] == 1024
+    assert found["headroom_percent"] == pytest.approx(100 * (1 - found["needed_mib"] / 1024))
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_an_effective_batch_is_predicted_as_all_its_parts_are(gpu, models, small_gpu):
+    device = ("--gpu", small_gpu) if gpu else ("--budget-mib", 900)
+    (found,) = answer(fit(models["large gpt2"], *device, "--effective-batch", 480, "--json"))
+    assert found["batch_size"] * found["accumulation"] == 480
+    assert 1 < found["accumulation"] < 480
+
+    def needed(parts):
+        arguments = ("--technique", f"accumulation={parts}") if parts > 1 else ()
+        whole = answer(predict(models["large gpt2"], *arguments, *device[: 2 * gpu], "--json", batch=480))
+        return whole["whole_gpu_mib" if gpu else "peak_allocated_mib"]
+
+    assert needed(found["accumulation"]) == found["needed_mib"] <= found["budget_mib"]
+    assert needed(480 // found["refused_at"]) > found["budget_mib"]
+
+
+def test_the_verdict_in_words(models):
+    (found,) = answer(fit(models["gpt2"], "--budget-mib", 12, "--effective-batch", 96, "--json"))
+    result = fit(models["gpt2"], "--budget-mib", 12, "--effective-batch", 96)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[0] == (
+        f"no technique: largest batch {found['batch_size']}, {found['accumulation']} of them an update (predicted), "
+        f"{found['headroom_percent']:.1f} % left"
+    )
+    assert found["accumulation"] > 1
+    assert table(result)["peak"] == round(found["needed_mib"])
+
+
+@pytest.mark.parametrize("budget_mib", [700, 2000])
+def test_another_budget_than_the_whole_gpu(budget_mib, models, small_gpu):
+    result = fit(models["large gpt2"], "--gpu", small_gpu, "--budget-mib", budget_mib)
+    assert re.match(r"no technique: largest batch \d+ \(predicted\), \d+\.\d % left\n", result.stdout)
+    assert f"of {budget_mib / 1024:.1f} GiB" in result.stdout
+    assert "does not fit" not in result.stdout
+
+
+def test_what_a_batch_of_1_needs_of_a_gpu_is_told_in_gib(models, small_gpu):
+    first = fit(models["t5"], "--gpu", small_gpu, seq_len=20_000).stdout.splitlines()[0]
+    assert re.fullmatch(r"no technique: nothing fits: a batch of 1 needs \d+\.\d GiB, the budget is 1\.0 GiB", first)
+
+
+def test_when_nothing_fits_advice_is_offered(models):
+    result = fit(models["gpt2"], "--budget-mib", 0.5)
+    assert result.exit_code == 0
+    first, second = result.stdout.splitlines()
+    assert re.fullmatch(r"no technique: nothing fits: a batch of 1 needs \d+\.\d MiB, the budget is 0\.5 MiB", first)
+    assert second == "--advise says which techniques to add"
+
+
+def advised(model, *arguments, **options):
+    return answer(fit(model, "--advise", "--json", *arguments, **options))
+
+
+def test_advice_is_the_cheapest_that_fits(models):
+    """Of a batch of 1 that fits nowhere before, the gradients are the most that can be spared."""
+    three = "bf16,chunked_loss,optimizer_in_backward"
+    peak = answer(predict(models["gpt2"], "--technique", three, "--json", batch=1))["peak_allocated_mib"]
+    result = fit(models["gpt2"], "--advise", "--budget-mib", peak + 0.01)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, second, third, fourth, *rest = result.stdout.splitlines()
+    assert first.startswith("no technique: nothing fits: a batch of 1 needs")
+    assert second.startswith("bf16: nothing fits")
+    assert third.startswith("bf16, chunked_loss: nothing fits")
+    assert fourth.startswith("bf16, chunked_loss, optimizer_in_backward: largest batch 1 (predicted), 0.")
+    assert "training step on cpu, predicted" in rest[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "left_out"),
+    [
+        ("gpt2", (), set()),
+        ("bert", ("--optimizer", "adafactor"), {"chunked_loss", "adamw_8bit"}),
+        ("gpt2", ("--effective-batch", 4), {"optimizer_in_backward"}),
+    ],
+    ids=["all", "bert-adafactor", "accumulated"],
+)
+def test_what_does_not_suit_is_not_advised(model, arguments, left_out, models):
+    rows = advised(models[model], "--budget-mib", 0.1, *arguments)
+    assert all(row["batch_size"] == 0 for row in rows)
+    expected = [technique for technique in CHEAPEST_FIRST if technique not in left_out]
+    *steps, last = [row["techniques"] for row in rows]
+    assert steps == [expected[:number] for number in range(len(expected))]
+    assert last == [technique for technique in expected if technique != "selective_checkpointing=0.5"]
+
+
+def test_advice_takes_nothing_away_that_was_chosen(models):
+    rows = advised(models["bert"], "--budget-mib", 0.1, "--technique", "checkpointing")
+    assert [row["techniques"] for row in rows] == [
+        ["checkpointing"],
+        ["checkpointing", "bf16"],
+        ["checkpointing", "bf16", "optimizer_in_backward"],
+        ["checkpointing", "bf16", "optimizer_in_backward", "adamw_8bit"],
+    ]
+
+
+def test_a_verified_batch_has_been_run(models, monkeypatch):
+    measured, measure = [], memory.measure
+    monkeypatch.setattr(memory, "measure", lambda make: measured.append(measure(make)) or measured[-1])
+    (found,) = answer(fit(models["gpt2"], "--budget-mib", 12, "--verify", "--json", "--effective-batch", 12))
+    assert found["tested"] is True
+    (report,) = measured
+    assert report.peak_allocated_mib == found["needed_mib"] <= 12
+    assert found["batch_size"] * found["accumulation"] == 12
+    assert "(tested)" in fit(models["gpt2"], "--budget-mib", 12, "--verify").stdout
+
+
+@pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("[enforce fail] can't allocate memory")])
+def test_a_batch_that_runs_out_of_memory_when_run_is_not_the_answer(error, models, monkeypatch):
+    ran, measure = [], memory.measure
+
+    def scarce(make):
+        ran.append(make)
+        if len(ran) <= 2:
+            raise error()
+        return measure(make)
+
+    monkeypatch.setattr(memory, "measure", scarce)
+    (found,) = answer(fit(models["gpt2"], "--budget-mib", 10, "--verify", "--json"))
+    assert found["tested"] is True
+    assert len(ran) == 3
+    assert found["refused_at"] == found["batch_size"] + 1
+    assert answer(predict(models["gpt2"], "--json", batch=found["batch_size"] + 2))["peak_allocated_mib"] <= 10
+
+
+# --- lists and help
+
+
+@pytest.mark.parametrize(("what", "names"), [("gpus", memory.gpus()), ("models", hub_models())])
+def test_a_list_has_every_name_that_the_commands_know(what, names):
+    result = invoke("list", what)
+    assert result.exit_code == 0
+    _, *lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(names)
+
+
+def test_the_list_of_gpus_has_their_memory():
+    (line,) = [line for line in invoke("list", "gpus").stdout.splitlines() if line.split()[0] == "T4"]
+    assert f"{memory.find_gpu('T4').memory_mib / 1024:.2f}" in line
+    assert "7.5" in line
+
+
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ("predict", ["--gpu T4", "nothing is run", "memstudy list models", "config.json", ".yaml file", "--json"]),
+        (
+            "fit",
+            ["--effective-batch 64 --advise", "needed without --gpu", "cheapest in step time first", "Exit status 0"],
+        ),
+    ],
+)
+def test_help_teaches(command, taught):
+    text = " ".join(invoke(command, "--help").stdout.split()).replace("effective- batch", "effective-batch")
+    for words in taught:
+        assert words in text
+
+
+# --- bad input
+
+PREDICT = ["predict", "--batch", 2, "--seq-len", 16, "--model"]
+FIT = ["fit", "--seq-len", 16, "--model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*PREDICT, "gpt3"], ["unknown model 'gpt3'", *hub_models(), "config.json"]),
+        ([*PREDICT, "none.json"], ["model none.json: No such file", "the path of a config.json is needed"]),
+        ([*PREDICT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'", *memory.gpus(), ".yaml"]),
+        ([*PREDICT, "gpt2", "--gpu", "none.yaml"], ["GPU file none.yaml", "No such file"]),
+        ([*PREDICT, "gpt2", "--technique", "fp8"], ["unknown technique 'fp8'", *TECHNIQUES]),
+        ([*PREDICT, "gpt2", "--technique", "bf16,tf32", "--gpu", "T4"], ["only one of kind 'precision'"]),
+        ([*PREDICT, "gpt2", "--technique", "accumulation=3"], ["accumulation=3 does not divide batch_size=2"]),
+        ([*PREDICT, "gpt2", "--technique", "tf32", "--gpu", "T4"], ["tf32 needs compute capability 8.0", "7.5"]),
+        ([*PREDICT, "gpt2", "--technique", "tf32"], ["tf32 needs a CUDA device"]),
+        ([*PREDICT, "gpt2", "--technique", "offload_activations"], ["offload_activations needs a CUDA device"]),
+        ([*PREDICT, "bert-base-uncased", "--technique", "chunked_loss"], ["chunked_loss is for causal", "bert-base"]),
+        ([*PREDICT, "gpt2", "--seq-len", 1025], ["seq_len=1025 is more than the 1024 positions of gpt2"]),
+        ([*PREDICT, "gpt2", "--optimizer", "adam"], ["unknown optimizer 'adam'", "adamw_torch"]),
+        ([*PREDICT, "gpt2", "--optimizer", "lomo"], ["lomo", "install"]),
+        ([*PREDICT, "gpt2", "--optimizer", "paged_adamw_8bit", "--gpu", "T4"], ["paged optimizer", "not predicted"]),
+        ([*PREDICT, "gpt2", "--optimizer", "sgd", "--technique", "adamw_8bit"], ["excludes optimizer 'sgd'"]),
+        ([*PREDICT, "gpt2", "--task", "translation"], ["task='translation'", "'lm' or 'classification'"]),
+        ([*PREDICT, "t5-small", "--task", "classification"], ["classification is for encoders and decoders"]),
+        ([*PREDICT, "gpt2", "--attention", "flash"], ["attention='flash'", "'eager' or 'sdpa'"]),
+        ([*PREDICT, "t5-small", "--batch", 2**31, "--seq-len", 2**31], ["more than 2^63 bytes", "smaller batch"]),
+        ([*FIT, "gpt3", "--gpu", "T4"], ["unknown model 'gpt3'"]),
+        ([*FIT, "gpt3", "--gpu", "T4", "--advise"], ["unknown model 'gpt3'"]),
+        ([*FIT, "gpt2"], ["give --gpu, or --budget-mib"]),
+        ([*FIT, "gpt2", "--verify"], ["give --gpu, or --budget-mib"]),
+        ([*FIT, "gpt2", "--gpu", "T4", "--verify"], ["--verify runs on this CPU", "--budget-mib"]),
+        ([*FIT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'"]),
+        ([*FIT, "gpt2", "--budget-mib", -1], ["budget_mib=-1.0: a budget above 0 MiB is needed"]),
+        ([*FIT, "gpt2", "--gpu", "T4", "--budget-mib", -1], ["budget_mib=-1.0: a budget above 0 MiB is needed"]),
+        ([*FIT, "gpt2", "--budget-mib", "nan"], ["budget_mib=nan: a budget above 0 MiB is needed"]),
+        ([*FIT, "gpt2", "--budget-mib", "inf"], ["budget_mib=inf: a budget above 0 MiB is needed"]),
+        ([*FIT, "gpt2", "--gpu", "T4", "--technique", "accumulation=4"], ["give --effective-batch instead"]),
+        ([*FIT, "gpt2", "--gpu", "T4", "--technique", "tf32"], ["tf32 needs compute capability 8.0"]),
+        (
+            [*FIT, "gpt2", "--gpu", "T4", "--technique", "optimizer_in_backward", "--effective-batch", 8],
+            ["optimizer_in_backward", "excludes accumulation"],
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value[:1] + value[4:])) if "--model" in value else "",
+)
+def test_what_cannot_be_is_told_in_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line(invoke(*arguments), *words)
+
+
+@pytest.mark.parametrize("content", ["", "{n_layer: 2}", "[]", '{"model_type": "gpt2"}', '{"model_type": "gpt9"}'])
+@pytest.mark.parametrize("command", [PREDICT, [*FIT[:-1], "--gpu", "T4", "--model"]], ids=["predict", "fit"])
+def test_a_config_that_is_none_is_told_in_one_line(command, content, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert_one_line(invoke(*command, path), f"model {path}: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("x: [", "while parsing"),
+        ("", "None is no mapping"),
+        ("- T4", "is no mapping"),
+        ("memory_mib: 100\ncontext_mib: 10", "compute_capability is missing"),
+        ("compute_capability: eight\nmemory_mib: 100\ncontext_mib: 10", "compute_capability='eight'"),
+        ('compute_capability: "8.0"\nmemory_mib: -1\ncontext_mib: 10', "memory_mib"),
+        ('compute_capability: "8.0"\nmemory_mib: 100', "context_mib"),
+        ('compute_capability: "8.0"\nmemory_mib: 100\ncontext_mib: 10\nmemory: 3', "memory"),
+    ],
+    ids=lambda value: value.replace("\n", ", "),
+)
+@pytest.mark.parametrize("command", [PREDICT, FIT], ids=["predict", "fit"])
+def test_a_gpu_file_that_is_broken_is_told_in_one_line(command, content, word, tmp_path):
+    path = tmp_path / "gpu.yaml"
+    path.write_text(content)
+    assert_one_line(invoke(*command, "gpt2", "--gpu", path), f"GPU file {path}: ", word)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ([*PREDICT, "gpt2", "--batch", 0], "--batch"),
+        ([*PREDICT, "gpt2", "--batch", "many"], "--batch"),
+        ([*PREDICT, "gpt2", "--batch", 10**30], "--batch"),
+        ([*PREDICT, "gpt2", "--seq-len", 1], "--seq-len"),
+        ([*FIT, "gpt2", "--gpu", "T4", "--effective-batch", 0], "--effective-batch"),
+        ([*FIT, "gpt2", "--budget-mib", "much"], "--budget-mib"),
+        (["predict", "--batch", 1, "--seq-len", 2], "--model"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_an_option_of_another_type_is_a_usage_error(arguments, option):
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert option in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
