@@ -255,7 +255,7 @@ def _record(config: dict, status: str, reason: str, started: str) -> dict:
             "cpu": cpu(),
             "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
             "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            "packages": _versions(),
+            "packages": versions(),
             **git_state(),
             "started": started,
             "ended": _now(),
@@ -280,7 +280,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on, by name."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -139,12 +139,11 @@ class Study:
     def values(self, values: dict[str, str]) -> None:
         """Write ``values`` for the report's ``\\val``, with what every caption says, and the provenance.
 
-        Call it last: device, commit and data are those of all rows that the study has used.
+        Call it last: device, commit and data are those of all rows that the study has used. Of a study that only
+        predicts they say that nothing was run, and name the commit that predicted.
         """
         used = list(self._used.values())
-        if not used:
-            raise ValueError(f"study {self.stem} has used no rows yet: sweep before values")
-        where = [record["provenance"] for record in used]
+        where = [record["provenance"] for record in used] or [{"device": "nothing was run", **records.git_state()}]
         sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
         commits = sorted({p["commit"][:7] + "+" * p["dirty"] for p in where})
         every = values | {
@@ -202,9 +201,14 @@ class Study:
             lines.append(f"Machine: {device}, {threads} threads; {platform}; {versions}.")
         for name, source, revision, content_hash in sorted(data):
             lines.append(f"Data: {name}, from {source}, revision {revision}, SHA-256 {content_hash}.")
+        if not used:
+            versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
+            lines.append(f"Nothing was run; predicted with {versions}.")
         parameters = ", ".join(f"{k} = {v}" for k, v in self._told_parameters().items())
         lines.append(f"Parameters: {parameters}.")
         text = "\n\n".join(rf"\noindent {_escape(line)}" for line in lines)
+        if not used:
+            return text + "\n"
         table = pd.DataFrame(
             [
                 {

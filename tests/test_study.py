@@ -237,9 +237,16 @@ def test_the_parameters_hash_tells_parameters_apart_but_not_places(swept, folder
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_values_before_any_sweep_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="study lab4_grid has used no rows yet: sweep before values"):
-        make_study(tmp_path).values({})
+def test_a_study_that_only_predicts_says_that_nothing_was_run(tmp_path):
+    make_study(tmp_path).values({"whole_mib": "2,661"})
+    (out,) = {path.parents[2] for path in tmp_path.rglob("report/values/lab4_grid.tex")}
+    values = read_values(out)
+    assert values["lab4_grid.whole_mib"] == "2,661"
+    assert values["lab4_grid.device"] == "nothing was run"
+    assert values["lab4_grid.commit"].rstrip("+") == runs.git_state()["commit"][:7]
+    provenance = (out / "report/tables/lab4_grid_provenance.tex").read_text("utf-8")
+    assert "Nothing was run; predicted with memstudy" in provenance
+    assert "torch" in provenance
 
 
 def test_provenance_has_the_machine_the_versions_and_one_line_a_record(printed):
