@@ -141,7 +141,8 @@ def test_batch_and_padding_do_not_matter(config, is_causal):
     hidden = ~mask[:, None, :, None]
     other = (t.masked_fill(hidden, 1e3) for t in (query, key, value))
     again = config.attend(*other, is_causal=is_causal, key_padding_mask=mask)
-    torch.testing.assert_close(again.masked_fill(hidden, 0.0), together.masked_fill(hidden, 0.0), rtol=0, atol=0)
+    # Some processors' products round by where a tensor lies in memory.
+    torch.testing.assert_close(again.masked_fill(hidden, 0.0), together.masked_fill(hidden, 0.0), rtol=0, atol=1e-13)
 
 
 @cases
