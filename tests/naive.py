@@ -55,6 +55,187 @@ def window(query, key, value, *, window, is_causal, key_padding_mask=None, scale
     return _attend(query, key, value, sees=sees, key_padding_mask=key_padding_mask, scale=scale)
 
 
+def linformer(query, key, value, *, weights, is_causal, key_padding_mask=None, scale=None, **_):
+    """Wang et al. 2020, equation 7, E and F shared by all heads; padded tokens add nothing to a mixture."""
+    batch, kv_heads, key_len, head_dim = key.shape
+    rank = len(weights.key)
+    mixtures = []
+    for matrix, tokens in ((weights.key, key), (weights.value, value)):
+        mixed = []
+        for b in range(batch):
+            for h in range(kv_heads):
+                for r in range(rank):
+                    total = torch.zeros(head_dim, dtype=key.dtype)
+                    for j in range(key_len):
+                        if key_padding_mask is None or key_padding_mask[b, j]:
+                            total = total + matrix[r, j] * tokens[b, h, j]
+                    mixed.append(total)
+        mixtures.append(torch.stack(mixed).view(batch, kv_heads, rank, head_dim))
+    return _attend(query, *mixtures, sees=lambda i, j: True, key_padding_mask=None, scale=scale)
+
+
+def lowrank(query, key, value, **options):
+    """The projections alone are of low rank, the attention is exact."""
+    return softmax(query, key, value, **options)
+
+
+def nystrom(query, key, value, *, landmarks, iterations, is_causal, key_padding_mask=None, scale=None, **_):
+    """Xiong et al. 2021, equations 11 and 13; exact with no more tokens than landmarks."""
+    batch, heads, _, head_dim = query.shape
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    output = []
+    for b in range(batch):
+        real = [j for j in range(key.shape[2]) if key_padding_mask is None or key_padding_mask[b, j]]
+        if len(real) <= landmarks:
+            mask = None if key_padding_mask is None else key_padding_mask[b : b + 1]
+            one = (t[b : b + 1] for t in (query, key, value))
+            output.append(softmax(*one, is_causal=False, key_padding_mask=mask, scale=scale)[0])
+            continue
+        for h in range(heads):
+            g = h // (heads // key.shape[1])
+            query_means, key_means = [], []
+            for segment in range(landmarks):
+                members = [j for place, j in enumerate(real) if place * landmarks // len(real) == segment]
+                query_means.append(sum(query[b, h, j] for j in members) / len(members))
+                key_means.append(sum(key[b, g, j] for j in members) / len(members))
+            query_means, key_means = torch.stack(query_means), torch.stack(key_means)
+            first = (scale * query[b, h] @ key_means.T).softmax(-1)
+            kernel = (scale * query_means @ key_means.T).softmax(-1)
+            last = (scale * query_means @ key[b, g, real].T).softmax(-1)
+            z = kernel.T / (kernel.abs().sum(0).max() * kernel.abs().sum(1).max())
+            identity = torch.eye(landmarks, dtype=kernel.dtype)
+            for _ in range(iterations):
+                az = kernel @ z
+                z = z @ (13 * identity - az @ (15 * identity - az @ (7 * identity - az))) / 4
+            output.append((first @ z @ last @ value[b, g, real])[None])
+    return torch.cat(output).view(query.shape)
+
+
+def lsh_orders(vectors, *, num_hashes, chunk_length, num_buckets, hash_seed, key_padding_mask=None, **_):
+    """Kitaev et al. 2020, section 2: for each sequence and head, each round's tokens in chunks, None for no token.
+
+    Rotations are drawn head by head, those of the first factor of the number of buckets before the second's.
+    """
+    batch, heads, seq, dim = vectors.shape
+    if num_buckets is None:
+        num_buckets = 1
+        while 2 * num_buckets <= 2 * seq // chunk_length:
+            num_buckets *= 2
+    factors = [num_buckets]
+    if num_buckets > 16:
+        first = 2 ** (int(math.log2(num_buckets)) // 2)
+        factors = [first, num_buckets // first]
+    generator = torch.Generator().manual_seed(hash_seed)
+    orders = {}
+    for h in range(heads):
+        rotations = [torch.randn(num_hashes, f // 2, dim, generator=generator) for f in factors if f > 1]
+        for b in range(batch):
+            for r in range(num_hashes if seq > chunk_length else 1):
+                tokens = []
+                for i in range(seq):
+                    bucket = 0
+                    for rotation in rotations:
+                        rotated = [(row.to(vectors.dtype) * vectors[b, h, i]).sum().item() for row in rotation[r]]
+                        both = rotated + [-x for x in rotated]
+                        bucket = bucket * len(both) + both.index(max(both))
+                    padding = key_padding_mask is not None and not key_padding_mask[b, i]
+                    tokens.append((padding, 0 if padding else bucket, i))
+                order = [i for _, _, i in sorted(tokens)]
+                order += [None] * (-len(order) % chunk_length)
+                chunks = [order[at : at + chunk_length] for at in range(0, len(order), chunk_length)]
+                orders.setdefault((b, h), []).append(chunks)
+    return orders
+
+
+def lsh(query, key, value, *, is_causal, key_padding_mask=None, scale=None, orders=None, **settings):
+    """Kitaev et al. 2020, section 2 and appendix A; ``key`` is the query, at a root mean square of one."""
+    batch, heads, seq, dim = query.shape
+    heads_per_value = heads // value.shape[1]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    orders = orders or lsh_orders(query, key_padding_mask=key_padding_mask, **settings)
+
+    def real(b, i):
+        return i is not None and (key_padding_mask is None or bool(key_padding_mask[b, i]))
+
+    rows = {}
+    for (b, h), rounds in orders.items():
+        seen = {i: [] for i in range(seq)}  # each token's keys, as often as rounds show them
+        for r, chunks in enumerate(rounds):
+            last = max([c for c, chunk in enumerate(rounds[r - 1]) if any(real(b, i) for i in chunk)], default=0)
+            for c, chunk in enumerate(chunks):
+                before = chunks[c - 1] if c else rounds[r - 1][last] if len(chunks) > 1 else []
+                for i in chunk:
+                    for j in before + chunk:
+                        if i is not None and real(b, j) and (j < i if is_causal else j != i):
+                            seen[i].append(j)
+        for i, keys in seen.items():
+            v = value[b, h // heads_per_value]
+            if keys:
+                units = [query[b, h, j] / ((query[b, h, j] ** 2).sum() / dim + 1e-6).sqrt() for j in keys]
+                exponentials = torch.stack([(query[b, h, i] * unit).sum() * scale for unit in units]).exp()
+                weights = exponentials / exponentials.sum()
+                rows[b, h, i] = (weights[:, None] * torch.stack([v[j] for j in keys])).sum(0)
+            else:
+                rows[b, h, i] = v[i] if real(b, i) else 0 * v[i]
+    output = [rows[b, h, i] for b in range(batch) for h in range(heads) for i in range(seq)]
+    return torch.stack(output).view(batch, heads, seq, dim)
+
+
+def performer(query, key, value, *, weights, is_causal, key_padding_mask=None, scale=None, **_):
+    """Choromanski et al. 2021, equations 4-5 with the features of lemma 1."""
+    batch, heads, query_len, head_dim = query.shape
+    key_len, heads_per_key = key.shape[2], heads // key.shape[1]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+
+    def phi(x):
+        x = x * math.sqrt(scale)
+        return torch.stack([torch.exp((w.to(x.dtype) * x).sum() - (x * x).sum() / 2) for w in weights.features])
+
+    output = []
+    for b in range(batch):
+        for h in range(heads):
+            for row in range(query_len):
+                i = row + key_len - query_len
+                numerator, denominator = 0 * query[b, h, row], 0
+                for j in range(key_len):
+                    if (key_padding_mask is None or key_padding_mask[b, j]) and (j <= i or not is_causal):
+                        weight = (phi(query[b, h, row]) * phi(key[b, h // heads_per_key, j])).sum()
+                        numerator = numerator + weight * value[b, h // heads_per_key, j]
+                        denominator = denominator + weight
+                output.append(numerator / denominator if torch.is_tensor(denominator) else numerator)
+    return torch.stack(output).view(batch, heads, query_len, head_dim)
+
+
+def memsizer(queries, memory, weights, *, heads, is_causal, key_padding_mask=None):
+    """Zhang & Cai 2022, section 3: (batch, seq, hidden) from queries and memory of that shape.
+
+    ``weights`` are Φ, W_l, W_r as (matrix, bias) and the two normalisations' as (factor, shift).
+    """
+    (phi, phi_bias), (left, left_bias), (right, right_bias), of_key, of_value = weights
+
+    def normalise(x, factor, shift):
+        mean = x.sum() / len(x)
+        variance = ((x - mean) ** 2).sum() / len(x)
+        return (x - mean) / (variance + 1e-5).sqrt() * factor + shift
+
+    output = []
+    for b in range(len(queries)):
+        for t in range(queries.shape[1]):
+            total, count = torch.zeros(len(left), queries.shape[2], dtype=queries.dtype), 0
+            for s in range(t + 1 if is_causal else memory.shape[1]):
+                if key_padding_mask is None or key_padding_mask[b, s]:
+                    key = normalise(left @ memory[b, s] + left_bias, *of_key)
+                    value = normalise(right @ memory[b, s] + right_bias, *of_value)
+                    total = total + key[:, None] * value
+                    count = count + 1
+            logits = phi @ queries[b, t] + phi_bias
+            a = 0
+            for head in logits.view(heads, -1):
+                a = a + head.exp() / head.exp().sum() / heads
+            output.append(a @ total / math.sqrt(max(count, 1)))
+    return torch.stack(output).view_as(queries)
+
+
 class PlainAllocator:
     """PyTorch's caching allocator by default: segments as lists of ``[offset, size, name or None]`` without gaps.
 

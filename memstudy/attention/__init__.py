@@ -6,23 +6,53 @@ config, is_causal=...)`` the layer.
 """
 
 from memstudy.attention.base import AttentionConfig, SelfAttention, Unavailable
+from memstudy.attention.linformer import LinformerAttention, LinformerConfig, linformer_attention
+from memstudy.attention.lowrank import LowRankAttention, LowRankConfig, low_rank
+from memstudy.attention.lsh import LSHAttention, LSHConfig, lsh_attention
+from memstudy.attention.memsizer import MemSizerAttention, MemSizerConfig, MemSizerState
+from memstudy.attention.nystrom import NystromAttention, NystromConfig, nystrom_attention
+from memstudy.attention.performer import PerformerAttention, PerformerConfig, performer_attention
 from memstudy.attention.softmax import SoftmaxAttention, SoftmaxConfig, softmax_attention
 from memstudy.attention.window import WindowAttention, WindowConfig, window_attention
 
 ATTENTION: dict[str, type[AttentionConfig]] = {
     "softmax": SoftmaxConfig,
     "window": WindowConfig,
+    "linformer": LinformerConfig,
+    "lowrank": LowRankConfig,
+    "lsh": LSHConfig,
+    "memsizer": MemSizerConfig,
+    "performer": PerformerConfig,
+    "nystrom": NystromConfig,
 }
 
 __all__ = [
     "ATTENTION",
     "AttentionConfig",
+    "LSHAttention",
+    "LSHConfig",
+    "LinformerAttention",
+    "LinformerConfig",
+    "LowRankAttention",
+    "LowRankConfig",
+    "MemSizerAttention",
+    "MemSizerConfig",
+    "MemSizerState",
+    "NystromAttention",
+    "NystromConfig",
+    "PerformerAttention",
+    "PerformerConfig",
     "SelfAttention",
     "SoftmaxAttention",
     "SoftmaxConfig",
     "Unavailable",
     "WindowAttention",
     "WindowConfig",
+    "linformer_attention",
+    "low_rank",
+    "lsh_attention",
+    "nystrom_attention",
+    "performer_attention",
     "softmax_attention",
     "window_attention",
 ]

@@ -12,7 +12,7 @@ class Unavailable(RuntimeError):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: four projections around a parameter-free op.
+    """Multi-head self-attention: four projections around an op on (batch, heads, seq, head_dim).
 
     Parameters
     ----------
@@ -20,20 +20,20 @@ class SelfAttention(nn.Module):
         Width of the layer, a multiple of ``num_heads``.
     num_heads : int
     config : AttentionConfig
-        The variant; it must be parameter-free.
+        The variant.
     is_causal : bool
         Whether a token sees only itself and the tokens before it.
 
     Raises
     ------
     ValueError
-        If ``hidden_size`` is no multiple of ``num_heads``.
+        If ``hidden_size`` is no multiple of ``num_heads``, or the variant has no such ``is_causal``.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, config: "AttentionConfig", *, is_causal: bool) -> None:
         super().__init__()
-        if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(f"hidden_size={hidden_size} can't be shared among num_heads={num_heads}; take a multiple")
+        check_heads(hidden_size, num_heads)
+        config.check_causal(is_causal)
         self.num_heads = num_heads
         self.config = config
         self.is_causal = is_causal
@@ -41,6 +41,7 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, hidden_size)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
+        self.weights = config.make_weights(hidden_size // num_heads)
 
     def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attend within each sequence.
@@ -61,7 +62,10 @@ class SelfAttention(nn.Module):
             proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (batch, heads, seq, head_dim)
-        context = self.config.attend(query, key, value, is_causal=self.is_causal, key_padding_mask=key_padding_mask)
+        options = {} if self.weights is None else {"weights": self.weights}
+        context = self.config.attend(
+            query, key, value, is_causal=self.is_causal, key_padding_mask=key_padding_mask, **options
+        )
         return self.o_proj(context.transpose(1, 2).flatten(2))
 
 
@@ -78,7 +82,15 @@ class AttentionConfig:
     causal : tuple of bool
         The values of ``is_causal`` that the variant can do.
     parameter_free : bool
-        Whether the op has no weights of its own, so that it fits any trained model.
+        Whether it is an op on query, key and value alone, so that it fits any trained model.
+    cross : bool
+        Whether queries of one sequence can attend to the keys of another.
+    score_bias : bool
+        Whether the op can add a bias for each pair of positions to the scores, as T5 needs.
+    drops_weights : bool
+        Whether the op can drop attention weights.
+    projections : bool
+        Whether the variant is another form of the projections (`factor`) around exact attention.
     module : type
         The layer, built as ``module(hidden_size, num_heads, config, is_causal=...)``.
     """
@@ -87,11 +99,31 @@ class AttentionConfig:
     paper: ClassVar[str]
     causal: ClassVar[tuple[bool, ...]]
     parameter_free: ClassVar[bool]
+    cross: ClassVar[bool] = False
+    score_bias: ClassVar[bool] = False
+    drops_weights: ClassVar[bool] = True
+    projections: ClassVar[bool] = False
     module: ClassVar[type[nn.Module]]
 
     def settings(self) -> dict:
         """Give name and hyper-parameters as plain values, ``{"variant": ..., ...}``."""
         return {"variant": self.name, **asdict(self)}
+
+    def check_causal(self, is_causal: bool) -> None:
+        """Refuse a direction that the variant can't do.
+
+        Raises
+        ------
+        ValueError
+            Naming the variant and what it can do.
+        """
+        if is_causal not in self.causal:
+            able = "causal" if self.causal == (True,) else "not causal"
+            raise ValueError(f"{self.name} is {able} only, asked for is_causal={is_causal}; take another variant")
+
+    def make_weights(self, head_dim: int) -> nn.Module | None:
+        """Make what the op needs beside query, key and value (`attend`'s ``weights``); None for most."""
+        return None
 
     def attend(
         self,
@@ -104,7 +136,10 @@ class AttentionConfig:
         scale: float | None = None,
         dropout: float = 0.0,
     ) -> torch.Tensor:
-        """Run the variant's op with these hyper-parameters (parameter-free variants only).
+        """Run the variant's op with these hyper-parameters.
+
+        Variants with `make_weights` take its module as ``weights``, those with `score_bias` a tensor that
+        broadcasts to (batch, heads, query_len, key_len) under that name.
 
         Parameters
         ----------
@@ -130,17 +165,28 @@ class AttentionConfig:
         raise NotImplementedError
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        """Count what autograd keeps for the op's backward [elements].
+        """Count what autograd keeps for the backward of the layer `module` [elements].
 
-        Every distinct storage once, the inputs query, key, value included, each in elements of its
-        own dtype; without padding, dropout or autocast, as many keys as queries, as many key heads
-        as query heads.
+        Every distinct storage once, the input included and the weights left out, each in elements of
+        its own dtype; without padding, dropout or autocast.
         """
         raise NotImplementedError
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
         """Count what decoding must keep after ``seq`` tokens to make the next one [elements]."""
         raise NotImplementedError
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """Refuse a width that the heads can't share equally.
+
+    Raises
+    ------
+    ValueError
+        Naming both.
+    """
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"hidden_size={hidden_size} can't be shared among num_heads={num_heads}; take a multiple")
 
 
 def check_inputs(
@@ -172,10 +218,19 @@ def check_inputs(
             f"causal attention of {query_len} queries to {key_len} keys: the first queries would "
             "see nothing; give at least as many keys as queries"
         )
-    if key_padding_mask is not None and (
-        key_padding_mask.dtype != torch.bool or key_padding_mask.shape != (batch, key_len)
-    ):
+    check_padding(key_padding_mask, (batch, key_len))
+
+
+def check_padding(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    """Refuse a mask that isn't bool or not of ``shape`` (batch, key_len).
+
+    Raises
+    ------
+    ValueError
+        Naming its shape and dtype, and what was expected.
+    """
+    if key_padding_mask is not None and (key_padding_mask.dtype != torch.bool or key_padding_mask.shape != shape):
         raise ValueError(
             f"key_padding_mask is {tuple(key_padding_mask.shape)} {key_padding_mask.dtype}; "
-            f"expected {(batch, key_len)} torch.bool, True for a real token"
+            f"expected {tuple(shape)} torch.bool, True for a real token"
         )

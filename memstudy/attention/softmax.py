@@ -12,15 +12,19 @@ sdpa
     weights. On CPU it is chosen with padding too; with dropout PyTorch takes its unfused kernel.
 flash_attention_2
     The flash_attn package on CUDA (Dao 2023, arXiv:2307.08691), fp16 and bf16, without padding.
+
+The layer can besides keep its input and what the heads give only, and project queries, keys and values
+again in backward.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
-from memstudy.attention.base import AttentionConfig, SelfAttention, Unavailable, check_inputs
+from memstudy.attention.base import AttentionConfig, SelfAttention, Unavailable, check_inputs, check_padding
+from memstudy.attention.heads import attend_by_heads
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
 
@@ -35,22 +39,27 @@ def softmax_attention(
     key_padding_mask: torch.Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
+    score_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend exactly; see `AttentionConfig.attend` for the tensors.
 
     Parameters
     ----------
     implementation : {"eager", "sdpa", "flash_attention_2"}
+    score_bias : torch.Tensor, optional
+        Added to the scaled scores; broadcasts to (batch, heads, query_len, key_len).
 
     Raises
     ------
     ValueError
-        For an unknown implementation or tensors that don't fit.
+        For an unknown implementation, tensors that don't fit, or "flash_attention_2" with a ``score_bias``.
     Unavailable
         For "flash_attention_2" without CUDA or without the flash_attn package.
     """
     check_inputs(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask)
     if implementation == "flash_attention_2":
+        if score_bias is not None:
+            raise ValueError("flash_attention_2 adds no bias to the scores; use another implementation")
         return flash_attention_2(
             query,
             key,
@@ -62,16 +71,21 @@ def softmax_attention(
         )
     if implementation == "eager":
         visible = _visible(query, key, is_causal, key_padding_mask)
-        return _eager(query, key, value, visible, scale, dropout)
+        return _eager(query, key, value, visible, score_bias, scale, dropout)
     if implementation != "sdpa":
         raise ValueError(f"unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
     # SDPA's own is_causal aligns the first query with the first key: right only for equal lengths.
-    plain_causal = is_causal and key_padding_mask is None and query.shape[2] == key.shape[2]
+    plain = key_padding_mask is None and score_bias is None
+    plain_causal = is_causal and plain and query.shape[2] == key.shape[2]
+    mask = None if plain_causal else _visible(query, key, is_causal, key_padding_mask)
+    if score_bias is not None:
+        # One mask holds both; a row that sees no key gives zeros, as with booleans.
+        mask = score_bias if mask is None else torch.where(mask, score_bias, -torch.inf)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if plain_causal else _visible(query, key, is_causal, key_padding_mask),
+        attn_mask=mask,
         dropout_p=dropout,
         is_causal=plain_causal,
         scale=scale,
@@ -106,6 +120,7 @@ def _eager(
     key: torch.Tensor,
     value: torch.Tensor,
     visible: torch.Tensor | None,
+    score_bias: torch.Tensor | None,
     scale: float | None,
     dropout: float,
 ) -> torch.Tensor:
@@ -114,6 +129,8 @@ def _eager(
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = query @ key.transpose(-1, -2) * scale  # (batch, heads, query_len, key_len)
+    if score_bias is not None:
+        scores = scores + score_bias
     if visible is not None:
         # The lowest finite number, not -inf: a row without visible keys must not turn into NaN.
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
@@ -168,8 +185,60 @@ def flash_attention_2(
     return context.transpose(1, 2)
 
 
+class _Fused:
+    """PyTorch's fused kernels, forward and backward apart; a `memstudy.attention.heads.Kernel`."""
+
+    def __init__(self, is_causal: bool, key_padding_mask: torch.Tensor | None) -> None:
+        self.is_causal = is_causal
+        self.key_padding_mask = key_padding_mask
+
+    def _mask(self, query: torch.Tensor, key: torch.Tensor) -> dict:
+        if self.key_padding_mask is None:
+            return {"is_causal": self.is_causal}
+        visible = _visible(query, key, self.is_causal, self.key_padding_mask)
+        hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
+        return {"is_causal": False, "attn_mask": hidden}
+
+    def forward(self, output, query, key, value):
+        if query.is_cuda:
+            attended, *kept = torch.ops.aten._scaled_dot_product_efficient_attention(
+                query, key, value, None, True, is_causal=self.is_causal
+            )
+        else:
+            options = self._mask(query, key)
+            attended, *kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, **options)
+        output.copy_(attended)
+        return kept
+
+    def backward(self, grad_output, output, kept, query, key, value):
+        if query.is_cuda:
+            return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+                grad_output, query, key, value, None, output, *kept, 0.0, [True, True, True, False], self.is_causal
+            )[:3]
+        options = self._mask(query, key)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output, query, key, value, output, *kept, 0.0, **options
+        )
+
+
 class SoftmaxAttention(SelfAttention):
     """Exact attention with its projections."""
+
+    def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.config.recompute:
+            return super().forward(hidden_states, key_padding_mask)
+        check_padding(key_padding_mask, hidden_states.shape[:2])
+        if hidden_states.is_cuda and key_padding_mask is not None:
+            raise ValueError("softmax: recompute=True takes no padding on CUDA; use recompute=False")
+        return attend_by_heads(
+            _Fused(self.is_causal, key_padding_mask),
+            hidden_states,
+            (self.q_proj, self.k_proj, self.v_proj),
+            self.o_proj,
+            heads=self.num_heads,
+            # Two: the CPU's kernel gives each thread a head.
+            at_once=2 if self.num_heads % 2 == 0 else 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,29 +249,41 @@ class SoftmaxConfig(AttentionConfig):
     ----------
     implementation : {"sdpa", "eager", "flash_attention_2"}
         How the same equation is computed.
+    recompute : bool
+        Whether the layer projects again in backward, a pair of heads at a time; with "sdpa".
     """
 
     implementation: str = "sdpa"
+    recompute: bool = False
 
     name: ClassVar[str] = "softmax"
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762"
     causal: ClassVar[tuple[bool, ...]] = (False, True)
     parameter_free: ClassVar[bool] = True
+    cross: ClassVar[bool] = True
+    score_bias: ClassVar[bool] = True
     module: ClassVar[type[SelfAttention]] = SoftmaxAttention
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
             raise ValueError(f"softmax: implementation={self.implementation!r}; one of {IMPLEMENTATIONS}")
+        if self.recompute and self.implementation != "sdpa":
+            raise ValueError(f"softmax: recompute=True with implementation={self.implementation!r}; take 'sdpa'")
 
     def attend(self, query, key, value, **options) -> torch.Tensor:
-        return softmax_attention(query, key, value, **asdict(self), **options)
+        if self.recompute:
+            raise ValueError(
+                "softmax: recompute=True is for the layer SoftmaxAttention, which has the projections; "
+                "for the op, or a converted model, take recompute=False"
+            )
+        return softmax_attention(query, key, value, implementation=self.implementation, **options)
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        qkv = 3 * batch * heads * seq * head_dim
+        # Input and what the heads give; query, key and value.
+        tensors = (2 if self.recompute else 5) * batch * heads * seq * head_dim
         if self.implementation == "eager":  # the weights; a causal mask of booleans
-            return qkv + (batch * heads + (is_causal and seq > 1)) * seq**2
-        # The output, and a log-sum-exp for each query (float32 for half-precision tensors).
-        return qkv + batch * heads * seq * head_dim + batch * heads * seq
+            return tensors + (batch * heads + (is_causal and seq > 1)) * seq**2
+        return tensors + batch * heads * seq  # a log-sum-exp for each query
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
         return 2 * batch * heads * seq * head_dim  # the keys and values of all tokens

@@ -8,8 +8,9 @@ Mistral 7B (Jiang et al. 2023, arXiv:2310.06825, section 2). With window w, quer
 
 and the softmax runs over those keys alone. Time and memory are linear in the sequence: blocks of
 queries against the slice of keys that the block can see, written into one output; backward computes
-a block's weights once more instead of keeping them, so query, key, value and output are all that is
-kept.
+a block's weights once more instead of keeping them. The op keeps query, key, value and output; the
+layer its input, the queries and what the heads give, and projects keys and values again, a segment
+of the sequence at a time.
 
 Not implemented: Longformer's dilation and global tokens; Mistral's rolling cache.
 """
@@ -20,16 +21,20 @@ from typing import ClassVar
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from memstudy.attention.base import AttentionConfig, SelfAttention, check_inputs
+from memstudy.attention.base import AttentionConfig, SelfAttention, check_inputs, check_padding
 from memstudy.attention.softmax import flash_attention_2, softmax_attention
 
 IMPLEMENTATIONS = ("blocks", "flash_attention_2")
 # Queries in a block. Small blocks waste few scores outside the window and need little room, large
-# ones call few kernels; 128 was fastest of 64, 128, 256 with window 256 on two cores.
-QUERY_BLOCK = 128
+# ones call few kernels; 64 was fastest of 32, 64, 128, 256 with window 256 on two cores.
+QUERY_BLOCK = 64
 # Into how many groups a batch is cut at most, so that kernels don't get ever more numerous with it.
 BATCH_GROUPS = 8
+# Tokens that the layer projects at once, at least as many as the window reaches back. In sequences of more than eight
+# such segments half of it is as fast.
+SEGMENT = 1024
 
 
 def window_attention(
@@ -100,33 +105,46 @@ def _check_window(window: int, implementation: str) -> None:
         raise ValueError(f"window: unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
 
 
-def _blocks(
-    batch: int, query_len: int, key_len: int, window: int, is_causal: bool
-) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield by groups of sequences the blocks of queries, each with the keys that any of them sees.
+def _groups(batch: int) -> Iterator[slice]:
+    """Cut a batch into groups of sequences.
 
     A group is one sequence as long as there are few: then the slices of keys stay views under the
     matrix products, and the scratch is an eighth of the batch's at most.
     """
-    offset = key_len - query_len
     size = max(1, batch // BATCH_GROUPS)
-    for sequence in range(0, batch, size):
-        sequences = slice(sequence, sequence + size)
-        for start in range(0, query_len, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, query_len)
-            first = max(0, start + offset - window + 1)
-            last = stop + offset if is_causal else min(key_len, stop + offset + window - 1)
-            yield sequences, slice(start, stop), slice(first, last)
+    for start in range(0, batch, size):
+        yield slice(start, start + size)
+
+
+def _blocks(
+    query_len: int, key_len: int, offset: int, window: int, is_causal: bool, like: torch.Tensor
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Cut the queries into blocks; query i has the position i + ``offset`` among the keys.
+
+    Returns
+    -------
+    rows, columns : slice
+        The queries, and the keys that any of them sees.
+    bias : torch.Tensor
+        (rows, columns), of ``like``'s dtype and device: 0 where a query sees a key. Elsewhere far below any score but
+        finite, not -inf: a row without visible keys must not turn into NaN.
+    """
+    shape = None
+    for first in range(0, query_len, QUERY_BLOCK):
+        rows = slice(first, min(first + QUERY_BLOCK, query_len))
+        last = rows.stop + offset
+        columns = slice(max(0, first + offset - window + 1), last if is_causal else min(key_len, last + window - 1))
+        distance = first + offset - columns.start
+        if shape != (shape := (rows.stop - rows.start, columns.stop - columns.start, distance)):
+            apart = torch.arange(distance, distance + shape[0], device=like.device)[:, None]
+            apart = apart - torch.arange(shape[1], device=like.device)
+            hidden = (apart < 0) | (apart >= window) if is_causal else apart.abs() >= window
+            bias = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, torch.finfo(like.dtype).min / 2)
+        yield rows, columns, bias
 
 
 def _weights(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    real: torch.Tensor | None,
-    distance: int,
-    window: int,
-    is_causal: bool,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, real: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Softmax over a block's visible keys, at least float32.
 
@@ -136,30 +154,120 @@ def _weights(
         (batch, kv_heads, groups, rows, head_dim).
     key : torch.Tensor
         (batch, kv_heads, columns, head_dim).
+    bias : torch.Tensor
+        (rows, columns), from `_blocks`.
     real : torch.Tensor, optional
         (batch, columns) bool, False for padding.
-    distance : int [tokens]
-        Position of the first query less that of the first key.
 
     Returns
     -------
     torch.Tensor
-        (batch, kv_heads, groups, rows, columns).
+        (batch * kv_heads, groups * rows, columns).
     """
-    (groups, rows), columns = query.shape[2:4], key.shape[2]
-    apart = torch.arange(distance, distance + rows, device=key.device)[:, None]
-    apart = apart - torch.arange(columns, device=key.device)  # (rows, columns)
-    hidden = (apart < 0) | (apart >= window) if is_causal else apart.abs() >= window
+    batch, kv_heads, groups = query.shape[:3]
+    bias = bias[None]
     if real is not None:
-        hidden = hidden | ~real[:, None, None, None]
-    scores = (query * scale).flatten(2, 3) @ key.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    # The lowest finite number, not -inf: a row without visible keys must not turn into NaN.
-    lowest = torch.finfo(scores.dtype).min
-    # Not in place: selective checkpointing may be keeping the product.
-    scores = scores.unflatten(2, (groups, rows)).masked_fill(hidden, lowest)
-    torch.softmax(scores, dim=-1, out=scores)
-    return scores if real is None else scores.masked_fill_(hidden, 0.0)
+        bias = bias.masked_fill(~real[:, None], torch.finfo(bias.dtype).min / 2)
+    bias = bias.repeat(1, groups, 1)[:, None].expand(batch, kv_heads, -1, -1)
+    scores = torch.baddbmm(_stacked(bias), _stacked(query.flatten(2, 3)), _stacked(key).transpose(1, 2), alpha=scale)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights if real is None else weights.masked_fill_(_stacked(bias) < 0, 0.0)
+
+
+def _stacked(tensor: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, rows, columns) as (batch * heads, rows, columns); copies nothing for one sequence."""
+    return tensor.flatten(0, 1)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    """Add ``scale * left @ right`` in place; ``total`` has the product's shape, or its first axis in two."""
+    if total.dtype == left.dtype and total.dim() == 2:
+        total.addmm_(left, right, alpha=scale)
+    elif total.dtype == left.dtype and len(total) == 1:
+        total[0].baddbmm_(left, right, alpha=scale)
+    else:
+        total.add_((left @ right).view(total.shape), alpha=scale)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    output: torch.Tensor,
+    options: tuple[int, int, bool, float],
+    dropout: float = 0.0,
+) -> list[torch.Tensor]:
+    """Write what queries attend to into ``output``, block by block.
+
+    Parameters
+    ----------
+    query, output : torch.Tensor
+        (batch, kv_heads, groups, query_len, head_dim).
+    key, value : torch.Tensor
+        (batch, kv_heads, key_len, head_dim).
+    key_padding_mask : torch.Tensor, optional
+        (batch, key_len) bool, True for a real token.
+    options : tuple
+        offset [tokens] (how many keys lie before the first query's own), window, is_causal, scale.
+
+    Returns
+    -------
+    list of torch.Tensor
+        Of each block, which weights dropout kept; empty without dropout.
+    """
+    *pattern, scale = options
+    kept = []
+    for i in _groups(len(query)):
+        q, k, v, out = query[i], key[i], value[i], output[i]
+        for rows, columns, bias in _blocks(q.shape[3], k.shape[2], *pattern, q):
+            real = None if key_padding_mask is None else key_padding_mask[i, columns]
+            weights = _weights(q[:, :, :, rows], k[:, :, columns], bias, real, scale)
+            if dropout:
+                kept.append(torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout))
+                weights.mul_(kept[-1]).div_(1 - dropout)
+            block = out[:, :, :, rows]
+            block.copy_((weights.to(v.dtype) @ _stacked(v[:, :, columns])).view(block.shape))
+    return kept
+
+
+def _differentiate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    output: torch.Tensor,
+    grad_output: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    options: tuple[int, int, bool, float],
+    dropout: float = 0.0,
+    kept: tuple[torch.Tensor, ...] = (),
+) -> None:
+    """Write the gradient of `_attend`'s query into ``grads[0]``, and add those of key and value to the other two."""
+    *pattern, scale = options
+    kept = iter(kept)
+    for i in _groups(len(query)):
+        q, k, v, out, grad_out, grad_q, grad_k, grad_v = (
+            t[i] for t in (query, key, value, output, grad_output, *grads)
+        )
+        for rows, columns, bias in _blocks(q.shape[3], k.shape[2], *pattern, q):
+            real = None if key_padding_mask is None else key_padding_mask[i, columns]
+            q_block, k_block, grad = q[:, :, :, rows], k[:, :, columns], grad_out[:, :, :, rows]
+            weights = used = _weights(q_block, k_block, bias, real, scale)
+            # Softmax's backward; rowsum(weights * grad_weights) = rowsum(grad * output).
+            rowsum = (grad.to(weights.dtype) * out[:, :, :, rows]).sum(-1, keepdim=True)
+            grad = _stacked(grad.flatten(2, 3))
+            grad_weights = (grad @ _stacked(v[:, :, columns]).transpose(1, 2)).to(weights.dtype)
+            if dropout:
+                dropped = next(kept)
+                used = (weights * dropped).div_(1 - dropout)
+                grad_weights.mul_(dropped).div_(1 - dropout)
+            _add_product(grad_v[:, :, columns], used.to(v.dtype).transpose(1, 2), grad)
+            grad_scores = grad_weights.sub_(_stacked(rowsum.flatten(2, 3))).mul_(weights).to(q.dtype)
+            block = grad_q[:, :, :, rows]
+            block.copy_((grad_scores @ _stacked(k_block)).mul_(scale).view(block.shape))
+            q_block = _stacked(q_block.flatten(2, 3))
+            _add_product(grad_k[:, :, columns], grad_scores.transpose(1, 2), q_block, scale)
 
 
 class _Blocks(torch.autograd.Function):
@@ -175,55 +283,168 @@ class _Blocks(torch.autograd.Function):
         # In memory (batch, seq, heads, head_dim): merging the heads afterwards copies nothing.
         output = query.new_empty(batch, query_len, kv_heads, groups, head_dim)
         output = output.permute(0, 2, 3, 1, 4)
-        ctx.options, ctx.dropout, kept = (window, is_causal, scale), dropout, []
-        for i, rows, columns in _blocks(batch, query_len, key.shape[2], window, is_causal):
-            real = None if key_padding_mask is None else key_padding_mask[i, columns]
-            distance = rows.start + key.shape[2] - query_len - columns.start
-            weights = _weights(query[i, :, :, rows], key[i, :, columns], real, distance, *ctx.options)
-            if dropout:
-                kept.append(torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout))
-                weights.mul_(kept[-1]).div_(1 - dropout)
-            context = weights.to(value.dtype).flatten(2, 3) @ value[i, :, columns]
-            output[i, :, :, rows] = context.unflatten(2, (groups, -1))
-        ctx.save_for_backward(query, key, value, output, key_padding_mask, *kept)
+        ctx.options, ctx.dropout = (key.shape[2] - query_len, window, is_causal, scale), dropout
+        kept = _attend(query, key, value, key_padding_mask, output, ctx.options, dropout)
+        ctx.save_for_backward(query, key, value, key_padding_mask, output, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, output, key_padding_mask, *kept = ctx.saved_tensors
-        window, is_causal, scale = ctx.options
-        batch, _, groups, query_len, _ = query.shape
+        query, key, value, key_padding_mask, output, *kept = ctx.saved_tensors
         dtype = torch.promote_types(query.dtype, torch.float32)
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (torch.zeros_like(t, dtype=dtype) for t in (key, value))
-        blocks = _blocks(batch, query_len, key.shape[2], window, is_causal)
+        grads = torch.empty_like(query), *(torch.zeros_like(t, dtype=dtype) for t in (key, value))
+        tensors = query, key, value, key_padding_mask, output, grad_output
         with torch.autocast(query.device.type, enabled=False):
-            for block, (i, rows, columns) in enumerate(blocks):
-                q, k, v = query[i, :, :, rows], key[i, :, columns], value[i, :, columns]
-                real = None if key_padding_mask is None else key_padding_mask[i, columns]
-                distance = rows.start + key.shape[2] - query_len - columns.start
-                weights = _weights(q, k, real, distance, *ctx.options)
-                grad = grad_output[i, :, :, rows]
-                # Softmax's backward; rowsum(weights * grad_weights) = rowsum(grad * output).
-                rowsum = (grad.to(dtype) * output[i, :, :, rows]).sum(-1, keepdim=True)
-                grad = grad.flatten(2, 3)
-                grad_weights = (grad @ v.transpose(-1, -2)).to(dtype).unflatten(2, (groups, -1))
-                used = weights
-                if ctx.dropout:
-                    used = (weights * kept[block]).div_(1 - ctx.dropout)
-                    grad_weights.mul_(kept[block]).div_(1 - ctx.dropout)
-                used = used.to(value.dtype).flatten(2, 3)
-                grad_value[i, :, columns] += used.transpose(-1, -2) @ grad
-                grad_scores = grad_weights.sub_(rowsum).mul_(weights).mul_(scale)
-                grad_scores = grad_scores.to(query.dtype).flatten(2, 3)
-                grad_query[i, :, :, rows] = (grad_scores @ k).unflatten(2, (groups, -1))
-                grad_key[i, :, columns] += grad_scores.transpose(-1, -2) @ q.flatten(2, 3)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 5
+            _differentiate(*tensors, grads, ctx.options, ctx.dropout, kept)
+        return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), *[None] * 5
+
+
+class _Layer(torch.autograd.Function):
+    """The whole layer: keys and values are projected a segment of the sequence at a time, again in backward.
+
+    hidden_states (batch, seq, hidden_size); four weights (hidden_size, hidden_size), each with its bias; a mask
+    (batch, seq) or None; heads, window, is_causal.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, q, q_bias, k, k_bias, v, v_bias, o, o_bias, key_padding_mask, *options):
+        ctx.options = heads, window, is_causal = options
+        scale = (hidden_states.shape[-1] // heads) ** -0.5
+        query = F.linear(hidden_states, q, q_bias)
+        context = torch.empty_like(query)
+        for i, x in enumerate(hidden_states):
+            keys, values = (_Rows(x, window, is_causal, x.dtype) for _ in range(2))
+            for segment, queries, columns in _segments(len(x), window, is_causal):
+                # Copied, not written there: selective checkpointing may be keeping the products.
+                keys.advance(segment).copy_(F.linear(x[segment], k, k_bias))
+                values.advance(segment).copy_(F.linear(x[segment], v, v_bias))
+                real = None if key_padding_mask is None else key_padding_mask[i : i + 1, columns]
+                q_heads, k_heads, v_heads, out = (
+                    _heads(t, heads) for t in (query[i, queries], keys[columns], values[columns], context[i, queries])
+                )
+                pattern = queries.start - columns.start, window, is_causal, scale
+                _attend(q_heads[:, :, None], k_heads, v_heads, real, out[:, :, None], pattern)
+        ctx.save_for_backward(hidden_states, query, context, key_padding_mask, q, k, k_bias, v, v_bias, o)
+        return F.linear(context, o, o_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        hidden_states, query, context, key_padding_mask, q, k, k_bias, v, v_bias, o = ctx.saved_tensors
+        heads, window, is_causal = ctx.options
+        scale = (hidden_states.shape[-1] // heads) ** -0.5
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        # In the order of forward's arguments; None for what needs no gradient.
+        grads = [
+            torch.zeros_like(t, dtype=t.dtype if n == 0 else dtype) if ctx.needs_input_grad[n] else None
+            for n, t in enumerate((hidden_states, q, k_bias, k, k_bias, v, v_bias))
+        ]
+        for i, x in enumerate(hidden_states):
+
+            def project_back(grad, positions, number, weight, i=i):
+                projected = grad.to(query.dtype)
+                if grads[0] is not None:
+                    _add_product(grads[0][i, positions], projected, weight)
+                if grads[number] is not None:
+                    _add_product(grads[number], projected.t(), hidden_states[i, positions])
+                if grads[number + 1] is not None:
+                    grads[number + 1].add_(grad.sum(0))
+
+            keys, values = (_Rows(x, window, is_causal, x.dtype) for _ in range(2))
+            grad_keys, grad_values = (_Rows(x, window, is_causal, dtype) for _ in range(2))
+            done = 0
+            for segment, queries, columns in _segments(len(x), window, is_causal):
+                torch.addmm(k_bias, x[segment], k.t(), out=keys.advance(segment))
+                torch.addmm(v_bias, x[segment], v.t(), out=values.advance(segment))
+                grad_keys.advance(segment).zero_()
+                grad_values.advance(segment).zero_()
+                real = None if key_padding_mask is None else key_padding_mask[i : i + 1, columns]
+                grad_context = grad_output[i, queries] @ o
+                q_heads, out, grad = (
+                    _heads(t, heads)[:, :, None] for t in (query[i, queries], context[i, queries], grad_context)
+                )
+                k_heads, v_heads, grad_k, grad_v = (
+                    _heads(t[columns], heads) for t in (keys, values, grad_keys, grad_values)
+                )
+                pattern = queries.start - columns.start, window, is_causal, scale
+                # A block's gradient of the queries takes the place of that of its output, which no other block needs.
+                _differentiate(q_heads, k_heads, v_heads, real, out, grad, (grad, grad_k, grad_v), pattern)
+                project_back(grad_context, queries, 1, q)
+                # No later query sees the keys before this one.
+                last = len(x) if queries.stop == len(x) else max(0, queries.stop - window + 1)
+                project_back(grad_keys[slice(done, last)], slice(done, last), 3, k)
+                project_back(grad_values[slice(done, last)], slice(done, last), 5, v)
+                done = last
+        grads = [grad if grad is None else grad.to(query.dtype) for grad in grads]
+        grad_o = grad_output.flatten(0, 1).t() @ context.flatten(0, 1) if ctx.needs_input_grad[7] else None
+        grad_o_bias = grad_output.sum((0, 1)) if ctx.needs_input_grad[8] else None
+        return *grads, grad_o, grad_o_bias, *[None] * 4
+
+
+def _reach(window: int, is_causal: bool) -> int:
+    """How many keys before a segment its queries see [tokens].
+
+    When not causal the queries lag behind the keys, so that a segment's last query finds all keys that it sees.
+    """
+    return (window - 1) * (1 if is_causal else 2)
+
+
+def _size(seq: int, reach: int) -> int:
+    """Tokens in a segment."""
+    return max(SEGMENT if seq <= 8 * SEGMENT else SEGMENT // 2, reach)
+
+
+def _segments(seq: int, window: int, is_causal: bool) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a sequence: yield the keys of a segment, the queries answered with it, and the keys that these see."""
+    reach = _reach(window, is_causal)
+    lag = 0 if is_causal else window - 1
+    size = _size(seq, reach)
+    for start in range(0, seq, size):
+        stop = min(start + size, seq)
+        queries = slice(max(0, start - lag), stop if stop == seq else stop - lag)
+        yield slice(start, stop), queries, slice(max(0, start - reach), stop)
+
+
+class _Rows:
+    """Rows of one sequence: those of the segment at hand, and before it as many as its queries reach back."""
+
+    def __init__(self, hidden_states: torch.Tensor, window: int, is_causal: bool, dtype: torch.dtype) -> None:
+        self.reach = _reach(window, is_causal)
+        size = min(len(hidden_states), _size(len(hidden_states), self.reach))
+        self.rows = hidden_states.new_zeros(self.reach + size, hidden_states.shape[-1], dtype=dtype)
+
+    def advance(self, segment: slice) -> torch.Tensor:
+        """Go on to the next segment; give its rows, with what stood there before."""
+        self.first = segment.start - self.reach
+        if segment.start:
+            self.rows[: self.reach] = self.rows[len(self.rows) - self.reach :]
+        return self[segment]
+
+    def __getitem__(self, positions: slice) -> torch.Tensor:
+        return self.rows[positions.start - self.first : positions.stop - self.first]
+
+
+def _heads(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """(seq, hidden_size) as (1, heads, seq, head_dim)."""
+    return rows.unflatten(-1, (heads, -1)).transpose(0, 1)[None]
 
 
 class WindowAttention(SelfAttention):
-    """Sliding-window attention with its projections."""
+    """Sliding-window attention with its projections; keeps less than projections around the op would."""
+
+    def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        window = self.config.window
+        if self.config.implementation != "blocks" or window >= hidden_states.shape[1]:
+            return super().forward(hidden_states, key_padding_mask)
+        check_padding(key_padding_mask, hidden_states.shape[:2])
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        tensors = [hidden_states, *(t for projection in projections for t in (projection.weight, projection.bias))]
+        device_type = hidden_states.device.type
+        if torch.is_autocast_enabled(device_type):
+            tensors = [t.to(torch.get_autocast_dtype(device_type)) for t in tensors]
+        with torch.autocast(device_type, enabled=False):
+            return _Layer.apply(*tensors, key_padding_mask, self.num_heads, window, self.is_causal)
 
 
 @dataclass(frozen=True)
@@ -253,10 +474,10 @@ class WindowConfig(AttentionConfig):
         return window_attention(query, key, value, **asdict(self), **options)
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        tensors = 4 * batch * heads * seq * head_dim  # query, key, value, output
+        tokens = batch * heads * seq * head_dim
         if self.implementation == "flash_attention_2" or self.window >= seq:
-            return tensors + batch * heads * seq  # the fused kernel's log-sum-exp
-        return tensors
+            return 5 * tokens + batch * heads * seq  # as exact attention
+        return 3 * tokens  # input, query, what the heads give
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
         return 2 * batch * heads * min(seq, self.window) * head_dim  # the window's keys and values

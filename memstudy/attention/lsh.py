@@ -1,0 +1,406 @@
+"""Attention among tokens that hash alike (Reformer; Kitaev et al. 2020, arXiv:2001.04451).
+
+Queries and keys are the same vectors, keys brought to one length, k_j = q_j / rms(q_j). Each of several rounds gives
+every token a bucket by random rotations R,
+
+    bucket(x) = argmax([x R; -x R])                                    (section 2; Andoni et al. 2015)
+
+sorts the tokens by bucket, then by position, and cuts them into chunks. A token attends to its own chunk and the one
+before, itself excepted: itself it sees only where it sees nothing else. The rounds' softmaxes are merged by their
+log-sum-exps (appendix A). The first chunk looks back at the last one of the round before, as the authors' code and
+transformers' do; here at the last with real tokens, so that padding changes nothing. Many buckets are hashed as
+two factors, with few rotations each, as transformers does.
+
+Round by round the sorted tokens are gathered, attended in one batch of chunks, and put back. Kept are the outputs,
+the total log-sum-exp L and the order of each round; backward computes the weights once more, P = exp(S - L).
+
+Not implemented: decoding with cached buckets; another number of chunks before or after.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from memstudy.attention.base import AttentionConfig, check_heads, check_inputs, check_padding
+from memstudy.attention.heads import attend_by_heads
+
+EPSILON = 1e-6  # added to the mean square of a vector before its root, as in transformers
+LARGEST_FACTOR = 16  # buckets hashed at once; more are a product of two factors
+
+
+def lsh_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    num_hashes: int,
+    chunk_length: int,
+    num_buckets: int | None = None,
+    hash_seed: int | None = None,
+    is_causal: bool,
+    key_padding_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attend within buckets; see `AttentionConfig.attend` for the tensors and `LSHConfig` for the rest.
+
+    ``key`` is not read: keys are the queries. Differentiable once; the buckets have no gradient.
+
+    Raises
+    ------
+    ValueError
+        For settings out of range, tensors that don't fit, or unequal numbers of queries and keys.
+    """
+    config = LSHConfig(num_hashes, chunk_length, num_buckets, hash_seed)
+    check_inputs(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask)
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"lsh: {query.shape[2]} queries against {key.shape[2]} keys; it attends within one sequence, "
+            "so generate with use_cache=False"
+        )
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):  # as autocast does for SDPA
+        query, value = (t.to(torch.get_autocast_dtype(device_type)) for t in (query, value))
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    with torch.autocast(device_type, enabled=False):
+        kernel = _Rounds(config, is_causal, key_padding_mask, scale, dropout)
+        return _Hashed.apply(kernel, query, value)
+
+
+def hash_buckets(vectors: torch.Tensor, rotations: list[torch.Tensor]) -> torch.Tensor:
+    """Hash vectors into buckets, in several rounds.
+
+    Parameters
+    ----------
+    vectors : torch.Tensor
+        (batch, seq, head_dim).
+    rotations : list of torch.Tensor
+        Of each factor of the number of buckets, (num_hashes, factor / 2, head_dim).
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, num_hashes, seq) int32, from 0; without a rotation (batch, 1, seq) zeros.
+    """
+    buckets = vectors.new_zeros(vectors.shape[0], 1, vectors.shape[1], dtype=torch.int32)
+    for rotation in rotations:
+        half = rotation.shape[1]
+        rotated = (rotation.flatten(0, 1) @ vectors.transpose(1, 2)).unflatten(1, (-1, half))
+        largest = rotated.abs().max(2, keepdim=True).indices  # (batch, num_hashes, 1, seq)
+        negative = rotated.gather(2, largest) < 0
+        buckets = buckets * 2 * half + (largest + half * negative).squeeze(2).int()
+    return buckets
+
+
+class _Rounds:
+    """Attention in rounds, forward and backward, on queries and values; a `memstudy.attention.heads.Kernel`.
+
+    One head of one sequence at a time: what a round gathers and scores is small then, and its chunks are the batch
+    of each product.
+    """
+
+    def __init__(self, config, is_causal, key_padding_mask, scale, dropout):
+        self.config, self.is_causal, self.key_padding_mask = config, is_causal, key_padding_mask
+        self.scale, self.dropout = scale, dropout
+        self.generator = None if config.hash_seed is None else torch.Generator().manual_seed(config.hash_seed)
+
+    def forward(self, output, query, value):
+        batch, heads, seq, _ = query.shape
+        total = query.new_empty(batch, heads, seq, dtype=torch.promote_types(query.dtype, torch.float32))
+        # Hash all before the first dropout: backward draws that again, but no rotations.
+        orders = torch.stack([self._orders(query[:, head]) for head in range(heads)], 1)
+        kept = (_rng_state(query),) if self.dropout else ()
+        for head in range(heads):
+            for i in range(batch):
+                self._attend(i, orders[i, head], query[i, head], value[i, head], output[i, head], total[i, head])
+        return total, orders, *kept
+
+    def backward(self, grad_output, output, kept, query, value):
+        total, orders, *rng_state = kept
+        grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+        with _again(query, *rng_state) if rng_state else nullcontext():
+            for head in range(query.shape[1]):
+                for i in range(query.shape[0]):
+                    at = i, head
+                    tensors = (
+                        t[at] for t in (orders, query, value, output, total, grad_output, grad_query, grad_value)
+                    )
+                    self._differentiate(i, *tensors)
+        return grad_query, grad_value
+
+    def _orders(self, query: torch.Tensor) -> torch.Tensor:
+        """Sort the tokens of one head, query (batch, seq, head_dim), by bucket and position.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, num_hashes, seq up to whole chunks) int32 positions, padding last.
+        """
+        (_, seq, head_dim), config = query.shape, self.config
+        shapes = [(config.num_hashes, factor // 2, head_dim) for factor in config.factors(seq)]
+        rotations = [torch.randn(shape, generator=self.generator).to(query) for shape in shapes]
+        buckets = hash_buckets(query, rotations).expand(-1, config.num_hashes, -1)
+        if seq <= config.chunk_length:  # one chunk, the same in each round
+            buckets = buckets[:, :1]
+        if self.key_padding_mask is not None:
+            buckets = buckets.masked_fill(~self.key_padding_mask[:, None], config.buckets(seq))
+        buckets = F.pad(buckets, (0, -seq % config.chunk_length), value=config.buckets(seq))
+        return buckets.argsort(dim=-1, stable=True).int()
+
+    def _round(self, i: int, orders: torch.Tensor, number: int, seq: int) -> tuple[torch.Tensor, ...]:
+        """What round ``number`` of sequence ``i`` attends.
+
+        Returns
+        -------
+        order, extended : torch.Tensor
+            Positions of the sorted tokens (length,), and these with the chunk that the first looks back at.
+        inverse : torch.Tensor
+            Where each position stands in ``order``.
+        hidden : torch.Tensor
+            (chunks, chunk_length, keys of a chunk) bool.
+        """
+        chunk, order = self.config.chunk_length, orders[number].long()
+        length, positions = len(order), torch.arange(len(order), device=order.device)
+        inverse = torch.empty_like(order).index_copy_(0, order, positions)
+        places = positions.masked_fill(positions >= seq, length)  # padding stands behind everything
+        tokens = positions[seq - 1] + 1
+        if self.key_padding_mask is not None:
+            real = self.key_padding_mask[i]
+            places[:seq].masked_fill_(~real, length)
+            tokens = real.sum()
+        extended = order
+        if length > chunk:
+            last = (tokens - 1).clamp(min=0) // chunk * chunk
+            extended = torch.cat([orders[number - 1].index_select(0, last + positions[:chunk]).long(), order])
+        keys = places.index_select(0, extended).unfold(0, min(2 * chunk, len(extended)), chunk)[:, None]
+        queries = order.view(-1, chunk, 1)
+        if self.is_causal:
+            return order, extended, inverse, keys >= queries
+        return order, extended, inverse, (keys == queries) | (keys == length)
+
+    def _attend(self, i, orders, query, value, output, total):
+        """Write the output of one head of sequence ``i``, and its log-sum-exps: inf for who sees no other token."""
+        (seq, dim), (rounds, length), chunk = query.shape, orders.shape, self.config.chunk_length
+        inverse_rms = _inverse_rms(query)
+        table = _rows(length, query * inverse_rms, value)
+        factors = _rows(length, self._scale(query) / inverse_rms)
+        lowest, merged = torch.finfo(query.dtype).min / 2, None
+        for number in range(rounds):
+            order, extended, inverse, hidden = self._round(i, orders, number, seq)
+            rows = table.index_select(0, extended)
+            windows = rows.unfold(0, hidden.shape[-1], chunk)  # (chunks, 2 * head_dim, keys)
+            queries = (rows[-length:, :dim] * factors.index_select(0, order)).view(-1, chunk, dim)
+            # Not in place: selective checkpointing may be keeping the product.
+            scores = torch.bmm(queries, windows[:, :dim]).masked_fill(hidden, lowest)
+            weights = scores.softmax(-1, dtype=total.dtype)
+            sums = scores.amax(-1) - weights.amax(-1).log()  # the log-sum-exps
+            if self.dropout:
+                weights.mul_(self._dropout(weights))
+            context = torch.bmm(weights.to(value.dtype), windows[:, dim:].transpose(1, 2))
+            context = context.view(length, dim).index_select(0, inverse[:seq]).to(total.dtype)
+            sums = sums.view(length).index_select(0, inverse[:seq])
+            if merged is None:
+                merged = context
+                total.copy_(sums)
+            else:
+                both = torch.logaddexp(total, sums)
+                merged.mul_((total - both).exp_()[:, None]).add_(context.mul_((sums - both).exp_()[:, None]))
+                total.copy_(both)
+        alone = total < lowest / 2
+        total.masked_fill_(alone, torch.inf)
+        output.copy_(merged).masked_fill_(alone[:, None], 0.0).add_(value * self._own(i, alone, value))
+
+    def _own(self, i: int, alone: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The weight that each token gives itself (seq, 1): one where it sees no other and is no padding."""
+        own = (alone if self.key_padding_mask is None else alone & self.key_padding_mask[i])[:, None].to(value.dtype)
+        return own * self._dropout(own) if self.dropout else own
+
+    def _dropout(self, like: torch.Tensor) -> torch.Tensor:
+        """Zeros where a weight is dropped, what scales the others up elsewhere."""
+        return torch.empty_like(like).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
+
+    def _scale(self, query: torch.Tensor) -> float:
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def _differentiate(self, i, orders, query, value, output, total, grad_output, grad_query, grad_value):
+        """Write the gradients of one head of sequence ``i``."""
+        (seq, dim), (rounds, length), chunk = query.shape, orders.shape, self.config.chunk_length
+        inverse_rms, scale = _inverse_rms(query), self._scale(query)
+        table = _rows(length, query * inverse_rms, value, grad_output)
+        # rowsum(weights * grad_weights) = rowsum(grad * output), as in any softmax's backward; not for who is alone.
+        rowsum = (grad_output.to(total.dtype) * output).sum(-1)
+        numbers = _rows(length, (scale / inverse_rms).to(total.dtype), total[:, None], rowsum[:, None])
+        grads = None  # of query, unit key, value
+        for number in range(rounds):
+            order, extended, inverse, hidden = self._round(i, orders, number, seq)
+            rows = table.index_select(0, extended)
+            windows = rows.unfold(0, hidden.shape[-1], chunk)  # (chunks, 3 * head_dim, keys)
+            factors, sums, rowsums = numbers.index_select(0, order).view(-1, chunk, 3, 1).unbind(2)
+            queries = rows[-length:, :dim].view(-1, chunk, dim) * factors.to(query.dtype)
+            grad = rows[-length:, 2 * dim :].view(-1, chunk, dim)
+            weights = torch.bmm(queries, windows[:, :dim]).to(total.dtype)
+            weights = used = weights.sub_(sums).exp_().masked_fill_(hidden, 0.0)
+            grad_weights = torch.bmm(grad, windows[:, dim : 2 * dim]).to(total.dtype)
+            if self.dropout:
+                dropout = self._dropout(weights)
+                used = weights * dropout
+                grad_weights.mul_(dropout)
+            grad_scores = grad_weights.sub_(rowsums).mul_(weights).to(query.dtype)
+            of_queries = torch.bmm(grad_scores, windows[:, :dim].transpose(1, 2)).mul_(scale)
+            of_keys = torch.bmm(grad_scores.transpose(1, 2), queries)
+            of_values = torch.bmm(used.to(value.dtype).transpose(1, 2), grad)
+            parts = [of_queries, of_keys[:, -chunk:], of_values[:, -chunk:]]
+            if len(extended) > length:  # the chunk before each gets its part too; the first's is elsewhere
+                for own, of_both in zip(parts[1:], (of_keys, of_values), strict=True):
+                    own[:-1] += of_both[1:, :chunk]
+            sorted_grads = torch.cat(parts, -1).view(length, 3 * dim)
+            unsorted = sorted_grads.index_select(0, inverse).to(total.dtype)
+            grads = unsorted if grads is None else grads.add_(unsorted)
+            if len(extended) > length:
+                back = torch.cat([of_keys[0, :chunk], of_values[0, :chunk]], -1).to(grads.dtype)
+                grads[:, dim:].index_add_(0, extended[:chunk], back)
+        of_query, of_unit, of_value = grads[:seq].split(dim, -1)
+        along = (of_unit * query).sum(-1, keepdim=True) * inverse_rms**3 / dim
+        grad_query.copy_(of_query + of_unit * inverse_rms - along * query)
+        grad_value.copy_(of_value + grad_output * self._own(i, total.isinf(), value))
+
+
+def _inverse_rms(query: torch.Tensor) -> torch.Tensor:
+    """What brings a vector to a mean square of one, (..., 1)."""
+    return (query.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+
+
+def _rows(length: int, *columns: torch.Tensor) -> torch.Tensor:
+    """Put (seq, ...) tensors side by side, with rows of zeros up to ``length``."""
+    table = torch.cat(columns, -1)
+    return F.pad(table, (0, 0, 0, length - len(table))) if len(table) < length else table
+
+
+def _rng_state(like: torch.Tensor) -> torch.Tensor:
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+@contextmanager
+def _again(like: torch.Tensor, state: torch.Tensor) -> Iterator[None]:
+    """Draw once more what was drawn after ``state``."""
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        torch.cuda.set_rng_state(state, like.device) if like.is_cuda else torch.set_rng_state(state)
+        yield
+
+
+class _Hashed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rounds, query, value):
+        output = torch.empty_like(value)
+        kept = rounds.forward(output, query, value)
+        ctx.rounds = rounds
+        ctx.save_for_backward(query, value, output, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, value, output, *kept = ctx.saved_tensors
+        with torch.autocast(query.device.type, enabled=False):
+            return None, *ctx.rounds.backward(grad_output, output, kept, query, value)
+
+
+class LSHAttention(nn.Module):
+    """LSH attention with its three projections: of queries and keys, of values, of the output.
+
+    Parameters as `memstudy.attention.SelfAttention`'s; keeps its input, what the heads give, and of each round the
+    order of the tokens.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, config: "LSHConfig", *, is_causal: bool) -> None:
+        super().__init__()
+        check_heads(hidden_size, num_heads)
+        self.num_heads, self.config, self.is_causal = num_heads, config, is_causal
+        self.qk_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend within each sequence; tensors as in `memstudy.attention.SelfAttention.forward`."""
+        check_padding(key_padding_mask, hidden_states.shape[:2])
+        kernel = _Rounds(self.config, self.is_causal, key_padding_mask, None, 0.0)
+        return attend_by_heads(
+            kernel,
+            hidden_states,
+            (self.qk_proj, self.v_proj),
+            self.o_proj,
+            heads=self.num_heads,
+            at_once=1,
+            recompute=self.config.recompute,
+        )
+
+
+@dataclass(frozen=True)
+class LSHConfig(AttentionConfig):
+    """Attention among tokens that hash alike.
+
+    Parameters
+    ----------
+    num_hashes : int
+        Rounds.
+    chunk_length : int [tokens]
+        A sequence of one chunk is attended as a whole.
+    num_buckets : int, optional
+        A power of two; by default the largest that gives a bucket half a chunk or more.
+    hash_seed : int, optional
+        Draw the same rotations at each call; by default new ones, from torch's generator.
+    """
+
+    num_hashes: int = 8
+    chunk_length: int = 64
+    num_buckets: int | None = None
+    hash_seed: int | None = None
+
+    name: ClassVar[str] = "lsh"
+    paper: ClassVar[str] = "Kitaev et al. 2020, arXiv:2001.04451"
+    causal: ClassVar[tuple[bool, ...]] = (False, True)
+    parameter_free: ClassVar[bool] = True
+    module: ClassVar[type[nn.Module]] = LSHAttention
+
+    def __post_init__(self) -> None:
+        for name in ("num_hashes", "chunk_length"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"lsh: {name}={value}; take at least 1")
+        if self.num_buckets is not None and (self.num_buckets < 1 or self.num_buckets & (self.num_buckets - 1)):
+            raise ValueError(f"lsh: num_buckets={self.num_buckets}; take a power of two")
+
+    def buckets(self, seq: int) -> int:
+        """How many buckets a sequence of ``seq`` tokens is hashed into."""
+        if self.num_buckets is not None:
+            return self.num_buckets
+        return 1 << (max(1, 2 * seq // self.chunk_length).bit_length() - 1)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the layer projects again in backward: with few rounds that is too much of the work."""
+        return self.num_hashes > 2
+
+    def factors(self, seq: int) -> list[int]:
+        """The number of buckets as factors that are hashed apart; none for one bucket."""
+        power = self.buckets(seq).bit_length() - 1
+        if 2**power <= LARGEST_FACTOR:
+            return [2**power] if power else []
+        return [2 ** (power // 2), 2 ** (power - power // 2)]
+
+    def attend(self, query, key, value, **options) -> torch.Tensor:
+        return lsh_attention(query, key, value, **asdict(self), **options)
+
+    def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
+        chunks = -(-seq // self.chunk_length)
+        orders = (self.num_hashes if chunks > 1 else 1) * chunks * self.chunk_length
+        tensors = 2 if self.recompute else 4  # input, what the heads give; queries and values
+        return batch * heads * (tensors * seq * head_dim + seq + orders)  # a log-sum-exp a query, each round's order
+
+    def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
+        return 2 * batch * heads * seq * head_dim  # the queries, which are the keys, and values of all tokens
