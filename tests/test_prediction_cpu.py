@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.optimization import Adafactor
 
 from memstudy.attention import ATTENTION
+from memstudy.convert import convert_attention
 from memstudy.memory import measure, predict
 from memstudy.models import decoder
 from memstudy.techniques import Checkpointing, ChunkedLoss
@@ -190,6 +191,59 @@ def test_the_predicted_peaks_are_the_measured_to_the_byte(model, setting):
     assert predicted.peak_by_phase == measured.peak_by_phase
     assert predicted.iteration_peaks == measured.iteration_peaks
     assert predicted.forward_end_by_category == measured.forward_end_by_category
+
+
+def a_layer(config, is_causal):
+    def make():
+        torch.manual_seed(0)
+        layer = config.module(32, 4, config, is_causal=is_causal)
+        updates, tokens = adamw(layer.parameters()), torch.randn(ROWS, 40, 32)
+
+        def step():
+            layer(tokens).square().sum().backward()
+            updates.step()
+            updates.zero_grad()
+
+        return step
+
+    return make
+
+
+# Settings with which 40 tokens show the variant's own path.
+LAYERS = [
+    ATTENTION[variant](**settings)
+    for variant, settings in {
+        "softmax": {}, "window": {"window": 8}, "linformer": {"rank": 6, "max_len": 48}, "lowrank": {"rank": 6},
+        "nystrom": {"landmarks": 6}, "lsh": {"num_hashes": 3, "chunk_length": 8}, "memsizer": {},
+        "performer": {"features": 10},
+    }.items()
+]  # fmt: skip
+
+
+def test_every_variant_has_its_layer_here():
+    assert {config.name for config in LAYERS} == set(ATTENTION)
+
+
+@pytest.mark.parametrize("config", LAYERS, ids=lambda config: config.name)
+def test_a_layer_of_each_variant(config):
+    for is_causal in config.causal:
+        make = a_layer(config, is_causal)
+        measured, predicted = measure(make), predict(make)
+        assert predicted.peak_bytes == measured.peak_bytes
+        assert predicted.peak_by_category == measured.peak_by_category
+        assert predicted.peak_by_phase == measured.peak_by_phase
+        assert predicted.iteration_peaks == measured.iteration_peaks
+
+
+@pytest.mark.parametrize(
+    "config", [config for config in LAYERS if config.name in ("linformer", "lowrank")], ids=lambda config: config.name
+)
+def test_a_model_that_is_converted_in_building_it(config):
+    """What LAPACK takes to decompose the weights (lowrank) no rule knows; it belongs to the building."""
+    make = training(lambda: convert_attention(MODELS["bert"][0](), config), "class")
+    measured, predicted = measure(make), predict(make)
+    assert predicted.peak_bytes == measured.peak_bytes
+    assert predicted.iteration_peaks == measured.iteration_peaks
 
 
 def rows(*shape, dtype=torch.float32):
