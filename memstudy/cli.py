@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """Carry out one run in this process and write its record.
 
-    The file's "kind" says what is run, "language_model" or "hub_model":
+    The file's "kind" says what is run, "language_model", "hub_model" or "layer":
 
     {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
     "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],

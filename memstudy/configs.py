@@ -5,6 +5,7 @@ A description holds every choice, so that the hash of its JSON names the run. Ho
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.training_args import OptimizerNames
 from memstudy import techniques
 from memstudy.attention import ATTENTION, AttentionConfig
 from memstudy.models import DecoderLM, decoder
+from memstudy.peers import PEERS
 
 HUB_MODELS = Path(__file__).with_name("hub_models.yaml")
 
@@ -88,7 +90,7 @@ class LanguageModelRun(StepRun):
     n_heads: PositiveInt
     feed_forward: PositiveInt
     vocab_size: PositiveInt
-    attention: dict[str, str | int | float] = {"variant": "softmax", "implementation": "eager"}
+    attention: dict[str, bool | str | int | float] = {"variant": "softmax", "implementation": "eager"}
     train_steps: NonNegativeInt = 0
     eval_blocks: PositiveInt = 32
     dataset: str = ""
@@ -102,22 +104,12 @@ class LanguageModelRun(StepRun):
             raise ValueError(f"train_steps={self.train_steps} needs a dataset")
         if not self.train_steps and not self.measure_steps:
             raise ValueError("measure_steps and train_steps are both 0: nothing to run")
-        window = getattr(self.mixer(), "window", 0)
-        if window > self.seq_len:
-            raise ValueError(f"window={window} is larger than seq_len={self.seq_len}")
+        _check_window(self.mixer(), self.seq_len)
         return self
 
     def mixer(self) -> AttentionConfig:
         """The attention variant as its config."""
-        settings = dict(self.attention)
-        variant = settings.pop("variant", None)
-        if variant not in ATTENTION:
-            raise ValueError(f"unknown attention variant {variant!r}; known: {', '.join(ATTENTION)}")
-        try:
-            return ATTENTION[variant](**settings)
-        except TypeError as error:
-            known = ", ".join(field.name for field in fields(ATTENTION[variant]))
-            raise ValueError(f"attention {variant!r}: {error}; its settings: {known}") from None
+        return _mixer(self.attention)
 
     def make_model(self) -> DecoderLM:
         """The model with random weights."""
@@ -135,6 +127,24 @@ class LanguageModelRun(StepRun):
         """A batch of random tokens, from torch's global generator."""
         tokens = torch.randint(self.vocab_size, (self.batch_size, self.seq_len))
         return {"input_ids": tokens, "labels": tokens}
+
+
+def _mixer(attention: dict[str, bool | str | int | float]) -> AttentionConfig:
+    settings = dict(attention)
+    variant = settings.pop("variant", None)
+    if variant not in ATTENTION:
+        raise ValueError(f"unknown attention variant {variant!r}; known: {', '.join(ATTENTION)}")
+    try:
+        return ATTENTION[variant](**settings)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(ATTENTION[variant]))
+        raise ValueError(f"attention {variant!r}: {error}; its settings: {known}") from None
+
+
+def _check_window(mixer: AttentionConfig, seq_len: int) -> None:
+    window = getattr(mixer, "window", 0)
+    if window > seq_len:
+        raise ValueError(f"window={window} is larger than seq_len={seq_len}")
 
 
 class HubModelRun(StepRun):
@@ -255,10 +265,80 @@ def hub_models() -> dict[str, dict]:
     return yaml.safe_load(HUB_MODELS.read_bytes())
 
 
-RUNS: dict[str, type[StepRun]] = {"language_model": LanguageModelRun, "hub_model": HubModelRun}
+class LayerRun(BaseModel):
+    """Every choice of one attention layer measured alone: forward and backward in fp32, no optimizer.
+
+    ``who`` is ``memstudy`` or a name in ``peers.PEERS``: whose layer of that variant is measured. With ``cross`` the
+    layer attends to a second sequence of the same shape instead of its own. ``measure_steps`` steps are timed; threads
+    are those of the process.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["layer"] = "layer"
+    experiment: str
+    who: str = "memstudy"
+    attention: dict[str, bool | str | int | float]
+    seq_len: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt = 1
+    hidden_size: PositiveInt = 512
+    n_heads: PositiveInt = 8
+    is_causal: bool
+    cross: bool = False
+    measure_steps: PositiveInt = 5
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
+        mixer = self.mixer()
+        mixer.check_causal(self.is_causal)
+        _check_window(mixer, self.seq_len)
+        if self.cross and self.is_causal:
+            raise ValueError("cross=true needs is_causal=false: the two sequences have no common order")
+        if self.cross and "memory" not in inspect.signature(mixer.module.forward).parameters:
+            raise ValueError(f"cross=true: the layer of {mixer.name!r} attends to its own sequence only")
+        if self.who == "memstudy":
+            return self
+        if self.who not in PEERS:
+            raise ValueError(f"unknown who {self.who!r}; known: memstudy, {', '.join(PEERS)}")
+        if PEERS[self.who].variant != mixer.name:
+            raise ValueError(f"who={self.who!r} has {PEERS[self.who].variant!r}, not {mixer.name!r}")
+        return self
+
+    def mixer(self) -> AttentionConfig:
+        """The attention variant as its config."""
+        return _mixer(self.attention)
+
+    def make_layer(self) -> torch.nn.Module:
+        """The layer with random weights, from torch's global generator.
+
+        Raises
+        ------
+        Unavailable
+            When the peer is not installed here.
+        """
+        if self.who == "memstudy":
+            mixer = self.mixer()
+            return mixer.module(self.hidden_size, self.n_heads, mixer, is_causal=self.is_causal)
+        return PEERS[self.who].make(
+            self.mixer(),
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            seq_len=self.seq_len,
+            is_causal=self.is_causal,
+        )
 
 
-def parse_run(given: object) -> StepRun:
+RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
+    "language_model": LanguageModelRun,
+    "hub_model": HubModelRun,
+    "layer": LayerRun,
+}
+
+
+def parse_run(given: object) -> StepRun | LayerRun:
     """The run that the JSON value ``given`` describes; its ``kind`` says which.
 
     Raises

@@ -43,6 +43,10 @@ PACKAGES = (
     "tokenizers",
     "bitsandbytes",
     "numpy",
+    "local-attention",
+    "reformer-pytorch",
+    "linformer",
+    "performer-pytorch",
 )
 
 

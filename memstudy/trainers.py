@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from memstudy import data, techniques
+from memstudy import data, layers, techniques
 from memstudy.attention import Unavailable
-from memstudy.configs import HubModelRun, LanguageModelRun, StepRun, parse_run
+from memstudy.configs import HubModelRun, LanguageModelRun, LayerRun, StepRun, parse_run
 from memstudy.memory import MIB, Gpu, find_gpu, measure
 from memstudy.memory.trace import Step
 
-__all__ = ["HubModelRun", "LanguageModelRun", "StepRun", "build", "execute", "load_data", "parse_run"]
+__all__ = ["HubModelRun", "LanguageModelRun", "LayerRun", "StepRun", "build", "execute", "load_data", "parse_run"]
 
 TIMELINE_POINTS = 400
 SAVE_STEPS = 100  # a training that is killed loses at most so many updates
@@ -94,12 +94,12 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
     return make
 
 
-def execute(run: StepRun, checkpoints: Path) -> dict:
+def execute(run: StepRun | LayerRun, checkpoints: Path) -> dict:
     """Carry out ``run`` in this process.
 
     Parameters
     ----------
-    run : LanguageModelRun
+    run : StepRun or LayerRun
         What to do.
     checkpoints : Path
         Folder for the checkpoints of a training that may be killed; it resumes from the last.
@@ -112,12 +112,14 @@ def execute(run: StepRun, checkpoints: Path) -> dict:
     Raises
     ------
     Unavailable
-        When a technique or the attention cannot run on this machine.
+        When a technique, the attention or a peer cannot run on this machine.
     MemoryError
         When the measured peak passes ``run.budget_mib``.
     ValueError
         When the data set is not the one that the run names.
     """
+    if isinstance(run, LayerRun):
+        return layers.execute(run)
     result: dict = {"metrics": {}, "curves": {}, "data": {}}
     if run.measure_steps:
         _measure(run, result)
@@ -140,7 +142,7 @@ def _measure(run: StepRun, result: dict) -> None:
     report = measure(kept, iterations=2)
     if run.budget_mib and report.peak_allocated_mib > run.budget_mib:
         raise MemoryError(f"peak {report.peak_allocated_mib:.1f} MiB passes the budget of {run.budget_mib:g} MiB")
-    times = [_timed(steps[0]) for _ in range(run.measure_steps)]
+    times = [layers.timed(steps[0]) for _ in range(run.measure_steps)]
     median = statistics.median(times)
     result["metrics"] |= report.scalars() | {
         "step_time_ms": median * 1e3,
@@ -156,14 +158,6 @@ def _measure(run: StepRun, result: dict) -> None:
         },
         "step_times_ms": [round(t * 1e3, 3) for t in times],
     }
-
-
-def _timed(step: Step) -> float:
-    began = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:

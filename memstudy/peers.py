@@ -1,0 +1,196 @@
+"""What a user would pick instead: other people's attention layers, by name, to be measured beside the variants.
+
+A peer is a layer of the same contract, ``layer(hidden_states)`` on (batch, seq, hidden), that does the work of one
+variant at the same widths and heads, with as many projections as its package has. Those that are only an op stand
+between the four projections that `SelfAttention` has. Nothing here is part of a study's model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from memstudy.attention import AttentionConfig, Unavailable
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A layer from elsewhere.
+
+    Attributes
+    ----------
+    variant : str
+        The variant whose work it does, a name in ``ATTENTION``.
+    make : callable
+        ``make(config, hidden_size=..., n_heads=..., seq_len=..., is_causal=...)`` gives the layer, or raises
+        `Unavailable`; ``config`` is the variant's.
+    """
+
+    variant: str
+    make: Callable[..., nn.Module]
+
+
+def _installed(package: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{package} cannot be imported ({error}); pip install 'memstudy[bench]'") from None
+
+
+class _Projected(nn.Module):
+    """Four projections around an op on (batch, heads, seq, head_dim)."""
+
+    def __init__(self, hidden_size: int, n_heads: int, op: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.n_heads, self.op = n_heads, op
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(4))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        heads = (
+            proj(hidden_states).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (batch, heads, seq, head_dim)
+        return self.o_proj(self.op(*heads).transpose(1, 2).flatten(2))
+
+
+def _torch(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool) -> nn.Module:
+    """PyTorch's fused attention."""
+
+    def attend(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+    return _Projected(hidden_size, n_heads, attend)
+
+
+def _local_attention(
+    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
+) -> nn.Module:
+    """The same window but for one key more to each side, without the package's rotary positions."""
+    package = _installed("local-attention", "local_attention")
+    op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, exact_windowsize=True)
+    return _Projected(hidden_size, n_heads, op)
+
+
+def _local_attention_defaults(
+    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
+) -> nn.Module:
+    """As the package comes: whole blocks are seen, one to two windows back, with rotary positions."""
+    package = _installed("local-attention", "local_attention")
+    op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, dim=hidden_size // n_heads)
+    return _Projected(hidden_size, n_heads, op)
+
+
+def _reformer_pytorch(
+    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
+) -> nn.Module:
+    """Sequences must be multiples of two chunks."""
+    package = _installed("reformer-pytorch", "reformer_pytorch")
+    return package.LSHSelfAttention(
+        hidden_size, n_heads, bucket_size=config.chunk_length, n_hashes=config.num_hashes, causal=is_causal
+    )
+
+
+class _ReformerAttention(nn.Module):
+    """transformers' LSH attention with its output projection, without the layer norm before them."""
+
+    def __init__(self, attention: nn.Module, output: nn.Module):
+        super().__init__()
+        self.attention, self.output = attention, output
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.output(self.attention(hidden_states).hidden_states)
+
+
+def _transformers(
+    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
+) -> nn.Module:
+    from transformers import ReformerConfig
+    from transformers.models.reformer import modeling_reformer
+
+    # Said here and not left to the layer, which warns when it chooses; the same number, the same factors.
+    power = (2 * (seq_len // config.chunk_length)).bit_length() - 1
+    whole = 2**power <= 2 * max(int((seq_len // config.chunk_length) ** 0.5), config.chunk_length)
+    reformer = ReformerConfig(
+        hidden_size=hidden_size,
+        num_attention_heads=n_heads,
+        attention_head_size=hidden_size // n_heads,
+        lsh_attn_chunk_length=config.chunk_length,
+        num_buckets=2**power if whole else [2 ** (power // 2), 2 ** (power - power // 2)],
+        num_hashes=config.num_hashes,
+        is_decoder=is_causal,
+        lsh_attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+        hash_seed=0,  # the same rotations each time
+        max_position_embeddings=seq_len,
+    )
+    return _ReformerAttention(
+        modeling_reformer.LSHSelfAttention(reformer), modeling_reformer.ReformerSelfOutput(reformer)
+    )
+
+
+def _linformer(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool) -> nn.Module:
+    package = _installed("linformer", "linformer")
+    return package.LinformerSelfAttention(hidden_size, seq_len, k=config.rank, heads=n_heads)
+
+
+def _performer_pytorch(
+    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
+) -> nn.Module:
+    """Causal without the package's CUDA extension: what it falls back to by itself."""
+    package = _installed("performer-pytorch", "performer_pytorch")
+    return package.SelfAttention(
+        hidden_size, causal=is_causal, heads=n_heads, dim_head=hidden_size // n_heads, nb_features=config.features
+    )
+
+
+class _ReleasedMemSizer(nn.Module):
+    """MemSizer in the plain form of its authors' released code (Zhang & Cai 2022, arXiv:2203.12644).
+
+    Causal, every token's key times its value is materialised, (seq, batch, slots, hidden), and summed up by a product
+    with a (seq, seq) mask; else S = k^T v / sqrt(n). Written after the description, not copied.
+    """
+
+    def __init__(self, hidden_size: int, n_heads: int, slots: int, is_causal: bool):
+        super().__init__()
+        self.n_heads, self.is_causal = n_heads, is_causal
+        self.query_proj = nn.Linear(hidden_size, n_heads * slots)
+        self.key_proj, self.key_norm = nn.Linear(hidden_size, slots), nn.LayerNorm(slots)
+        self.value_proj, self.value_norm = nn.Linear(hidden_size, hidden_size), nn.LayerNorm(hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, *, memory: torch.Tensor | None = None) -> torch.Tensor:
+        memory = hidden_states if memory is None else memory
+        weights = self.query_proj(hidden_states).unflatten(-1, (self.n_heads, -1)).softmax(-1).mean(-2)
+        key, value = self.key_norm(self.key_proj(memory)), self.value_norm(self.value_proj(memory))
+        seq_len = memory.shape[1]
+        if not self.is_causal:
+            summary = torch.einsum("bsk,bsd->bkd", key, value) * seq_len**-0.5
+            return torch.einsum("btk,bkd->btd", weights, summary)
+        products = torch.einsum("bsk,bsd->sbkd", key, value)
+        counts = torch.arange(1, seq_len + 1, dtype=value.dtype, device=value.device)
+        mask = torch.ones(seq_len, seq_len, dtype=value.dtype, device=value.device).tril() * counts.rsqrt()[:, None]
+        sums = (mask @ products.flatten(1)).view_as(products)  # (seq, batch, slots, hidden)
+        return torch.einsum("btk,tbkd->btd", weights, sums)
+
+
+def _released_memsizer(
+    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
+) -> nn.Module:
+    return _ReleasedMemSizer(hidden_size, n_heads, config.slots, is_causal)
+
+
+PEERS: dict[str, Peer] = {
+    "torch": Peer("softmax", _torch),
+    "local-attention": Peer("window", _local_attention),
+    "local-attention as it comes": Peer("window", _local_attention_defaults),
+    "reformer-pytorch": Peer("lsh", _reformer_pytorch),
+    "transformers": Peer("lsh", _transformers),
+    "linformer": Peer("linformer", _linformer),
+    "performer-pytorch": Peer("performer", _performer_pytorch),
+    "MemSizer as released": Peer("memsizer", _released_memsizer),
+}

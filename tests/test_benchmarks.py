@@ -1,0 +1,155 @@
+"""The benchmarks: one run as a user runs it, at a tiny size; what is refused, judged and left out."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str):
+    """Return ``benchmarks/<name>.py`` as a module; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+attention, decoding = load("attention"), load("decoding")
+
+
+def row(n, **changes):
+    measured = {"time_ratio": 1.0, "time_ratio_min": 0.9, "time_ratio_max": 1.1, "peak_u": 5.0, "peak_mib": n / 1024}
+    names = {"variant": "window", "who": "memstudy", "n": n, "status": "ok", "reason": "", "seconds": 1.0}
+    return names | measured | {"step_time_ms": n / 8} | changes
+
+
+def test_attention_prints_its_rows_and_writes_them(tmp_path):
+    path = tmp_path / "rows.json"
+    arguments = ["--variants", "softmax", "--lengths", "128", "64", "--rounds", "1", "--json", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "benchmarks" / "attention.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert [(row["n"], row["who"]) for row in rows] == [(n, who) for n in (64, 128) for who in ("memstudy", "torch")]
+    for row in rows:
+        assert (row["variant"], row["status"], row["threads"]) == ("softmax", "ok", 1)
+        assert 0 < row["time_ratio_min"] <= row["time_ratio"] * 2
+        assert row["peak_mib"] == row["predicted_mib"] == pytest.approx(row["peak_u"] * row["n"] * 512 * 4 / 2**20)
+        assert row["packages"]["torch"]
+        assert ("met" in row) == (row["who"] == "memstudy")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert "1 threads; medians of 1 rounds" in lines[0]
+    assert lines[2].split()[:3] == ["softmax", "memstudy", "64"]
+    assert "softmax, torch, 128" in done.stderr  # the progress
+
+
+def test_our_rows_are_held_to_their_targets():
+    assert "met" not in attention.judged(row(512), [])
+    assert attention.judged(row(4096), [])["met"]
+    assert not attention.judged(row(4096, time_ratio=1.81), [])["met"]
+    assert not attention.judged(row(16_384), [])["met"]  # 5 U where 4.5 are allowed
+    torchs = row(4096, who="torch", time_ratio=2.0)
+    lean = row(4096, variant="softmax_lean", time_ratio=2.1)
+    assert attention.judged(lean, [torchs])["met"]
+    assert not attention.judged(lean | {"time_ratio": 2.3}, [torchs])["met"]
+    assert "met" not in attention.judged(lean, [torchs | {"status": "oom"}])
+
+
+def test_a_length_that_would_take_too_much_is_not_tried():
+    assert attention.too_much([], 10**6) == ""
+    assert attention.too_much([row(1024), row(2048)], 4096) == ""
+    said = attention.too_much([row(1024), row(2048)], 10**9)
+    assert said.startswith("not tried: would take about 976,562, ")
+    assert said.endswith("MiB are available")
+    assert attention.too_much([row(1024, seconds=200.0)], 2048).endswith("would take about 800, 600 s are allowed")
+    assert attention.too_much([row(1024, status="oom", reason="no room")], 2048) == "no room (at 1,024 tokens)"
+
+
+def test_rows_without_numbers_say_why_and_slopes_are_those_of_both_ends():
+    assert attention.line(row(64, status="oom", reason="no room")).endswith("  oom: no room")
+    (line,) = attention.slopes([row(2048), row(4096), row(16_384), row(16_384, who="torch")])
+    assert " ".join(line.split()) == "window memstudy memory 1.00 time 1.00 at most 1.02 and 1.15: met"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--variants", "none"], "argument --variants: invalid choice: 'none' (choose from "),
+        (["--lengths", "many"], "argument --lengths: invalid int value: 'many'"),
+        (["--lengths", "128", "--variants", "window"], "window at 128 tokens: window=256 is larger than seq_len=128"),
+        (["--lengths", "-1", "--variants", "softmax"], "softmax at -1 tokens: Input should be greater than"),
+        (["--rounds", "0"], "argument --rounds: 0: at least 1 is needed"),
+        (["--json", "no/such/folder/rows.json"], "its folder is not there or cannot be written"),
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_are_one_clear_error(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attention.py", *arguments])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit) as refused:
+        attention.main()
+    assert refused.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert said in printed.err.splitlines()[-1]
+
+
+def test_help_teaches(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--help"])
+    with pytest.raises(SystemExit):
+        attention.main()
+    said = capsys.readouterr().out
+    for word in ("--variants", "--lengths", "--rounds", "--json", "bare projections", "U", "fresh process"):
+        assert word in said
+
+
+# --- decoding
+
+
+class Averaging(torch.nn.Module):
+    """A mixer with a state, in MemSizer's place: the mean of the tokens so far."""
+
+    def __init__(self, hidden_size, num_heads, config, *, is_causal):
+        super().__init__()
+
+    def step(self, hidden_states, state=None):
+        total, count = state or (torch.zeros_like(hidden_states), 0)
+        return (total + hidden_states) / (count + 1), (total + hidden_states, count + 1)
+
+
+@dataclass(frozen=True)
+class AveragingConfig:
+    slots: int
+    module = Averaging
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_decoding_prints_speed_and_what_is_kept(monkeypatch, capsys):
+    monkeypatch.setitem(decoding.ATTENTION, "memsizer", AveragingConfig)
+    monkeypatch.setattr(decoding, "STEPS", 2)
+    monkeypatch.setattr(sys, "argv", ["decoding.py", "--lengths", "16", "8", "--batch", "2"])
+    decoding.main()
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in printed if line[0] in ("8", "16")]
+    assert [line[0] for line in rows] == ["8", "16"]
+    assert [line[2] for line in rows] == [f"{6 * 2 * 512 * 4 / 2**20:.3f}"] * 2  # the sum of each layer and sequence
+    assert [line[4] for line in rows] == [f"{6 * 2 * 2 * n * 512 * 4 / 2**20:.3f}" for n in (8, 16)]  # keys and values
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "0"], ["--lengths", "8", "0"]], ids=" ".join)
+def test_decoding_refuses_nothing_to_decode(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decoding.py", *arguments])
+    with pytest.raises(SystemExit) as refused:
+        decoding.main()
+    assert refused.value.code == 2
+    assert f"argument {arguments[0]}: 0: at least 1 is needed" in capsys.readouterr().err.splitlines()[-1]
