@@ -1,8 +1,9 @@
 """The attention variants by name: one file a variant, one line a variant here.
 
 From a configuration to what it describes: ``config.attend(query, key, value, ...)`` is the op with
-its hyper-parameters filled in (parameter-free variants), ``config.module(hidden_size, num_heads,
-config, is_causal=...)`` the layer.
+its hyper-parameters filled in (all but MemSizer, which has no queries and keys of its own),
+``config.module(hidden_size, num_heads, config, is_causal=...)`` the layer. `heads` and `scan` are what
+several layers are made of: both compute again in backward what would be too large to keep.
 """
 
 from memstudy.attention.base import AttentionConfig, SelfAttention, Unavailable
