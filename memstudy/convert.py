@@ -179,6 +179,10 @@ def load_converted(folder: str | Path, model_class: type[PreTrainedModel]) -> Pr
         raise ValueError(
             f"{folder / 'config.json'} has no memstudy_attention: the model was not converted; use from_pretrained"
         )
+    if settings.get("variant") not in ATTENTION:
+        raise ValueError(
+            f"{folder / 'config.json'}: unknown variant {settings.get('variant')!r}; known are {', '.join(ATTENTION)}"
+        )
     config.memstudy_attention = None  # a model of our own would convert itself
     model = model_class._from_config(config)
     own = {name: value for name, value in settings.items() if name != "variant"}

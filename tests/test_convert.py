@@ -401,6 +401,14 @@ def test_our_own_decoder_is_saved_and_loaded(config, tmp_path):
     torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
 
 
+def test_a_variant_that_is_not_known_is_not_loaded(tmp_path):
+    model = _converted("bert", WindowConfig(4))
+    model.config.memstudy_attention = {"variant": "windows", "window": 4}
+    save_converted(model, tmp_path)
+    with pytest.raises(ValueError, match=r"config.json: unknown variant 'windows'; known are softmax, window"):
+        load_converted(tmp_path, type(model))
+
+
 def test_generation_settings_are_saved_too(tmp_path):
     model = _converted("gpt2", WindowConfig(4))
     model.generation_config.max_new_tokens = 3
