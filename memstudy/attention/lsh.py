@@ -17,8 +17,7 @@ the total log-sum-exp L and the order of each round; backward computes the weigh
 Not implemented: decoding with cached buckets; another number of chunks before or after.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 
 from memstudy.attention.base import AttentionConfig, check_heads, check_inputs, check_padding
 from memstudy.attention.heads import attend_by_heads
+from memstudy.attention.scan import drawing_again, rng_state
 
 EPSILON = 1e-6  # added to the mean square of a vector before its root, as in transformers
 LARGEST_FACTOR = 16  # buckets hashed at once; more are a product of two factors
@@ -115,16 +115,16 @@ class _Rounds:
         total = query.new_empty(batch, heads, seq, dtype=torch.promote_types(query.dtype, torch.float32))
         # Hash all before the first dropout: backward draws that again, but no rotations.
         orders = torch.stack([self._orders(query[:, head]) for head in range(heads)], 1)
-        kept = (_rng_state(query),) if self.dropout else ()
+        kept = (rng_state(query.device),) if self.dropout else ()
         for head in range(heads):
             for i in range(batch):
                 self._attend(i, orders[i, head], query[i, head], value[i, head], output[i, head], total[i, head])
         return total, orders, *kept
 
     def backward(self, grad_output, output, kept, query, value):
-        total, orders, *rng_state = kept
+        total, orders, *drawn = kept
         grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
-        with _again(query, *rng_state) if rng_state else nullcontext():
+        with drawing_again(query.device, *drawn) if drawn else nullcontext():
             for head in range(query.shape[1]):
                 for i in range(query.shape[0]):
                     at = i, head
@@ -280,18 +280,6 @@ def _rows(length: int, *columns: torch.Tensor) -> torch.Tensor:
     """Put (seq, ...) tensors side by side, with rows of zeros up to ``length``."""
     table = torch.cat(columns, -1)
     return F.pad(table, (0, 0, 0, length - len(table))) if len(table) < length else table
-
-
-def _rng_state(like: torch.Tensor) -> torch.Tensor:
-    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
-
-
-@contextmanager
-def _again(like: torch.Tensor, state: torch.Tensor) -> Iterator[None]:
-    """Draw once more what was drawn after ``state``."""
-    with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        torch.cuda.set_rng_state(state, like.device) if like.is_cuda else torch.set_rng_state(state)
-        yield
 
 
 class _Hashed(torch.autograd.Function):

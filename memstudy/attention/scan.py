@@ -116,7 +116,7 @@ class _Scan(torch.autograd.Function):
         def keep(state):
             states.extend(state)
             if random:
-                ctx.rng.append(_rng_state(device))
+                ctx.rng.append(rng_state(device))
 
         ctx.function, ctx.sizes = function, sizes
         # What is cast without gradients must not be found in the cache by what needs them.
@@ -175,7 +175,7 @@ def _step_backward(ctx, parts, need, rng, grad_piece, grad_state) -> list[torch.
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(**ctx.autocast))
         if rng is not None:
-            stack.enter_context(_rng(parts[0].device, rng))
+            stack.enter_context(drawing_again(parts[0].device, rng))
         piece, state = ctx.function(*_split(ctx.sizes, leaves))
     pairs = zip((piece, *state), (grad_piece, *grad_state), strict=True)
     pairs = [(t, grad) for t, grad in pairs if grad is not None and t.requires_grad]
@@ -187,17 +187,18 @@ def _step_backward(ctx, parts, need, rng, grad_piece, grad_state) -> list[torch.
     return [next(found) if n else None for n in need]
 
 
-def _rng_state(device: torch.device) -> torch.Tensor:
+def rng_state(device: torch.device) -> torch.Tensor:
+    """The state of the generator that ``device`` draws from."""
     return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 @contextmanager
-def _rng(device: torch.device, state: torch.Tensor) -> Iterator[None]:
+def drawing_again(device: torch.device, state: torch.Tensor) -> Iterator[None]:
     """Draw as behind ``state``, then as before."""
     set_state = torch.set_rng_state
     if device.type != "cpu":
         set_state = partial(torch.get_device_module(device).set_rng_state, device=device)
-    before = _rng_state(device)
+    before = rng_state(device)
     set_state(state)
     try:
         yield
