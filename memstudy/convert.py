@@ -25,6 +25,7 @@ Keys and values in the model's own cache stay complete; a window only reads its 
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ from memstudy.dispatch import is_function
 from memstudy.projections import FAMILIES, attends_elsewhere, known_attentions, ops, replace_projections
 
 
-def convert_attention(model: PreTrainedModel, config: AttentionConfig, *, seed: int = 0) -> PreTrainedModel:
+def convert_attention(
+    model: PreTrainedModel, config: AttentionConfig, *, layers: Sequence[int] | None = None, seed: int = 0
+) -> PreTrainedModel:
     """Replace the attention of a model, in place; its weights stay as they are, or are factored (lowrank).
 
     The model gets a config of its own, so that a part (``model.get_encoder()``) can be converted alone.
@@ -49,6 +52,9 @@ def convert_attention(model: PreTrainedModel, config: AttentionConfig, *, seed: 
         known family, see above.
     config : AttentionConfig
         The variant.
+    layers : sequence of int, optional
+        Which of the model's attentions, counted from 0 in the order of its modules; None for all. Only for variants
+        that replace projections: the attention function is one for the whole model.
     seed : int
         For the weights of variants that have some; no effect on the others.
 
@@ -60,7 +66,8 @@ def convert_attention(model: PreTrainedModel, config: AttentionConfig, *, seed: 
     Raises
     ------
     ValueError
-        For a variant that fits no trained model, or not this one, or a model that can't change its attention.
+        For a variant that fits no trained model, or not this one, a model that can't change its attention, or layers
+        that it doesn't have.
     """
     if not (config.projections or is_function(type(config))):
         raise ValueError(
@@ -75,8 +82,10 @@ def convert_attention(model: PreTrainedModel, config: AttentionConfig, *, seed: 
                 "AttentionInterface, so it can't be converted"
             )
     _check_fit(model, config)
+    if layers is not None and not config.projections:
+        raise ValueError(f"layers={list(layers)}: {config.name} converts all layers of a model or none")
     if config.projections:
-        replace_projections(model, config)
+        replace_projections(model, config, layers)
     weights = {} if config.projections or config.parameter_free else _make_weights(model, config, seed)
     copies = {}
     for module in model.modules():
@@ -87,7 +96,7 @@ def convert_attention(model: PreTrainedModel, config: AttentionConfig, *, seed: 
     for op, made in weights.items():
         op.memstudy = made
     for part in models:
-        part.config.memstudy_attention = config.settings()
+        part.config.memstudy_attention = config.settings() | ({} if layers is None else {"layers": list(layers)})
     if not config.projections:
         model.set_attn_implementation(f"memstudy_{config.name}")
     return model
@@ -185,8 +194,8 @@ def load_converted(folder: str | Path, model_class: type[PreTrainedModel]) -> Pr
         )
     config.memstudy_attention = None  # a model of our own would convert itself
     model = model_class._from_config(config)
-    own = {name: value for name, value in settings.items() if name != "variant"}
-    convert_attention(model, ATTENTION[settings["variant"]](**own))
+    own = {name: value for name, value in settings.items() if name not in ("variant", "layers")}
+    convert_attention(model, ATTENTION[settings["variant"]](**own), layers=settings.get("layers"))
     path = folder / "model.safetensors"
     try:
         missing, unexpected = load_model(model, path, strict=False)

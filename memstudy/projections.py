@@ -1,5 +1,6 @@
 """Where each known family of Hugging Face models keeps the projections of its attention, and what can replace them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,15 +92,19 @@ class _Fused(nn.ModuleList):
         return torch.cat([projection(hidden_states) for projection in self], dim=-1)
 
 
-def replace_projections(model: nn.Module, config: AttentionConfig) -> None:
-    """Put ``config.factor(part, projection)`` in the place of each projection, in place.
+def replace_projections(model: nn.Module, config: AttentionConfig, layers: Sequence[int] | None = None) -> None:
+    """Put ``config.factor(part, projection)`` in the place of each projection of ``layers`` (None: of all), in place.
 
     Raises
     ------
     ValueError
-        If the attention is of no known family, or a projection is no plain linear layer.
+        If the attention is of no known family, a projection is no plain linear layer, or a layer isn't there.
     """
-    for attention, family in known_attentions(model):
+    attentions = known_attentions(model)
+    chosen = range(len(attentions)) if layers is None else layers
+    if any(layer not in range(len(attentions)) for layer in chosen):
+        raise ValueError(f"layers={list(chosen)}: the model has {len(attentions)} attentions, counted from 0")
+    for attention, family in (attentions[layer] for layer in chosen):
         for parts, name in family.projections.items():
             whole = _linear(attention.get_submodule(name), f"{type(attention).__name__}.{name}")
             pieces = _split(whole, len(parts))

@@ -24,6 +24,7 @@ from memstudy.attention import (
 )
 from memstudy.convert import convert_attention, load_converted, save_converted
 from memstudy.models import decoder
+from memstudy.projections import known_attentions
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENCODER = {**SMALL, "intermediate_size": 64, "max_position_embeddings": 40}
@@ -594,3 +595,59 @@ def test_what_the_variant_cannot_do_is_refused():
     mistral = convert_attention(transformers.AutoModelForCausalLM.from_config(mistral), SoftmaxConfig())
     with pytest.raises(ValueError, match="own window"):
         mistral(input_ids)
+
+
+@pytest.mark.parametrize("layers", [[1], [0], [1, 0], []], ids=str)
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_only_the_layers_asked_for_are_converted_saved_and_loaded(name, layers, tmp_path):
+    model = convert_attention(_model(name), LowRankConfig(4), layers=layers)
+    width, batch = 32, _batch_for(name)
+    whole = sum(p.numel() for p in _model(name).parameters())
+    if name != "llama":  # whose keys and values are narrower
+        assert whole - sum(p.numel() for p in model.parameters()) == len(layers) * 4 * (width**2 - 4 * 2 * width)
+    attentions = [attention for attention, _ in known_attentions(model)]
+    factored = [any(4 in p.shape for p in attention.parameters()) for attention in attentions]
+    assert factored == [layer in layers for layer in range(2)]
+    assert model.config.memstudy_attention == {"variant": "lowrank", "rank": 4, "parts": "qkvo", "layers": layers}
+    save_converted(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["memstudy_attention"]["layers"] == layers
+    again = load_converted(tmp_path, type(model))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+
+
+def test_layers_left_alone_give_what_they_gave():
+    """The second layer alone is factored: the states before it are the unconverted model's."""
+    batch = _batch() | {"output_hidden_states": True}
+    native = _model("bert")(**batch).hidden_states
+    states = convert_attention(_model("bert"), LowRankConfig(4), layers=[1])(**batch).hidden_states
+    torch.testing.assert_close(states[1], native[1], rtol=0, atol=0)
+    assert (states[2] - native[2]).abs().max() > 1e-3
+
+
+def test_all_layers_by_number_are_all_layers():
+    by_number = convert_attention(_model("bert"), LowRankConfig(4), layers=range(2)).state_dict()
+    torch.testing.assert_close(by_number, _converted("bert", LowRankConfig(4)).state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 7], [-1]], ids=str)
+def test_layers_that_the_model_does_not_have_are_refused_and_nothing_is_changed(layers):
+    model = _model("bert")
+    before = model.state_dict().keys()
+    with pytest.raises(ValueError, match=rf"layers=\[.*{layers[-1]}\]: the model has 2 attentions, counted from 0"):
+        convert_attention(model, LowRankConfig(4), layers=layers)
+    assert model.state_dict().keys() == before
+    assert not hasattr(model.config, "memstudy_attention")
+
+
+@pytest.mark.parametrize("config", [SoftmaxConfig(), WindowConfig(4), LinformerConfig(6, 40)], ids=lambda c: c.name)
+def test_a_variant_that_replaces_no_projections_is_refused_some_layers_alone(config):
+    model = _model("bert")
+    with pytest.raises(ValueError, match=rf"layers=\[1\]: {config.name} converts all layers of a model or none"):
+        convert_attention(model, config, layers=[1])
+    assert not hasattr(model.config, "memstudy_attention")
+
+
+def test_a_layer_asked_for_twice_is_refused():
+    with pytest.raises(ValueError, match="Sequential, not a linear layer"):
+        convert_attention(_model("bert"), LowRankConfig(4), layers=[1, 1])
