@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.client
+import io
 import os
 import re
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,6 +53,7 @@ DATASETS = {
     "polish-books": Entry("12 Polish books, stand-in for SpeakLeash", "public domain"),
     SPEAKLEASH: Entry("Polish shop texts; so any speakleash/<corpus>", "see the corpus's manifest"),
     "wikitext-2-v1": Entry("WikiText-2, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-2-v1")),
+    "wikitext-103-v1": Entry("WikiText-103, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-103-v1")),
     "enwik8-prefix": Entry("the first megabyte of enwik8, one line a row", "GFDL / CC BY-SA"),
     **{
         f"glue/{task}": Entry(f"GLUE task {task}", "each task's own", (*GLUE, task), False)
@@ -65,7 +68,7 @@ class LoadedData:
     """A data set: its splits, and where they came from.
 
     ``name`` is the one asked for, also where the miniature stands in; ``source`` is ``folder``,
-    ``hub``, ``speakleash`` or ``miniature``; ``revision`` is the hub's commit or ``unversioned``;
+    ``hub``, ``speakleash``, ``file`` or ``miniature``; ``revision`` is the hub's commit or ``unversioned``;
     ``content_hash`` is the SHA-256, first 16 hex digits, of the files or the miniature's text.
     Running text has a column ``text``, one document a row; other sets have the hub's columns.
     """
@@ -76,20 +79,32 @@ class LoadedData:
     content_hash: str
     splits: datasets.DatasetDict
 
+    def provenance(self) -> dict[str, str]:
+        """What a record keeps of it: everything but the rows."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "revision": self.revision,
+            "content_hash": self.content_hash,
+        }
+
 
 def load(name: str) -> LoadedData:
-    """Load a data set from the first place that has it.
+    """Load a data set from the first place that has it; or a table of one's own, the path of a ``.csv``.
 
     ``$MEMSTUDY_DATA`` (unset: ``../shared/data``, then ``data/``, from the repository's root); then
     the hub at a pinned revision, or SpeakLeash's own package; then, for running text and with a
-    warning, the miniature.
+    warning, the miniature. Of a ``.csv`` a fifth of the rows, drawn with seed 0, are the split ``validation``.
 
     Raises
     ------
     ValueError
-        Unknown name; ``$MEMSTUDY_DATA`` is no folder; a file that is missing or can't be read; no
-        such SpeakLeash corpus; a set other than running text that is nowhere to be had.
+        Unknown name; a ``.csv`` that is missing, can't be read, has gaps or fewer than five rows; ``$MEMSTUDY_DATA``
+        is no folder; a file that is missing or can't be read; no such SpeakLeash corpus; a set other than running text
+        that is nowhere to be had.
     """
+    if name.endswith(".csv"):
+        return LoadedData(name, "file", "unversioned", *_read_csv(Path(name)))
     source, fetch, tried = _locate(name)
     if source == "nowhere":
         raise ValueError(f"data set {name} not found ({tried}); go online or set MEMSTUDY_DATA")
@@ -350,6 +365,31 @@ def _read_folder(folder: Path) -> tuple[str, datasets.DatasetDict]:
         for split, shards in tables.items()
     }
     return content_hash, datasets.DatasetDict(splits)
+
+
+def _read_csv(path: Path) -> tuple[str, datasets.DatasetDict]:
+    """Return the hash of a table's bytes, and its rows in two splits."""
+    try:
+        raw = path.read_bytes()
+        table = pd.read_csv(io.BytesIO(raw), keep_default_na=False, na_values=[""])  # "None" and "NA" are words
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; the path of a .csv is needed") from None
+    except (ValueError, pd.errors.ParserError) as error:  # not UTF-8, or rows of unequal length
+        raise ValueError(f"{path}: not a CSV: {' '.join(str(error).split())}") from None
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes fields beyond the header for the rows' names
+        raise ValueError(f"{path}: not a CSV: the rows have more fields than the first line has names")
+    if len(table) < 5:
+        raise ValueError(f"{path}: {len(table)} rows; at least 5 are needed, of which a fifth is held back")
+    if table.isna().any(axis=None):
+        column = table.columns[table.isna().any()][0]
+        row = int(table[column].isna().idxmax())
+        raise ValueError(f"{path}: row {row} (from 0) has no {column!r}; fill it in or leave the row out")
+    try:
+        rows = datasets.Dataset.from_pandas(table)
+    except (OverflowError, pa.ArrowException) as error:  # a number of more than 64 bits
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    split = rows.train_test_split(test_size=0.2, seed=0)
+    return hashlib.sha256(raw).hexdigest()[:16], datasets.DatasetDict(train=split["train"], validation=split["test"])
 
 
 def _miniature() -> tuple[str, datasets.DatasetDict]:
