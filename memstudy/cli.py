@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """Carry out one run in this process and write its record.
 
-    The file's "kind" says what is run, "language_model", "hub_model" or "layer":
+    The file's "kind" says what is run: "language_model", "hub_model", "inference", "fine_tune" or "layer".
 
     {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
     "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],
@@ -79,7 +79,7 @@ def run(
         from memstudy.attention import Unavailable
 
         planned = trainers.parse_run(given)
-        if isinstance(planned, trainers.LanguageModelRun) and planned.train_steps:
+        if getattr(planned, "dataset", ""):
             trainers.load_data(planned)
         record = runs.perform(
             planned.model_dump(mode="json"),
@@ -199,7 +199,7 @@ def _gpus(results: Path) -> list[dict]:
 
 
 def _models(results: Path) -> list[dict]:
-    from memstudy.configs import hub_models
+    from memstudy.hub_configs import hub_models
 
     return [
         {"model": name, "family": settings["model_type"], "class": settings["architectures"][0]}

@@ -1,42 +1,22 @@
-"""What can be run: frozen descriptions, and the model and inputs that each one describes.
+"""What can be run on models of our own: frozen descriptions, and the model and inputs that each one describes.
 
-A description holds every choice, so that the hash of its JSON names the run. How it is carried out is `trainers`.
+A description holds every choice, so that the hash of its JSON names the run. How it is carried out is
+`trainers`; runs of Hugging Face's models are in `hub_configs`.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import fields
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import transformers
-import yaml
-from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
-from transformers.models.auto import modeling_auto
-from transformers.training_args import OptimizerNames
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from memstudy import techniques
 from memstudy.attention import ATTENTION, AttentionConfig
 from memstudy.models import DecoderLM, decoder
 from memstudy.peers import PEERS
-
-HUB_MODELS = Path(__file__).with_name("hub_models.yaml")
-
-_CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-_LANGUAGE_MODELS = (
-    _CAUSAL
-    | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-    | set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
-)
-# Their positions are counted from the padding token's number on, so that their tables have more rows than positions.
-_COUNTED_FROM_PADDING = {
-    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
-    "xlm-roberta-xl", "xmod",
-}  # fmt: skip
 
 
 class StepRun(BaseModel):
@@ -109,7 +89,7 @@ class LanguageModelRun(StepRun):
 
     def mixer(self) -> AttentionConfig:
         """The attention variant as its config."""
-        return _mixer(self.attention)
+        return mixer_of(self.attention)
 
     def make_model(self) -> DecoderLM:
         """The model with random weights."""
@@ -129,7 +109,8 @@ class LanguageModelRun(StepRun):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def _mixer(attention: dict[str, bool | str | int | float]) -> AttentionConfig:
+def mixer_of(attention: dict[str, bool | str | int | float]) -> AttentionConfig:
+    """The attention variant that ``attention`` names and sets, as its config."""
     settings = dict(attention)
     variant = settings.pop("variant", None)
     if variant not in ATTENTION:
@@ -145,124 +126,6 @@ def _check_window(mixer: AttentionConfig, seq_len: int) -> None:
     window = getattr(mixer, "window", 0)
     if window > seq_len:
         raise ValueError(f"window={window} is larger than seq_len={seq_len}")
-
-
-class HubModelRun(StepRun):
-    """Every choice of one run of a Hugging Face model with random weights.
-
-    ``model`` is a name in ``hub_models.yaml`` or the path of a ``config.json``; ``optimizer`` is one of ``adamw``,
-    ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is ``lm``, what the model was
-    pretrained for, or ``classification`` of sequences.
-    """
-
-    kind: Literal["hub_model"] = "hub_model"
-    model: str
-    optimizer: str = "adamw"  # Trainer's default, AdamW in one fused kernel
-    task: Literal["lm", "classification"] = "lm"
-    attention: Literal["eager", "sdpa"] = "sdpa"
-    measure_steps: PositiveInt = 1
-
-    @field_validator("optimizer")
-    @classmethod
-    def _known(cls, optimizer: str) -> str:
-        names = ["adamw", *(str(name.value) for name in OptimizerNames)]
-        if optimizer not in names:
-            raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(names)}")
-        return optimizer
-
-    @model_validator(mode="after")
-    def _suits_the_model(self):
-        config = self.config()
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and config.model_type in _COUNTED_FROM_PADDING:
-            positions -= (config.pad_token_id or 0) + 1
-        if positions is not None and self.seq_len > positions:
-            raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
-        if self.task == "lm":
-            family = self._family(config)
-        else:
-            if config.model_type not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-                raise ValueError(f"transformers has no classifier of the family of {self.model}, {config.model_type}")
-            if config.is_encoder_decoder:  # it reads the last </s> of each row, and which rows have one is data
-                raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
-        if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
-            raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
-        if "adamw_8bit" in self.techniques and self.optimizer != "adamw":
-            raise ValueError(f"adamw_8bit is an optimizer itself and excludes optimizer {self.optimizer!r}")
-        return self
-
-    def config(self) -> transformers.PretrainedConfig:
-        """The model's configuration.
-
-        Raises
-        ------
-        ValueError
-            For an unknown name, and for a file that is no configuration.
-        """
-        if self.model.endswith(".json"):
-            return _read_config(self.model)
-        known = hub_models()
-        if self.model not in known:
-            raise ValueError(
-                f"unknown model {self.model!r}; known: {', '.join(known)}; for another give the path of its config.json"
-            )
-        return transformers.AutoConfig.for_model(**known[self.model])
-
-    def _family(self, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
-        """The class of the language model that ``config`` is for."""
-        names = config.architectures
-        name = names[0] if isinstance(names, list) and names else None
-        if not isinstance(name, str) or name not in _LANGUAGE_MODELS:
-            raise ValueError(f"model {self.model}: architectures={names!r}: a language model's class is needed")
-        family = getattr(transformers, name)
-        if not isinstance(config, family.config_class):
-            raise ValueError(f"model {self.model}: {name} is not of its model_type={config.model_type!r}")
-        return family
-
-    def make_model(self) -> transformers.PreTrainedModel:
-        """The model with random weights."""
-        config = self.config()
-        if self.task == "classification":
-            if config.pad_token_id is None:  # a decoder's classifier reads the last token that is none
-                config.pad_token_id = 0
-            return transformers.AutoModelForSequenceClassification.from_config(
-                config, attn_implementation=self.attention
-            )
-        family = self._family(config)
-        model = family._from_config(config, attn_implementation=self.attention)
-        if family.__name__.endswith("LMHeadModel"):
-            model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
-        return model
-
-    def make_batch(self) -> dict[str, torch.Tensor]:
-        """A batch of random tokens, from torch's global generator; no padding."""
-        tokens = torch.randint(self.config().get_text_config().vocab_size, (self.batch_size, self.seq_len))
-        return {"input_ids": tokens, "labels": tokens[:, 0] % 2 if self.task == "classification" else tokens}
-
-    def flags(self):
-        return {} if self.optimizer == "adamw" else {"optim": self.optimizer}
-
-
-def _read_config(path: str) -> transformers.PretrainedConfig:
-    """The configuration in a file; read here, for transformers would look for a missing one on the internet."""
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"model {path}: {error.strerror}; the path of a config.json is needed") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"model {path}: not JSON: {error}") from None
-    kind = given.get("model_type") if isinstance(given, dict) else None
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"model {path}: model_type={kind!r} is none that transformers knows")
-    try:
-        return transformers.CONFIG_MAPPING[kind].from_dict(given)
-    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"model {path}: {' '.join(str(error).split())[:200]}") from None
-
-
-def hub_models() -> dict[str, dict]:
-    """The models known by name, and what of their configuration differs from the family's defaults."""
-    return yaml.safe_load(HUB_MODELS.read_bytes())
 
 
 class LayerRun(BaseModel):
@@ -309,7 +172,7 @@ class LayerRun(BaseModel):
 
     def mixer(self) -> AttentionConfig:
         """The attention variant as its config."""
-        return _mixer(self.attention)
+        return mixer_of(self.attention)
 
     def make_layer(self) -> torch.nn.Module:
         """The layer with random weights, from torch's global generator.
@@ -329,28 +192,3 @@ class LayerRun(BaseModel):
             seq_len=self.seq_len,
             is_causal=self.is_causal,
         )
-
-
-RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
-    "language_model": LanguageModelRun,
-    "hub_model": HubModelRun,
-    "layer": LayerRun,
-}
-
-
-def parse_run(given: object) -> StepRun | LayerRun:
-    """The run that the JSON value ``given`` describes; its ``kind`` says which.
-
-    Raises
-    ------
-    ValueError
-        For an unknown kind or field, a value out of range, choices that contradict each other.
-    """
-    if not isinstance(given, dict) or given.get("kind") not in RUNS:
-        kind = given.get("kind") if isinstance(given, dict) else given
-        raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(RUNS)}")
-    known = RUNS[given["kind"]].model_fields
-    for name in given:
-        if name not in known:
-            raise ValueError(f"unknown field {name!r} of a {given['kind']} run; known: {', '.join(known)}")
-    return RUNS[given["kind"]].model_validate(given)

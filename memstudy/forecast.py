@@ -12,7 +12,7 @@ import typer
 from memstudy.bad_input import one_line
 
 if TYPE_CHECKING:
-    from memstudy.configs import HubModelRun
+    from memstudy.hub_configs import HubModelRun
     from memstudy.memory import Fit, MemoryReport
 
 # By the step times of the Lab-4 study's reference rows.

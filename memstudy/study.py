@@ -229,7 +229,10 @@ class Study:
 
 
 def _row(record: dict) -> dict:
-    config = {name: "+".join(value) if isinstance(value, list) else value for name, value in record["config"].items()}
+    config = {
+        name: "+".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in record["config"].items()
+    }
     return {
         "run_id": record["run_id"],
         "status": record["status"],

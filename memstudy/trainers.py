@@ -7,37 +7,63 @@ its autocast, its loss, its optimizer.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import set_seed
 
-from memstudy import data, layers, techniques
+from memstudy import data, finetuning, glue, inference, layers, techniques
 from memstudy.attention import Unavailable
-from memstudy.configs import HubModelRun, LanguageModelRun, LayerRun, StepRun, parse_run
+from memstudy.configs import LanguageModelRun, LayerRun, StepRun
+from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
+from memstudy.lever_trainer import last_whole_checkpoint, make_trainer
 from memstudy.memory import MIB, Gpu, find_gpu, measure
 from memstudy.memory.trace import Step
 
-__all__ = ["HubModelRun", "LanguageModelRun", "LayerRun", "StepRun", "build", "execute", "load_data", "parse_run"]
+__all__ = [
+    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "StepRun", "build", "execute",
+    "load_data", "parse_run",
+]  # fmt: skip
 
 TIMELINE_POINTS = 400
-SAVE_STEPS = 100  # a training that is killed loses at most so many updates
+RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
+    "language_model": LanguageModelRun,
+    "hub_model": HubModelRun,
+    "inference": InferenceRun,
+    "fine_tune": FineTuneRun,
+    "layer": LayerRun,
+}
 
 
-def load_data(run: LanguageModelRun) -> data.LoadedData:
+def parse_run(given: object) -> StepRun | LayerRun:
+    """The run that the JSON value ``given`` describes; its ``kind`` says which.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind or field, a value out of range, choices that contradict each other.
+    """
+    if not isinstance(given, dict) or given.get("kind") not in RUNS:
+        kind = given.get("kind") if isinstance(given, dict) else given
+        raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(RUNS)}")
+    known = RUNS[given["kind"]].model_fields
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r} of a {given['kind']} run; known: {', '.join(known)}")
+    return RUNS[given["kind"]].model_validate(given)
+
+
+def load_data(run: LanguageModelRun | FineTuneRun) -> data.LoadedData:
     """The data set that ``run`` trains on.
 
     Raises
     ------
     ValueError
-        When there is no such data set, or it is not the one that the run was planned with.
+        When there is no such data set, it is not the one that the run was planned with, or its labels do not suit.
     """
     loaded = data.load(run.dataset)
     if loaded.content_hash != run.data_hash:
@@ -45,13 +71,16 @@ def load_data(run: LanguageModelRun) -> data.LoadedData:
             f"data set {run.dataset!r} has content hash {loaded.content_hash}, the run was planned with "
             f"{run.data_hash or 'none'}: plan it again"
         )
+    if isinstance(run, FineTuneRun) and run.task == "classification":
+        glue.task_of(loaded)
     return loaded
 
 
 def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = None) -> Callable[[], Step]:
     """What ``memory.measure`` and ``memory.predict`` take: makes everything and returns the step.
 
-    The step runs one whole update on random tokens, through ``Trainer.training_step``. ``gpu`` names the GPU that it
+    The step runs one whole update on random tokens, through ``Trainer.training_step``; of an `InferenceRun` it is one
+    forward pass. ``gpu`` names the GPU that it
     is to be predicted for, so that what only a GPU can do is not refused. Of an accumulated batch only the first
     ``parts`` parts are run when they are given; two take all the memory that more do.
 
@@ -60,6 +89,8 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
     Unavailable
         When a technique, the attention or the optimizer cannot run on this machine, or on that GPU.
     """
+    if isinstance(run, InferenceRun):
+        return inference.build(run)
     levers = run.levers()
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     techniques.check_available(levers, capability=card and card.compute_capability)
@@ -68,7 +99,7 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
 
     def make() -> Step:
         set_seed(run.seed)
-        trainer = _trainer(run, levers, Path("build/unused"), train_steps=1, predicted=card is not None)
+        trainer = make_trainer(run, run.make_model(), Path("build/unused"), train_steps=1, predicted=card is not None)
         try:
             trainer.create_optimizer()
         except ImportError as error:
@@ -120,6 +151,10 @@ def execute(run: StepRun | LayerRun, checkpoints: Path) -> dict:
     """
     if isinstance(run, LayerRun):
         return layers.execute(run)
+    if isinstance(run, InferenceRun):
+        return inference.execute(run)
+    if isinstance(run, FineTuneRun):
+        return finetuning.execute(run, load_data(run), checkpoints)
     result: dict = {"metrics": {}, "curves": {}, "data": {}}
     if run.measure_steps:
         _measure(run, result)
@@ -161,15 +196,14 @@ def _measure(run: StepRun, result: dict) -> None:
 
 
 def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
-    levers = run.levers()
-    techniques.check_available(levers)
+    techniques.check_available(run.levers())
     loaded = load_data(run)
     tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
     blocks = data.blocks(loaded, tokenizer, run.seq_len)
     set_seed(run.seed)
-    trainer = _trainer(run, levers, checkpoints, train_steps=run.train_steps, train=blocks["train"])
+    trainer = make_trainer(run, run.make_model(), checkpoints, train_steps=run.train_steps, train=blocks["train"])
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
     seconds = time.perf_counter() - began
     history = trainer.state.log_history
     result["metrics"] |= {
@@ -187,88 +221,4 @@ def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
             f"{split}_tokens": len(rows) * (run.seq_len - 1),
         }
     result["curves"]["train_loss"] = [[row["step"], round(row["loss"], 4)] for row in history if "loss" in row]
-    result["data"] = {
-        "name": loaded.name,
-        "source": loaded.source,
-        "revision": loaded.revision,
-        "content_hash": loaded.content_hash,
-    }
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The last one that was not cut short: the Trainer writes ``trainer_state.json`` at the end."""
-    whole: dict[int, Path] = {}
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with suppress(ValueError):
-            whole[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
-    return str(whole[max(whole)]) if whole else None
-
-
-class _LeverTrainer(Trainer):
-    """Hugging Face's Trainer with the techniques that are not flags."""
-
-    def __init__(self, *args, levers, **kwargs):
-        self._levers = levers
-        super().__init__(*args, **kwargs)
-
-    def compute_loss_context_manager(self):
-        stack = ExitStack()
-        stack.enter_context(super().compute_loss_context_manager())
-        for lever in self._levers:
-            stack.enter_context(lever.around_loss())
-        return stack
-
-    def _move_model_to_device(self, model, device):
-        if model.device != device:
-            super()._move_model_to_device(model, device)
-
-    def create_optimizer(self, model=None):
-        if "bitsandbytes" in sys.modules:
-            # It keeps which parameters, by their number, of all models so far have states of 32 bits, and those models.
-            sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
-        optimizer = super().create_optimizer(model)
-        for lever in self._levers:
-            lever.attach(self.model, optimizer)
-        return optimizer
-
-
-def _collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    tokens = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": tokens, "labels": tokens}
-
-
-def _trainer(
-    run: StepRun, levers, checkpoints: Path, *, train_steps: int, train=None, predicted: bool = False
-) -> _LeverTrainer:
-    flags = run.flags()
-    for lever in levers:
-        flags |= lever.flags()
-    if predicted:
-        flags.pop("tf32", None)  # refused without a GPU, and of no account to memory
-    logging_steps = max(1, train_steps // 50)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=train_steps,
-        per_device_train_batch_size=run.batch_size // run.accumulation,
-        per_device_eval_batch_size=run.batch_size,
-        learning_rate=run.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,  # clipping needs all gradients at once, which optimizer_in_backward never has
-        seed=run.seed,
-        logging_steps=logging_steps,
-        save_strategy="steps" if train_steps > SAVE_STEPS else "no",
-        # Where a loss is logged, the mean of those since the last: one cut in two by a kill would be another mean.
-        save_steps=-(-SAVE_STEPS // logging_steps) * logging_steps,
-        save_total_limit=1,
-        prediction_loss_only=True,
-        use_cpu=predicted or not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
-        **flags,
-    )
-    model = run.make_model()
-    for lever in levers:
-        lever.prepare(model)
-    trainer = _LeverTrainer(model, arguments, data_collator=_collate, train_dataset=train, levers=levers)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    result["data"] = loaded.provenance()

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 from memstudy import runs
-from memstudy.configs import HubModelRun, LanguageModelRun, hub_models, parse_run
+from memstudy.configs import LanguageModelRun
+from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun, hub_models
 from memstudy.memory import measure, predict
-from memstudy.trainers import build
+from memstudy.trainers import build, load_data, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -312,3 +313,130 @@ def test_the_tokens_of_a_batch_are_the_models(tmp_path):
     assert labels.shape == (8,)
     assert set(labels.tolist()) <= {0, 1}
     assert labels.dtype is torch.int64
+
+
+# --- variants in place of a model's attention, forward passes, fine-tunings
+
+LOW_RANK = {"variant": "lowrank", "rank": 16}
+OF_A_VARIANT = [
+    ({"convert_to": {"variant": "lowrank", "rank": 769}}, "rank=769 is above the width of bert-base-uncased, 768"),
+    (
+        {"convert_to": {"variant": "linformer", "rank": 17, "max_len": 64}},
+        "rank=17 is more than seq_len=16 tokens",
+    ),
+    ({"convert_to": {"variant": "linformer", "rank": 4, "max_len": 15}}, "max_len=15 is less than seq_len=16"),
+    ({"layers": (0,)}, "layers=[0] needs a convert_to that replaces projections: lowrank"),
+    ({"layers": (0,), "convert_to": {"variant": "window", "window": 4}}, "layers=[0] needs a convert_to that replaces"),
+    ({"layers": (0, 12), "convert_to": LOW_RANK}, "layers=[0, 12]: bert-base-uncased has 12, counted from 0"),
+    ({"layers": (-1,), "convert_to": LOW_RANK}, "greater than or equal to 0"),
+    ({"convert_to": {"variant": "low_rank"}}, "unknown attention variant 'low_rank'; known: softmax, window"),
+    ({"convert_to": {"rank": 4}}, "unknown attention variant None; known: softmax"),
+    ({"convert_to": {"variant": "lowrank", "size": 4}}, "attention 'lowrank': .*'size'; its settings: rank, parts"),
+    ({"convert_to": {"variant": "lowrank", "rank": 0}}, "lowrank: rank=0; take at least 1"),
+    ({"convert_to": {"variant": "lowrank", "parts": "qx"}}, "lowrank: parts='qx'; take letters of 'qkvo'"),
+]
+KINDS = {
+    "hub_model": lambda **changes: hub_run(**changes),
+    "inference": lambda **changes: InferenceRun(**sizes(changes)),
+    "fine_tune": lambda **changes: FineTuneRun(**sizes(changes), dataset="glue/sst2", data_hash="0", train_rows=8),
+}
+
+
+def sizes(changes):
+    return {"experiment": "test", "model": "bert-base-uncased", "seq_len": 16, "batch_size": 2, **changes}
+
+
+def fine_tune(**changes):
+    return FineTuneRun(**sizes({"dataset": "glue/sst2", "data_hash": "0" * 16, "train_rows": 8, **changes}))
+
+
+def told(make, **choices) -> str:
+    """Return what the refused choices are told, which must be one error of one line."""
+    with pytest.raises(ValidationError) as refused:
+        make(**choices)
+    (error,) = refused.value.errors()
+    assert "\n" not in error["msg"]
+    return error["msg"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("choices", "said"), OF_A_VARIANT, ids=lambda value: "" if isinstance(value, str) else None)
+def test_a_variant_that_does_not_fit_is_refused(kind, choices, said):
+    message = told(KINDS[kind], model="bert-base-uncased", **choices)
+    for part in said.split(".*"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"convert_to": {"variant": "lowrank", "rank": 768}},
+        {"convert_to": {"variant": "linformer", "rank": 16, "max_len": 16}},
+        {"convert_to": LOW_RANK, "layers": (0, 11)},
+        {"convert_to": {"variant": "window", "window": 4}},
+    ],
+    ids=str,
+)
+def test_a_variant_may_go_to_the_ends_of_the_range(choices):
+    with FakeTensorMode():
+        model = hub_run("bert-base-uncased", **choices).make_model()
+    assert model.config.memstudy_attention["variant"] == choices["convert_to"]["variant"]
+
+
+def test_a_variant_that_is_not_causal_is_refused_a_decoder_when_it_is_made():
+    run = hub_run("gpt2", convert_to={"variant": "linformer", "rank": 4, "max_len": 16})
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"linformer .*is_causal=True"):
+        run.make_model()
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"model": "gpt2"}, "no trained weights are known for model 'gpt2'; known: all-MiniLM-L6-v2, bert-base"),
+        ({"techniques": ("optimizer_in_backward",)}, "optimizer_in_backward never has all gradients, which a fine-tun"),
+        ({"train_rows": -1}, "greater than or equal to 0"),
+        ({"eval_rows": 0}, "greater than 0"),
+        ({"epochs": 0}, "greater than 0"),
+        ({"measure_steps": 1}, "Input should be 0"),
+        ({"task": "ner"}, "'lm' or 'classification'"),
+        ({"seq_len": 513}, "seq_len=513 is more than the 512 positions"),
+    ],
+    ids=str,
+)
+def test_bad_choices_of_a_fine_tuning_are_refused(choices, said):
+    assert said in told(fine_tune, **choices)
+
+
+def test_a_fine_tuning_of_no_config_json_is_refused(tmp_path):
+    assert "No such file or directory" in told(fine_tune, model=f"{tmp_path}/config.json")
+
+
+def test_a_fine_tuning_on_an_unknown_data_set_is_refused_before_it_begins():
+    with pytest.raises(ValueError, match=r"unknown data set 'glue/sst3'; known: polish-books") as refused:
+        load_data(fine_tune(dataset="glue/sst3"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=(1, 3)),
+        InferenceRun(**sizes({"convert_to": {"variant": "linformer", "rank": 4, "max_len": 16}, "measure_steps": 5})),
+        fine_tune(convert_to=LOW_RANK, layers=(0,), techniques=("bf16",), epochs=3),
+        fine_tune(task="lm", dataset="wikitext-2-v1", model="all-MiniLM-L6-v2"),
+    ],
+    ids=["hub", "inference", "fine-tune", "lm"],
+)
+def test_runs_with_a_variant_survive_json(run):
+    again = parse_run(json.loads(run.model_dump_json()))
+    assert again == run
+    assert type(again) is type(run)
+    assert runs.run_id(again.model_dump(mode="json")) == runs.run_id(run.model_dump(mode="json"))
+
+
+def test_the_layers_are_part_of_a_runs_name():
+    names = {
+        runs.run_id(hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=layers).model_dump(mode="json"))
+        for layers in ((), (0,), (0, 1))
+    }
+    assert len(names) == 3

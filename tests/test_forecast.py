@@ -9,8 +9,8 @@ from tiny_models import config_file
 from tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
 
 from memstudy import memory
-from memstudy.configs import HubModelRun, hub_models
 from memstudy.forecast import CHEAPEST_FIRST
+from memstudy.hub_configs import HubModelRun, hub_models
 from memstudy.techniques import TECHNIQUES
 from memstudy.trainers import build
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from memstudy import layers, runs
 from memstudy.attention import ATTENTION, Unavailable
-from memstudy.configs import LayerRun, parse_run
+from memstudy.configs import LayerRun
 from memstudy.memory import MIB, measure, predict
 from memstudy.peers import PEERS
-from memstudy.trainers import execute
+from memstudy.trainers import execute, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

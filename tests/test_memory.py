@@ -197,6 +197,50 @@ def test_scalars_are_flat_and_have_units():
     assert "peak_reserved_mib" not in row  # the CPU has no caching allocator
 
 
+def test_the_most_of_each_category_is_its_own_moments_in_the_last_step():
+    report = account(
+        events(
+            ("alloc", 1, 100),
+            ("alloc", 9, 5000),  # of building
+            ("free", 9),
+            ("phase", "forward"),
+            ("iteration",),
+            ("is", 1, "parameters"),
+            ("alloc", 2, 900, "up"),
+            ("phase", "backward"),
+            ("free", 2),  # of the step before the last
+            ("iteration",),
+            ("phase", "forward"),
+            ("alloc", 3, 70, "up"),
+            ("phase", "backward"),
+            ("alloc", 4, 60),
+            ("is", 4, "gradients"),
+            ("free", 3),
+            ("phase", "optimizer"),
+            ("free", 4),
+            ("alloc", 5, 80),
+            ("is", 5, "optimizer"),
+        ),
+        device="cpu",
+        kind="measured",
+    )
+    most = report.most_by_category
+    assert most == {
+        "parameters": 100, "gradients": 60, "optimizer": 80, "activations": 70, "temporary": 0, "other": 0,
+    }  # fmt: skip
+    assert sum(most.values()) > report.iteration_peaks[-1] == 230  # never all at once
+    assert {name: report.scalars()[f"most_{name}_mib"] * MIB for name in CATEGORIES} == pytest.approx(most)
+
+
+@both
+def test_the_most_of_each_category_by_arithmetic(report_on):
+    most = report_on(mlp_build()).most_by_category
+    weights = sum(mlp_bytes())
+    assert most["parameters"] == weights
+    assert most["gradients"] == weights
+    assert most["optimizer"] == 2 * weights + 4 * 4  # AdamW counts the steps of each tensor
+
+
 # --- measured
 
 

@@ -19,9 +19,10 @@ from transformers import set_seed
 
 from memstudy import data, runs, trainers
 from memstudy.attention import SoftmaxConfig, WindowConfig
+from memstudy.lever_trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
 from memstudy.memory import MIB, measure
 from memstudy.techniques import Bf16
-from memstudy.trainers import SAVE_STEPS, TIMELINE_POINTS, build, execute, parse_run
+from memstudy.trainers import TIMELINE_POINTS, build, execute, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -149,7 +150,7 @@ def test_the_measured_step_is_the_one_of_a_training(techniques, tmp_path):
         set_seed(run.seed)
         rows = torch.randint(run.vocab_size, (run.batch_size, run.seq_len)).tolist()
         rows = datasets.Dataset.from_dict({"input_ids": rows})
-        return trainers._trainer(run, run.levers(), tmp_path, train_steps=3, train=rows).train
+        return make_trainer(run, run.make_model(), tmp_path, train_steps=3, train=rows).train
 
     build(run)()()  # bitsandbytes makes its code tables once a process
     alone, trained = measure(build(run), iterations=3), measure(make, iterations=1)
@@ -163,7 +164,7 @@ def test_the_measured_step_is_the_one_of_a_training(techniques, tmp_path):
 def test_what_is_predicted_for_a_gpu_stays_on_the_cpu_where_there_is_a_gpu(tmp_path, monkeypatch):
     run = tiny_run(techniques=("bf16",))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    trainer = trainers._trainer(run, run.levers(), tmp_path, train_steps=1, predicted=True)
+    trainer = make_trainer(run, run.make_model(), tmp_path, train_steps=1, predicted=True)
     assert trainer.args.device.type == "cpu"
     assert next(trainer.model.parameters()).device.type == "cpu"
 
@@ -202,9 +203,9 @@ def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
     """Trainer's mean over the blocks against the mean over all their tokens."""
     run = training(2, batch_size=2, eval_blocks=3)  # two batches, the second of one block
     kept = []
-    make = trainers._trainer
+    make = trainers.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers, "_trainer", lambda *a, **k: kept.append(make(*a, **k)) or kept[0])
+        patch.setattr(trainers, "make_trainer", lambda *a, **k: kept.append(make(*a, **k)) or kept[0])
         result = execute(run, tmp_path)
     loaded = data.load("miniature")
     tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
@@ -337,12 +338,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
 
     with subprocess.Popen(command, **options) as process:
         deadline = time.monotonic() + 120
-        while not trainers._last_whole_checkpoint(checkpoints) and time.monotonic() < deadline:
+        while not last_whole_checkpoint(checkpoints) and time.monotonic() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert list(results.glob("*.json")) == []
-    saved = trainers._last_whole_checkpoint(checkpoints)
+    saved = last_whole_checkpoint(checkpoints)
     loss = alter(Path(saved))
 
     assert subprocess.run(command, **options).returncode == 0

@@ -123,6 +123,11 @@ class MemoryReport:
         return self.peak_bytes / MIB
 
     @property
+    def most_by_category(self) -> dict[str, int]:
+        """Most bytes of each category at any time of the last step; at different times, so they don't add up."""
+        return {name: max(live[name] for _, _, live in self.timeline) for name in CATEGORIES}
+
+    @property
     def peak_reserved_mib(self) -> float | None:
         """Most memory reserved by the caching allocator [MiB]; None without one."""
         return None if self.peak_reserved_bytes is None else self.peak_reserved_bytes / MIB
@@ -154,6 +159,7 @@ class MemoryReport:
             "step_peak_max_mib": max(peaks) / MIB,
         }
         row |= {f"peak_{name}_mib": n / MIB for name, n in self.peak_by_category.items()}
+        row |= {f"most_{name}_mib": n / MIB for name, n in self.most_by_category.items()}
         row |= {f"peak_in_{name}_mib": n / MIB for name, n in self.peak_by_phase.items()}
         row |= {f"forward_end_{name}_mib": n / MIB for name, n in self.forward_end_by_category.items()}
         if self.peak_reserved_mib is not None:

@@ -1,0 +1,258 @@
+"""What can be run on Hugging Face's models: frozen descriptions, and the model and inputs that each one describes.
+
+With ``convert_to`` a variant of ours takes the place of the model's attention (`convert`). A training step and a
+forward pass are described with random weights, for memory and time depend on shapes alone; a fine-tuning starts from
+trained ones (`pretrained`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from transformers.models.auto import modeling_auto
+from transformers.training_args import OptimizerNames
+
+from memstudy.attention import AttentionConfig
+from memstudy.configs import StepRun, mixer_of
+from memstudy.convert import convert_attention
+from memstudy.pretrained import PRETRAINED, weights_folder
+
+HUB_MODELS = Path(__file__).with_name("hub_models.yaml")
+
+_CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_LANGUAGE_MODELS = (
+    _CAUSAL
+    | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    | set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+)
+# Their positions are counted from the padding token's number on, so that their tables have more rows than positions.
+_COUNTED_FROM_PADDING = {
+    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+class HubModelRun(StepRun):
+    """Every choice of one run of a Hugging Face model with random weights.
+
+    ``model`` is a name in ``hub_models.yaml`` or the path of a ``config.json``; ``optimizer`` is one of ``adamw``,
+    ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is ``lm``, what the model was
+    pretrained for, or ``classification`` of sequences.
+
+    ``convert_to`` names an attention variant with its settings, in place of the model's attention; ``layers``, counted
+    from 0, are those that it replaces, none for all: only with a variant that replaces projections.
+    """
+
+    kind: Literal["hub_model"] = "hub_model"
+    model: str
+    optimizer: str = "adamw"  # Trainer's default, AdamW in one fused kernel
+    task: Literal["lm", "classification"] = "lm"
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    convert_to: dict[str, bool | str | int | float] = Field(default_factory=dict)
+    layers: tuple[NonNegativeInt, ...] = ()
+    measure_steps: PositiveInt = 1
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, optimizer: str) -> str:
+        names = ["adamw", *(str(name.value) for name in OptimizerNames)]
+        if optimizer not in names:
+            raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(names)}")
+        return optimizer
+
+    @model_validator(mode="after")
+    def _suits_the_model(self):
+        config = self.config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and config.model_type in _COUNTED_FROM_PADDING:
+            positions -= (config.pad_token_id or 0) + 1
+        if positions is not None and self.seq_len > positions:
+            raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
+        if self.task == "lm":
+            family = self._family(config)
+        else:
+            if config.model_type not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+                raise ValueError(f"transformers has no classifier of the family of {self.model}, {config.model_type}")
+            if config.is_encoder_decoder:  # it reads the last </s> of each row, and which rows have one is data
+                raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
+        if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
+            raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
+        if "adamw_8bit" in self.techniques and self.optimizer != "adamw":
+            raise ValueError(f"adamw_8bit is an optimizer itself and excludes optimizer {self.optimizer!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _variant_fits(self):
+        mixer, config = self.mixer(), self.config().get_text_config()
+        if self.layers and not (mixer and mixer.projections):
+            raise ValueError(f"layers={list(self.layers)} needs a convert_to that replaces projections: lowrank")
+        if any(layer >= config.num_hidden_layers for layer in self.layers):
+            raise ValueError(f"layers={list(self.layers)}: {self.model} has {config.num_hidden_layers}, counted from 0")
+        rank, max_len = getattr(mixer, "rank", 1), getattr(mixer, "max_len", self.seq_len)
+        if mixer and mixer.projections and rank > config.hidden_size:
+            raise ValueError(f"rank={rank} is above the width of {self.model}, {config.hidden_size}")
+        if mixer and not mixer.projections and rank > self.seq_len:
+            raise ValueError(f"rank={rank} is more than seq_len={self.seq_len} tokens")
+        if max_len < self.seq_len:
+            raise ValueError(f"max_len={max_len} is less than seq_len={self.seq_len}")
+        return self
+
+    def mixer(self) -> AttentionConfig | None:
+        """The variant that takes the place of the model's attention, None when the model stays as it is."""
+        return mixer_of(self.convert_to) if self.convert_to else None
+
+    def _converted(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+        mixer = self.mixer()
+        return convert_attention(model, mixer, layers=self.layers or None, seed=self.seed) if mixer else model
+
+    def config(self) -> transformers.PretrainedConfig:
+        """The model's configuration.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name, and for a file that is no configuration.
+        """
+        if self.model.endswith(".json"):
+            return _read_config(self.model)
+        known = hub_models()
+        if self.model not in known:
+            raise ValueError(
+                f"unknown model {self.model!r}; known: {', '.join(known)}; for another give the path of its config.json"
+            )
+        return transformers.AutoConfig.for_model(**known[self.model])
+
+    def _family(self, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
+        """The class of the language model that ``config`` is for."""
+        names = config.architectures
+        name = names[0] if isinstance(names, list) and names else None
+        if not isinstance(name, str) or name not in _LANGUAGE_MODELS:
+            raise ValueError(f"model {self.model}: architectures={names!r}: a language model's class is needed")
+        family = getattr(transformers, name)
+        if not isinstance(config, family.config_class):
+            raise ValueError(f"model {self.model}: {name} is not of its model_type={config.model_type!r}")
+        return family
+
+    def make_model(self) -> transformers.PreTrainedModel:
+        """The model with random weights, converted."""
+        config = self.config()
+        if self.task == "classification":
+            if config.pad_token_id is None:  # a decoder's classifier reads the last token that is none
+                config.pad_token_id = 0
+            family = transformers.AutoModelForSequenceClassification
+            return self._converted(family.from_config(config, attn_implementation=self.attention))
+        family = self._family(config)
+        model = family._from_config(config, attn_implementation=self.attention)
+        if family.__name__.endswith("LMHeadModel"):
+            model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
+        return self._converted(model)
+
+    def make_batch(self) -> dict[str, torch.Tensor]:
+        """A batch of random tokens, from torch's global generator; no padding."""
+        tokens = torch.randint(self.config().get_text_config().vocab_size, (self.batch_size, self.seq_len))
+        return {"input_ids": tokens, "labels": tokens[:, 0] % 2 if self.task == "classification" else tokens}
+
+    def flags(self):
+        return {} if self.optimizer == "adamw" else {"optim": self.optimizer}
+
+
+class InferenceRun(HubModelRun):
+    """Every choice of one run of forward passes without gradients, in fp32.
+
+    ``measure_steps`` batches of random tokens are timed, each by itself; of techniques there are none.
+    """
+
+    kind: Literal["inference"] = "inference"
+    techniques: tuple[()] = ()
+    measure_steps: PositiveInt = 20
+
+
+class FineTuneRun(HubModelRun):
+    """Every choice of one fine-tuning: trained weights, converted, trained on a data set, and judged on rows held back.
+
+    ``model`` is a name in ``pretrained.PRETRAINED``, or the path of a ``config.json`` with ``model.safetensors`` and
+    the tokenizer's files beside it. With task ``classification`` ``dataset`` is one of GLUE's tasks, ``glue/sst2``, or
+    the path of a ``.csv`` (see `glue`); with task ``lm`` it is running text, for a masked language model.
+    ``train_rows`` rows (blocks of text) are drawn for all epochs, all where there are fewer; 0 leaves the head
+    untrained. ``eval_rows`` bounds the rows that it is judged on. The rate falls in a straight line to 0 after a tenth
+    of the updates.
+    """
+
+    kind: Literal["fine_tune"] = "fine_tune"
+    task: Literal["lm", "classification"] = "classification"
+    dataset: str
+    data_hash: str
+    train_rows: NonNegativeInt
+    eval_rows: PositiveInt = 10_000
+    epochs: PositiveInt = 1
+    measure_steps: Literal[0] = 0
+
+    @model_validator(mode="after")
+    def _clips(self):
+        if "optimizer_in_backward" in self.techniques:
+            raise ValueError("optimizer_in_backward never has all gradients, which a fine-tuning clips: leave it out")
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def _has_weights(cls, model: str) -> str:
+        if model not in PRETRAINED and not model.endswith(".json"):
+            raise ValueError(
+                f"no trained weights are known for model {model!r}; known: {', '.join(PRETRAINED)}; for another give "
+                "the path of its config.json, with model.safetensors beside it"
+            )
+        return model
+
+    def load_model(self, n_labels: int) -> transformers.PreTrainedModel:
+        """The model with trained weights, converted; its head is drawn from torch's global generator.
+
+        Parameters
+        ----------
+        n_labels : int
+            Of a classifier; 1 is for a regression. Without effect on a language model.
+        """
+        options: dict = {"use_safetensors": True, "attn_implementation": self.attention}
+        family = transformers.AutoModelForMaskedLM
+        if self.task == "classification":
+            family, options["num_labels"] = transformers.AutoModelForSequenceClassification, n_labels
+        # The weights are fp32, whatever they were saved in: so is the training.
+        return self._converted(family.from_pretrained(weights_folder(self.model), dtype=torch.float32, **options))
+
+    def flags(self):
+        return super().flags() | {
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+            "weight_decay": 0.01,
+            "max_grad_norm": 1.0,
+            "train_sampling_strategy": "group_by_length",
+            "prediction_loss_only": False,
+        }
+
+
+def _read_config(path: str) -> transformers.PretrainedConfig:
+    """The configuration in a file; read here, for transformers would look for a missing one on the internet."""
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"model {path}: {error.strerror}; the path of a config.json is needed") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model {path}: not JSON: {error}") from None
+    kind = given.get("model_type") if isinstance(given, dict) else None
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"model {path}: model_type={kind!r} is none that transformers knows")
+    try:
+        return transformers.CONFIG_MAPPING[kind].from_dict(given)
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"model {path}: {' '.join(str(error).split())[:200]}") from None
+
+
+def hub_models() -> dict[str, dict]:
+    """The models known by name, and what of their configuration differs from the family's defaults."""
+    return yaml.safe_load(HUB_MODELS.read_bytes())

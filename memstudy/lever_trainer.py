@@ -1,0 +1,143 @@
+"""Hugging Face's Trainer with the techniques that are not flags, and one set of arguments for all runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from memstudy.configs import StepRun
+
+SAVE_STEPS = 100  # a training that is killed loses at most so many updates
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The last one that was not cut short: the Trainer writes ``trainer_state.json`` at the end."""
+    whole: dict[int, Path] = {}
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            whole[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = state.parent
+    return str(whole[max(whole)]) if whole else None
+
+
+class _ByLength(LengthGroupedSampler):
+    """Orders each epoch by seed and epoch alone, so that a training that was killed goes on with the same rows."""
+
+    def __init__(self, like: LengthGroupedSampler, seed: int):
+        super().__init__(like.batch_size, lengths=like.lengths)
+        self._seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
+
+
+class LeverTrainer(Trainer):
+    """Hugging Face's Trainer with the techniques that are not flags."""
+
+    def __init__(self, *args, levers, **kwargs):
+        self._levers = levers
+        super().__init__(*args, **kwargs)
+
+    def compute_loss_context_manager(self):
+        stack = ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        for lever in self._levers:
+            stack.enter_context(lever.around_loss())
+        return stack
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        return _ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # Else, where training batches are grouped by length, predictions come in another order than the rows.
+        return SequentialSampler(eval_dataset)
+
+    def _move_model_to_device(self, model, device):
+        if model.device != device:
+            super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, model=None):
+        if "bitsandbytes" in sys.modules:
+            # It keeps which parameters, by their number, of all models so far have states of 32 bits, and those models.
+            sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
+        optimizer = super().create_optimizer(model)
+        for lever in self._levers:
+            lever.attach(self.model, optimizer)
+        return optimizer
+
+
+def collate_blocks(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of blocks of tokens, which are their own labels."""
+    tokens = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def make_trainer(
+    run: StepRun,
+    model: PreTrainedModel,
+    checkpoints: Path,
+    *,
+    train_steps: int,
+    train=None,
+    collate: Callable = collate_blocks,
+    predicted: bool = False,
+) -> LeverTrainer:
+    """The Trainer for ``run``, whose techniques ``model`` gets.
+
+    Parameters
+    ----------
+    run : StepRun
+    model : PreTrainedModel
+    checkpoints : Path
+        Where they go; few updates need none.
+    train_steps : int
+        Updates.
+    train : Dataset, optional
+        What to train on; None where only a step is wanted.
+    collate : callable
+        Makes a batch of rows.
+    predicted : bool
+        Whether for a prediction, which runs on the CPU in any case.
+    """
+    levers = run.levers()
+    flags = run.flags()
+    for lever in levers:
+        flags |= lever.flags()
+    if predicted:
+        flags.pop("tf32", None)  # refused without a GPU, and of no account to memory
+    logging_steps = max(1, train_steps // 50)
+    defaults = {
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,  # clipping needs all gradients at once, which optimizer_in_backward never has
+        "prediction_loss_only": True,
+    }
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=train_steps,
+        per_device_train_batch_size=run.batch_size // run.accumulation,
+        per_device_eval_batch_size=run.batch_size,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        logging_steps=logging_steps,
+        save_strategy="steps" if train_steps > SAVE_STEPS else "no",
+        # Where a loss is logged, the mean of those since the last: one cut in two by a kill would be another mean.
+        save_steps=-(-SAVE_STEPS // logging_steps) * logging_steps,
+        save_total_limit=1,
+        use_cpu=predicted or not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        **(defaults | flags),
+    )
+    for lever in levers:
+        lever.prepare(model)
+    trainer = LeverTrainer(model, arguments, data_collator=collate, train_dataset=train, levers=levers)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

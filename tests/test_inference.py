@@ -1,0 +1,174 @@
+"""Forward passes alone: what they take is what is predicted, and what is reported of their times."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_models import config_file
+
+from memstudy import inference
+from memstudy.hub_configs import InferenceRun
+from memstudy.memory import MIB, measure, predict
+from memstudy.trainers import build, execute, parse_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VARIANTS = {
+    "unchanged": {},
+    "lowrank": {"variant": "lowrank", "rank": 4},
+    "linformer": {"variant": "linformer", "rank": 4, "max_len": 32},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    model = config_file(tmp_path, "bert")
+
+    def make(**changes):
+        return InferenceRun(
+            **{"experiment": "tiny", "model": model, "seq_len": 32, "batch_size": 2, "measure_steps": 3, **changes}
+        )
+
+    return make
+
+
+# --- memory
+
+
+def highest(report):
+    """The moment of the pass at which most was held: its phase, and bytes by category."""
+    return max(report.timeline, key=lambda moment: sum(moment[2].values()))[1:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize(
+    ("variant", "task"),
+    [("unchanged", "lm"), *((variant, "classification") for variant in VARIANTS)],
+)
+def test_a_forward_pass_takes_what_is_predicted(variant, task, batch_size, run):
+    made = run(convert_to=VARIANTS[variant], batch_size=batch_size, task=task)
+    measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)
+    assert predicted.iteration_peaks == measured.iteration_peaks
+    assert highest(predicted) == highest(measured)
+    assert {phase for _, phase, _ in measured.timeline} == {"forward"}
+    parameters = 4 * sum(p.numel() for p in made.make_model().parameters())
+    assert measured.most_by_category["parameters"] == parameters
+    assert measured.most_by_category["gradients"] == measured.most_by_category["optimizer"] == 0
+    metrics = execute(made, None)["metrics"]
+    assert metrics["peak_allocated_mib"] * MIB == measured.iteration_peaks[0]
+    assert metrics["parameters_mib"] * MIB == parameters
+    assert metrics["beside_parameters_mib"] * MIB == measured.iteration_peaks[0] - parameters > 0
+
+
+def test_the_unchanged_classifiers_peak_is_in_its_pass(run):
+    made = run(task="classification")
+    assert measure(build(made), iterations=1).peak_bytes == predict(build(made), iterations=1).iteration_peaks[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"task": "lm"}, {"task": "classification", "convert_to": VARIANTS["lowrank"]}], ids=["tied", "factored"]
+)
+def test_what_making_a_model_takes_is_not_the_passes(changes, run):
+    """A head is made before it is tied to the embedding, and projections are there before they are factored."""
+    made = run(batch_size=1, seq_len=2, **changes)
+    whole = measure(build(made), iterations=1).peak_allocated_mib
+    reported = execute(made, None)["metrics"]["peak_allocated_mib"]
+    assert reported < 0.9 * whole
+    execute(made.model_copy(update={"budget_mib": reported}), None)
+
+
+def test_a_pass_keeps_nothing_for_a_backward_pass(run):
+    """Two layers more make no pass larger beside its parameters, as they would make a training step."""
+    folder = Path(run().model).parent
+    beside = []
+    for layers in (2, 4):
+        made = run(model=config_file(folder, "bert", num_hidden_layers=layers), batch_size=16, task="classification")
+        beside.append(execute(made, None)["metrics"]["beside_parameters_mib"])
+    assert beside[0] == beside[1]
+
+
+def test_low_rank_takes_less_and_a_rank_of_more_than_half_the_width_takes_more(run):
+    unchanged, small, large = (
+        execute(run(convert_to=convert_to), None)["metrics"]["peak_allocated_mib"]
+        for convert_to in ({}, *({"variant": "lowrank", "rank": rank} for rank in (4, 128)))
+    )
+    assert small < unchanged < large
+
+
+def test_a_gpu_is_predicted(run):
+    report = predict(build(run(), gpu="T4"), gpu="T4")
+    assert report.whole_gpu_mib > report.peak_reserved_mib >= report.peak_allocated_mib > 0
+    assert report.out_of_memory is None
+    assert report.peak_by_category["parameters"] >= 4 * sum(p.numel() for p in run().make_model().parameters())
+    assert report.peak_by_category["gradients"] == 0
+
+
+# --- a run carried out
+
+
+def test_a_peak_past_the_budget_is_out_of_memory(run):
+    peak = execute(run(), None)["metrics"]["peak_allocated_mib"]
+    execute(run(budget_mib=peak), None)
+    with pytest.raises(MemoryError, match=r"peak \d+\.\d MiB passes the budget of \d"):
+        execute(run(budget_mib=0.99 * peak), None)
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"), [(1, 1), (2, 2), (10, 10), (19, 19), (20, 19), (21, 20), (40, 38), (100, 95)]
+)
+def test_the_95th_percentile_is_the_time_of_the_nearest_rank(count, rank, run, monkeypatch):
+    """The time that 95 % of the samples do not pass: number ceil(0.95 n) of n in order."""
+    times = [0.001 * (i + 1) for i in reversed(range(count))]
+    left = list(times)
+    monkeypatch.setattr(inference, "timed", lambda step: left.pop())
+    result = execute(run(measure_steps=count, batch_size=2), None)
+    metrics = result["metrics"]
+    assert metrics["sample_time_p95_ms"] == pytest.approx(rank / 2)  # a sample is one sequence of two
+    assert metrics["sample_time_ms"] == pytest.approx((count + 1) / 2 / 2)
+    assert result["curves"]["sample_times_ms"] == pytest.approx([(i + 1) / 2 for i in range(count)])
+
+
+def test_what_a_run_reports(run):
+    result = execute(run(measure_steps=7), None)
+    json.dumps(result, allow_nan=False)
+    assert result["metrics"]["sample_time_p95_ms"] >= result["metrics"]["sample_time_ms"] > 0
+    assert len(result["curves"]["sample_times_ms"]) == 7
+    assert result["data"] == {}
+
+
+def test_dropout_is_off_and_no_gradient_is_followed(run, tmp_path):
+    path = config_file(tmp_path, "bert", hidden_dropout_prob=0.9)
+    step = inference.build(run(model=path))()
+    outputs = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: outputs.append(output) if type(module).__name__ == "BertForMaskedLM" else None
+    )
+    try:
+        step()
+        step()
+    finally:
+        hook.remove()
+    first, second = (output.logits for output in outputs)
+    assert not first.requires_grad
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert outputs[0].loss is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"techniques": ("bf16",)}, "techniques"), ({"measure_steps": 0}, "greater than 0"), ({"seq_len": 65}, "65")],
+    ids=str,
+)
+def test_bad_choices_are_refused(changes, said, run):
+    with pytest.raises(ValidationError, match=said):
+        run(**changes)
+
+
+def test_a_run_survives_json(run):
+    for convert_to in VARIANTS.values():
+        made = run(convert_to=convert_to)
+        again = parse_run(json.loads(made.model_dump_json()))
+        assert again == made
+        assert type(again) is InferenceRun
