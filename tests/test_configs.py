@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # As published with the weights; the head's matrix is the embedding's where they are tied.
 PARAMETERS = {
     "bert-base-uncased": 109_514_298,
+    "all-MiniLM-L6-v2": 22_713_216 + 768 + 30_522,  # published with a pooler, of the head's size but norm and bias
     "bert-large-uncased": 335_174_458,
     "roberta-base": 124_697_433,
     "roberta-large": 355_412_057,
