@@ -79,7 +79,8 @@ def run(
         from memstudy.attention import Unavailable
 
         planned = trainers.parse_run(given)
-        if getattr(planned, "dataset", ""):
+        trains = isinstance(planned, trainers.LanguageModelRun) and planned.train_steps
+        if trains or isinstance(planned, trainers.FineTuneRun):
             trainers.load_data(planned)
         record = runs.perform(
             planned.model_dump(mode="json"),

@@ -80,9 +80,9 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
     """What ``memory.measure`` and ``memory.predict`` take: makes everything and returns the step.
 
     The step runs one whole update on random tokens, through ``Trainer.training_step``; of an `InferenceRun` it is one
-    forward pass. ``gpu`` names the GPU that it
-    is to be predicted for, so that what only a GPU can do is not refused. Of an accumulated batch only the first
-    ``parts`` parts are run when they are given; two take all the memory that more do.
+    forward pass. ``gpu`` names the GPU that it is to be predicted for, so that what only a GPU can do is not refused.
+    Of an accumulated batch only the first ``parts`` parts are run when they are given; two take all the memory that
+    more do.
 
     Raises
     ------

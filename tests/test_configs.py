@@ -62,10 +62,10 @@ def hub_run(model="gpt2", **changes):
     return HubModelRun(**{"experiment": "test", "model": model, "seq_len": 16, "batch_size": 2, **changes})
 
 
-def refusal(**choices) -> str:
+def refusal(make=hub_run, **choices) -> str:
     """Return what the refused choices are told, which must be one error of one line."""
     with pytest.raises(ValidationError) as refused:
-        hub_run(**choices)
+        make(**choices)
     (error,) = refused.value.errors()
     assert "\n" not in error["msg"]
     return error["msg"]
@@ -260,18 +260,6 @@ def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say()
         assert path.stem.startswith(record["run_id"])
 
 
-@pytest.mark.parametrize(
-    "run",
-    [hub_run(techniques=("bf16",), optimizer="adafactor"), tiny_run(techniques=("bf16",))],
-    ids=["hub", "language"],
-)
-def test_both_kinds_of_run_survive_json(run):
-    again = parse_run(json.loads(run.model_dump_json()))
-    assert again == run
-    assert type(again) is type(run)
-    assert runs.run_id(again.model_dump(mode="json")) == runs.run_id(run.model_dump(mode="json"))
-
-
 def test_each_kind_of_run_has_its_own_fields():
     with pytest.raises(ValueError, match=r"unknown field 'n_layers' of a hub_model run; known: .*optimizer"):
         parse_run(hub_run().model_dump(mode="json") | {"n_layers": 2})
@@ -351,19 +339,10 @@ def fine_tune(**changes):
     return FineTuneRun(**sizes({"dataset": "glue/sst2", "data_hash": "0" * 16, "train_rows": 8, **changes}))
 
 
-def told(make, **choices) -> str:
-    """Return what the refused choices are told, which must be one error of one line."""
-    with pytest.raises(ValidationError) as refused:
-        make(**choices)
-    (error,) = refused.value.errors()
-    assert "\n" not in error["msg"]
-    return error["msg"]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("choices", "said"), OF_A_VARIANT, ids=lambda value: "" if isinstance(value, str) else None)
 def test_a_variant_that_does_not_fit_is_refused(kind, choices, said):
-    message = told(KINDS[kind], model="bert-base-uncased", **choices)
+    message = refusal(KINDS[kind], model="bert-base-uncased", **choices)
     for part in said.split(".*"):
         assert part in message
 
@@ -405,11 +384,11 @@ def test_a_variant_that_is_not_causal_is_refused_a_decoder_when_it_is_made():
     ids=str,
 )
 def test_bad_choices_of_a_fine_tuning_are_refused(choices, said):
-    assert said in told(fine_tune, **choices)
+    assert said in refusal(fine_tune, **choices)
 
 
 def test_a_fine_tuning_of_no_config_json_is_refused(tmp_path):
-    assert "No such file or directory" in told(fine_tune, model=f"{tmp_path}/config.json")
+    assert "No such file or directory" in refusal(fine_tune, model=f"{tmp_path}/config.json")
 
 
 def test_a_fine_tuning_on_an_unknown_data_set_is_refused_before_it_begins():
@@ -421,14 +400,16 @@ def test_a_fine_tuning_on_an_unknown_data_set_is_refused_before_it_begins():
 @pytest.mark.parametrize(
     "run",
     [
+        tiny_run(techniques=("bf16",)),
+        hub_run(techniques=("bf16",), optimizer="adafactor"),
         hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=(1, 3)),
         InferenceRun(**sizes({"convert_to": {"variant": "linformer", "rank": 4, "max_len": 16}, "measure_steps": 5})),
         fine_tune(convert_to=LOW_RANK, layers=(0,), techniques=("bf16",), epochs=3),
         fine_tune(task="lm", dataset="wikitext-2-v1", model="all-MiniLM-L6-v2"),
     ],
-    ids=["hub", "inference", "fine-tune", "lm"],
+    ids=["language", "hub", "converted", "inference", "fine-tune", "lm"],
 )
-def test_runs_with_a_variant_survive_json(run):
+def test_each_kind_of_run_survives_json(run):
     again = parse_run(json.loads(run.model_dump_json()))
     assert again == run
     assert type(again) is type(run)
