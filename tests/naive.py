@@ -46,10 +46,12 @@ def softmax(query, key, value, *, is_causal, key_padding_mask=None, scale=None, 
     return _attend(query, key, value, sees=sees, key_padding_mask=key_padding_mask, scale=scale)
 
 
-def window(query, key, value, *, window, is_causal, key_padding_mask=None, scale=None, **_):
-    """Causal: Jiang et al. 2023, section 2; bidirectional: Beltagy et al. 2020, section 3.1."""
+def window(query, key, value, *, window, is_causal, chunked=False, key_padding_mask=None, scale=None, **_):
+    """Causal: Jiang et al. 2023, section 2; bidirectional: Beltagy et al. 2020, 3.1; chunked: Reformer's code."""
 
     def sees(i, j):
+        if chunked:
+            return j <= i and i // window - j // window <= 1 if is_causal else abs(i // window - j // window) <= 1
         return i - window < j <= i if is_causal else -window < i - j < window
 
     return _attend(query, key, value, sees=sees, key_padding_mask=key_padding_mask, scale=scale)

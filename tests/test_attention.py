@@ -43,6 +43,8 @@ CONFIGS = [
     WindowConfig(4),
     WindowConfig(16),
     WindowConfig(64),
+    WindowConfig(4, chunked=True),
+    WindowConfig(16, chunked=True),
     LinformerConfig(5, 64),
     LowRankConfig(6),
     LowRankConfig(3, "qv"),
@@ -79,7 +81,9 @@ causal_ops = pytest.mark.parametrize("config", [config for config in OPS if True
 # Those that answer one query with the keys kept before.
 DECODERS = [config for config in OPS if True in config.causal and config.name != "lsh"]
 decoders = pytest.mark.parametrize("config", DECODERS, ids=_id)
-keepers = pytest.mark.parametrize("config", [c for c in DECODERS if c.name != "performer"], ids=_id)  # of all keys
+# Those that keep the last keys, however many came before.
+KEEPERS = [c for c in DECODERS if c.name != "performer" and not getattr(c, "chunked", False)]
+keepers = pytest.mark.parametrize("config", KEEPERS, ids=_id)
 # Those whose layer is the op between projections.
 AROUND_OPS = [config for config in CONFIGS if config.name != "memsizer"]
 around_ops = pytest.mark.parametrize(("config", "is_causal"), list(_cases(AROUND_OPS)))
@@ -541,6 +545,7 @@ def test_flash_attention_2_without_cuda_is_unavailable(config):
     [
         (lambda: WindowConfig(0), "window=0 tokens; take at least 1"),
         (lambda: WindowConfig(4, "sdpa"), "'sdpa'; one of"),
+        (lambda: WindowConfig(4, "flash_attention_2", True), "chunked=True is not for implementation 'flash"),
         (lambda: SoftmaxConfig("flash"), "'flash'; one of"),
         (lambda: SoftmaxConfig("eager", recompute=True), "recompute=True with implementation='eager'"),
         (lambda: SoftmaxConfig(recompute=True).attend(*_qkv(), is_causal=True), "for the layer SoftmaxAttention"),

@@ -6,7 +6,10 @@ Mistral 7B (Jiang et al. 2023, arXiv:2310.06825, section 2). With window w, quer
     causal         i - w < j <= i     (w keys, its own included)
     bidirectional  |i - j| < w        (2 w - 1 keys; Longformer counts both sides together)
 
-and the softmax runs over those keys alone. Time and memory are linear in the sequence: blocks of
+Chunked (the local attention of Reformer, Kitaev et al. 2020, in its authors' code) the sequence is cut into chunks of w
+tokens, and a query sees its own chunk and the one before, causal up to itself; when not causal, the one behind too.
+
+The softmax runs over those keys alone. Time and memory are linear in the sequence: blocks of
 queries against the slice of keys that the block can see, written into one output; backward computes
 a block's weights once more instead of keeping them. The op keeps query, key, value and output; the
 layer its input, the queries and what the heads give, and projects keys and values again, a segment
@@ -45,6 +48,7 @@ def window_attention(
     window: int,
     is_causal: bool,
     implementation: str = "blocks",
+    chunked: bool = False,
     key_padding_mask: torch.Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -60,17 +64,19 @@ def window_attention(
         Visible keys to each side, the query's own included.
     implementation : {"blocks", "flash_attention_2"}
         "flash_attention_2" needs CUDA and the flash_attn package.
+    chunked : bool
+        Whether a query sees its own chunk of ``window`` tokens and those next to it, instead of a window around itself.
 
     Raises
     ------
     ValueError
-        For a window below 1, an unknown implementation, or tensors that don't fit; when not causal,
-        also for unequal numbers of queries and keys.
+        For a window below 1, an unknown implementation, or tensors that don't fit; when not causal, also for unequal
+        numbers of queries and keys.
     Unavailable
         For "flash_attention_2" without CUDA or without the package.
     """
     check_inputs(query, key, value, is_causal=is_causal, key_padding_mask=key_padding_mask)
-    _check_window(window, implementation)
+    _check_window(window, implementation, chunked)
     query_len, key_len = query.shape[2], key.shape[2]
     if not is_causal and query_len != key_len:
         raise ValueError(
@@ -94,15 +100,18 @@ def window_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(device_type, enabled=False):
         grouped = query.unflatten(1, (key.shape[1], -1))
-        output = _Blocks.apply(grouped, key, value, key_padding_mask, window, is_causal, scale, dropout)
+        pattern = window, is_causal, chunked
+        output = _Blocks.apply(grouped, key, value, key_padding_mask, pattern, scale, dropout)
     return output.flatten(1, 2)
 
 
-def _check_window(window: int, implementation: str) -> None:
+def _check_window(window: int, implementation: str, chunked: bool) -> None:
     if not isinstance(window, int) or window < 1:
         raise ValueError(f"window: window={window!r} tokens; take at least 1 (the query itself), a whole number")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"window: unknown implementation {implementation!r}; one of {IMPLEMENTATIONS}")
+    if chunked and implementation != "blocks":
+        raise ValueError(f"window: chunked=True is not for implementation {implementation!r}; take 'blocks'")
 
 
 def _groups(batch: int) -> Iterator[slice]:
@@ -117,7 +126,7 @@ def _groups(batch: int) -> Iterator[slice]:
 
 
 def _blocks(
-    query_len: int, key_len: int, offset: int, window: int, is_causal: bool, like: torch.Tensor
+    query_len: int, key_len: int, offset: int, window: int, is_causal: bool, chunked: bool, like: torch.Tensor
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Cut the queries into blocks; query i has the position i + ``offset`` among the keys.
 
@@ -130,15 +139,24 @@ def _blocks(
         finite, not -inf: a row without visible keys must not turn into NaN.
     """
     shape = None
-    for first in range(0, query_len, QUERY_BLOCK):
-        rows = slice(first, min(first + QUERY_BLOCK, query_len))
-        last = rows.stop + offset
-        columns = slice(max(0, first + offset - window + 1), last if is_causal else min(key_len, last + window - 1))
+    starts = range(0, query_len, QUERY_BLOCK)
+    if chunked:
+        starts = [max(0, start) for start in range(-(offset % window), query_len, window)]
+    for first, stop in zip(starts, [*starts[1:], query_len], strict=True):
+        rows, last = slice(first, stop), stop + offset
+        if chunked:
+            chunk = (first + offset) // window * window
+            sees = chunk - window, chunk + 2 * window
+        else:
+            sees = first + offset - window + 1, last + window - 1
+        columns = slice(max(0, sees[0]), last if is_causal else min(key_len, sees[1]))
         distance = first + offset - columns.start
         if shape != (shape := (rows.stop - rows.start, columns.stop - columns.start, distance)):
             apart = torch.arange(distance, distance + shape[0], device=like.device)[:, None]
             apart = apart - torch.arange(shape[1], device=like.device)
-            hidden = (apart < 0) | (apart >= window) if is_causal else apart.abs() >= window
+            hidden = torch.zeros_like(apart, dtype=torch.bool) if chunked else apart.abs() >= window
+            if is_causal:
+                hidden |= apart < 0
             bias = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, torch.finfo(like.dtype).min / 2)
         yield rows, columns, bias
 
@@ -195,7 +213,7 @@ def _attend(
     value: torch.Tensor,
     key_padding_mask: torch.Tensor | None,
     output: torch.Tensor,
-    options: tuple[int, int, bool, float],
+    options: tuple[int, int, bool, bool, float],
     dropout: float = 0.0,
 ) -> list[torch.Tensor]:
     """Write what queries attend to into ``output``, block by block.
@@ -209,7 +227,7 @@ def _attend(
     key_padding_mask : torch.Tensor, optional
         (batch, key_len) bool, True for a real token.
     options : tuple
-        offset [tokens] (how many keys lie before the first query's own), window, is_causal, scale.
+        offset [tokens] (how many keys lie before the first query's own), window, is_causal, chunked, scale.
 
     Returns
     -------
@@ -239,7 +257,7 @@ def _differentiate(
     output: torch.Tensor,
     grad_output: torch.Tensor,
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    options: tuple[int, int, bool, float],
+    options: tuple[int, int, bool, bool, float],
     dropout: float = 0.0,
     kept: tuple[torch.Tensor, ...] = (),
 ) -> None:
@@ -278,12 +296,12 @@ class _Blocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, key_padding_mask, window, is_causal, scale, dropout):
+    def forward(ctx, query, key, value, key_padding_mask, pattern, scale, dropout):
         batch, kv_heads, groups, query_len, head_dim = query.shape
         # In memory (batch, seq, heads, head_dim): merging the heads afterwards copies nothing.
         output = query.new_empty(batch, query_len, kv_heads, groups, head_dim)
         output = output.permute(0, 2, 3, 1, 4)
-        ctx.options, ctx.dropout = (key.shape[2] - query_len, window, is_causal, scale), dropout
+        ctx.options, ctx.dropout = (key.shape[2] - query_len, *pattern, scale), dropout
         kept = _attend(query, key, value, key_padding_mask, output, ctx.options, dropout)
         ctx.save_for_backward(query, key, value, key_padding_mask, output, *kept)
         return output
@@ -297,7 +315,7 @@ class _Blocks(torch.autograd.Function):
         tensors = query, key, value, key_padding_mask, output, grad_output
         with torch.autocast(query.device.type, enabled=False):
             _differentiate(*tensors, grads, ctx.options, ctx.dropout, kept)
-        return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), *[None] * 5
+        return grads[0], grads[1].to(key.dtype), grads[2].to(value.dtype), *[None] * 4
 
 
 class _Layer(torch.autograd.Function):
@@ -323,7 +341,7 @@ class _Layer(torch.autograd.Function):
                 q_heads, k_heads, v_heads, out = (
                     _heads(t, heads) for t in (query[i, queries], keys[columns], values[columns], context[i, queries])
                 )
-                pattern = queries.start - columns.start, window, is_causal, scale
+                pattern = queries.start - columns.start, window, is_causal, False, scale
                 _attend(q_heads[:, :, None], k_heads, v_heads, real, out[:, :, None], pattern)
         ctx.save_for_backward(hidden_states, query, context, key_padding_mask, q, k, k_bias, v, v_bias, o)
         return F.linear(context, o, o_bias)
@@ -367,7 +385,7 @@ class _Layer(torch.autograd.Function):
                 k_heads, v_heads, grad_k, grad_v = (
                     _heads(t[columns], heads) for t in (keys, values, grad_keys, grad_values)
                 )
-                pattern = queries.start - columns.start, window, is_causal, scale
+                pattern = queries.start - columns.start, window, is_causal, False, scale
                 # A block's gradient of the queries takes the place of that of its output, which no other block needs.
                 _differentiate(q_heads, k_heads, v_heads, real, out, grad, (grad, grad_k, grad_v), pattern)
                 project_back(grad_context, queries, 1, q)
@@ -435,7 +453,7 @@ class WindowAttention(SelfAttention):
 
     def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         window = self.config.window
-        if self.config.implementation != "blocks" or window >= hidden_states.shape[1]:
+        if self.config.implementation != "blocks" or self.config.chunked or window >= hidden_states.shape[1]:
             return super().forward(hidden_states, key_padding_mask)
         check_padding(key_padding_mask, hidden_states.shape[:2])
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
@@ -456,10 +474,13 @@ class WindowConfig(AttentionConfig):
     window : int [tokens]
         Visible keys to each side, the query's own included: w keys when causal, 2 w - 1 when not.
     implementation : {"blocks", "flash_attention_2"}
+    chunked : bool
+        A query sees its own chunk of ``window`` tokens and the one before, when not causal the one behind too.
     """
 
     window: int = 256
     implementation: str = "blocks"
+    chunked: bool = False
 
     name: ClassVar[str] = "window"
     paper: ClassVar[str] = "Beltagy et al. 2020, arXiv:2004.05150; Jiang et al. 2023, arXiv:2310.06825"
@@ -468,7 +489,7 @@ class WindowConfig(AttentionConfig):
     module: ClassVar[type[SelfAttention]] = WindowAttention
 
     def __post_init__(self) -> None:
-        _check_window(self.window, self.implementation)
+        _check_window(self.window, self.implementation, self.chunked)
 
     def attend(self, query, key, value, **options) -> torch.Tensor:
         return window_attention(query, key, value, **asdict(self), **options)
@@ -477,7 +498,10 @@ class WindowConfig(AttentionConfig):
         tokens = batch * heads * seq * head_dim
         if self.implementation == "flash_attention_2" or self.window >= seq:
             return 5 * tokens + batch * heads * seq  # as exact attention
+        if self.chunked:
+            return 5 * tokens  # input, query, key, value, what the heads give
         return 3 * tokens  # input, query, what the heads give
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * min(seq, self.window) * head_dim  # the window's keys and values
+        reach = 2 * self.window if self.chunked else self.window
+        return 2 * batch * heads * min(seq, reach) * head_dim  # the visible keys and values
