@@ -1,7 +1,7 @@
 """Data sets by name: from a folder, the Hugging Face hub or SpeakLeash, or the offline miniature.
 
 Every source is brought to one form, a folder of parquet files named ``<split>.parquet`` (or, as on
-the hub, ``<split>-00000-of-00001.parquet``). A new set is one entry in ``DATASETS``.
+the hub, ``<split>-00000-of-00001.parquet``), or of plain texts, ``*.txt``. A new set is one entry in ``DATASETS``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import huggingface_hub
@@ -32,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
+UNKNOWN = "<unk>"
 SHARES = {"train": 85, "validation": 10, "test": 5}  # percent, where a set has no splits of its own
 ONLINE_DEADLINE_S = 2.5
 SPEAKLEASH = "speakleash/shopping_1_general_corpus"
@@ -46,7 +48,8 @@ class Entry:
     what: str
     licence: str
     hub: tuple[str, str, str] | None = None
-    prose: bool = True  # a column `text` of running text, for which the miniature can stand in
+    prose: bool = True  # running text, for which the miniature can stand in
+    column: str = "text"  # of the running text
 
 
 DATASETS = {
@@ -54,6 +57,8 @@ DATASETS = {
     SPEAKLEASH: Entry("Polish shop texts; so any speakleash/<corpus>", "see the corpus's manifest"),
     "wikitext-2-v1": Entry("WikiText-2, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-2-v1")),
     "wikitext-103-v1": Entry("WikiText-103, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-103-v1")),
+    "ptb": Entry("Penn Treebank, one sentence a row", "Linguistic Data Consortium", column="sentence"),
+    "crime-and-punishment": Entry("Crime and Punishment, translated by Garnett", "public domain"),
     "enwik8-prefix": Entry("the first megabyte of enwik8, one line a row", "GFDL / CC BY-SA"),
     **{
         f"glue/{task}": Entry(f"GLUE task {task}", "each task's own", (*GLUE, task), False)
@@ -114,6 +119,8 @@ def load(name: str) -> LoadedData:
         content_hash, splits = _miniature()
     else:
         content_hash, splits = _read_folder(fetch())
+        if name in DATASETS and DATASETS[name].column != "text":
+            splits = splits.rename_column(DATASETS[name].column, "text")
     revision = DATASETS[name].hub[1] if source == "hub" else "unversioned"
     return LoadedData(name, source, revision, content_hash, splits)
 
@@ -129,41 +136,58 @@ def datasets_available() -> list[dict[str, str]]:
     ]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 10_000) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, on bytes as in GPT-2).
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 10_000, *, unit: Literal["byte", "character"] = "byte"
+) -> PreTrainedTokenizerFast:
+    """Train BPE (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Kept under ``$MEMSTUDY_CACHE`` by the hash of the texts and ``vocab_size`` [tokens], which is an
+    Kept under ``$MEMSTUDY_CACHE`` by the hash of the texts, ``unit`` and ``vocab_size`` [tokens], which is an
     upper bound: little text gives fewer.
+
+    Parameters
+    ----------
+    texts : iterable of str
+    vocab_size : int [tokens]
+    unit : {"byte", "character"}
+        What is merged. Bytes as in GPT-2; 257 tokens are the bytes themselves and eos. Or the characters of ``texts``,
+        spaces marked as in SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226); any other is ``<unk>``.
 
     Raises
     ------
     ValueError
-        No text; ``vocab_size`` below 257, the bytes and eos; a cache that can't be written.
+        No text; ``vocab_size`` too small for all units; a cache that can't be written.
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and {EOS} need at least 257")
     texts = list(texts)
     if not any(texts):
         raise ValueError("texts holds no text; give the training split's documents")
-
-    def write(folder: Path) -> None:
+    if unit == "byte":
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        special, alphabet = [EOS], pre_tokenizers.ByteLevel.alphabet()
+    else:
+        bpe = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True))
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        special, alphabet = [EOS, UNKNOWN], sorted({*"".join(texts).replace(" ", "▁")})
+    if vocab_size < len(special) + len(alphabet):
+        raise ValueError(
+            f"vocab_size is {vocab_size}; {len(alphabet)} {unit}s and {', '.join(special)} need at least "
+            f"{len(special) + len(alphabet)}"
+        )
+
+    def write(folder: Path) -> None:
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[EOS],
-            initial_alphabet=alphabet,
-            show_progress=False,
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         bpe.train_from_iterator(texts, trainer)
         bpe.save(str(folder / "tokenizer.json"))
 
     # Each text's length goes into the key, so that no two lists of texts read the same.
-    key = _hash(str(vocab_size), *(part for text in texts for part in (f"|{len(text)}|", text)))
+    sizes = str(vocab_size) if unit == "byte" else f"{unit} {vocab_size}"
+    key = _hash(sizes, *(part for text in texts for part in (f"|{len(text)}|", text)))
     folder = _cached(f"tokenizers/{key}", write)
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=EOS)
+    tokens = {"eos_token": EOS} | ({"unk_token": UNKNOWN} if unit == "character" else {})
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **tokens)
 
 
 def blocks(
@@ -347,18 +371,21 @@ def _speakleash_folder(name: str) -> Path:
 
 
 def _read_folder(folder: Path) -> tuple[str, datasets.DatasetDict]:
-    """Return the hash of the parquet files' names and bytes, and the splits they hold."""
+    """Return the hash of the files' names and bytes, and the splits they hold; plain texts are ``train``."""
     digest, tables = hashlib.sha256(), {}
-    for path in sorted(folder.glob("*.parquet")):
+    for path in sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.txt")):
         try:
             raw = path.read_bytes()
-            table = pq.ParquetFile(pa.BufferReader(raw)).read()
-        except (pa.ArrowException, OSError) as error:
+            if path.suffix == ".txt":
+                split, table = "train", pa.table({"text": [raw.decode()]})
+            else:
+                split, table = path.stem.split("-")[0], pq.ParquetFile(pa.BufferReader(raw)).read()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} can't be read ({error}); copy or fetch it again") from error
         digest.update(path.name.encode() + raw)
-        tables.setdefault(path.stem.split("-")[0], []).append(table)
+        tables.setdefault(split, []).append(table)
     if "train" not in tables:
-        raise ValueError(f"{folder} holds no train*.parquet; put one there or remove the folder")
+        raise ValueError(f"{folder} holds no train*.parquet and no *.txt; put one there or remove the folder")
     content_hash = digest.hexdigest()[:16]
     splits = {
         split: datasets.Dataset(pa.concat_tables(shards), fingerprint=f"{content_hash}-{split}")

@@ -275,6 +275,27 @@ def test_folder_without_train_split_is_refused(tmp_path):
         data.load("polish-books")
 
 
+def test_plain_texts_are_the_train_split(tmp_path):
+    folder = tmp_path / "data" / "crime-and-punishment"
+    folder.mkdir(parents=True)
+    (folder / "b.txt").write_text("Zbrodnia\ni kara", encoding="utf-8")
+    (folder / "a.txt").write_text("Crime", encoding="utf-8")
+    loaded = data.load("crime-and-punishment")
+    assert {split: rows["text"][:] for split, rows in loaded.splits.items()} == {"train": ["Crime", "Zbrodnia\ni kara"]}
+    (folder / "a.txt").write_text("Crimes", encoding="utf-8")
+    assert data.load("crime-and-punishment").content_hash != loaded.content_hash
+    (folder / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a\.txt can't be read .*copy or fetch it again"):
+        data.load("crime-and-punishment")
+
+
+def test_the_sentences_of_a_treebank_are_its_text(tmp_path):
+    folder = tmp_path / "data" / "ptb"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"sentence": ["no it was n't"]}), folder / "train.parquet")
+    assert data.load("ptb").splits["train"]["text"][:] == ["no it was n't"]
+
+
 def test_unwritable_cache_is_refused(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEMSTUDY_CACHE", str(tmp_path / "file"))
@@ -360,6 +381,17 @@ def test_killed_training_leaves_no_tokenizer(tmp_path):
     )
     assert fresh(code).returncode == -9
     assert len(data.train_tokenizer(POLISH, 300)) > 256
+
+
+def test_tokenizer_of_characters_marks_spaces_and_what_it_has_not_seen():
+    tokenizer = data.train_tokenizer(["the cat sat on the mat, the rat"] * 9, 24, unit="character")
+    assert len(tokenizer) == 24
+    assert tokenizer.tokenize("the cat") == ["▁the", "▁cat"]
+    assert tokenizer.decode(tokenizer("the rat, the hat", add_special_tokens=False)["input_ids"]) == "the rat, the hat"
+    assert tokenizer.tokenize("the <unk> 漢字")[-3:] == ["<unk>", "▁", "<unk>"]
+    assert tokenizer.eos_token == "<|endoftext|>"
+    with pytest.raises(ValueError, match=r"vocab_size is 3; 12 characters and .* need at least 14"):
+        data.train_tokenizer(["the cat sat on the mat, the rat"], 3, unit="character")
 
 
 @pytest.mark.parametrize(("texts", "size", "message"), [
