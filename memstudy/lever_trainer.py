@@ -88,6 +88,8 @@ def make_trainer(
     train_steps: int,
     train=None,
     collate: Callable = collate_blocks,
+    validation=None,
+    validations: int = 0,
     predicted: bool = False,
 ) -> LeverTrainer:
     """The Trainer for ``run``, whose techniques ``model`` gets.
@@ -104,6 +106,8 @@ def make_trainer(
         What to train on; None where only a step is wanted.
     collate : callable
         Makes a batch of rows.
+    validation : Dataset, optional
+        Whose loss is taken in training, ``validations`` times.
     predicted : bool
         Whether for a prediction, which runs on the CPU in any case.
     """
@@ -114,6 +118,8 @@ def make_trainer(
     if predicted:
         flags.pop("tf32", None)  # refused without a GPU, and of no account to memory
     logging_steps = max(1, train_steps // 50)
+    if validation is not None:
+        flags |= {"eval_strategy": "steps", "eval_steps": max(1, train_steps // validations)}
     defaults = {
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,  # clipping needs all gradients at once, which optimizer_in_backward never has
@@ -138,6 +144,8 @@ def make_trainer(
     )
     for lever in levers:
         lever.prepare(model)
-    trainer = LeverTrainer(model, arguments, data_collator=collate, train_dataset=train, levers=levers)
+    trainer = LeverTrainer(
+        model, arguments, data_collator=collate, train_dataset=train, eval_dataset=validation, levers=levers
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from memstudy import data, finetuning, glue, inference, layers, techniques
 from memstudy.attention import Unavailable
@@ -23,15 +23,17 @@ from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import last_whole_checkpoint, make_trainer
 from memstudy.memory import MIB, Gpu, find_gpu, measure
 from memstudy.memory.trace import Step
+from memstudy.reformer_configs import ReformerRun
 
 __all__ = [
-    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "StepRun", "build", "execute",
-    "load_data", "parse_run",
+    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "ReformerRun", "StepRun", "build",
+    "execute", "load_data", "parse_run",
 ]  # fmt: skip
 
 TIMELINE_POINTS = 400
 RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
     "language_model": LanguageModelRun,
+    "reformer": ReformerRun,
     "hub_model": HubModelRun,
     "inference": InferenceRun,
     "fine_tune": FineTuneRun,
@@ -198,14 +200,19 @@ def _measure(run: StepRun, result: dict) -> None:
 def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
     techniques.check_available(run.levers())
     loaded = load_data(run)
-    tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
-    blocks = data.blocks(loaded, tokenizer, run.seq_len)
+    blocks = data.blocks(loaded, _tokenizer(run, loaded), run.seq_len)
+    held_back = {name: rows.select(range(min(run.eval_blocks, len(rows)))) for name, rows in blocks.items()}
     set_seed(run.seed)
-    trainer = make_trainer(run, run.make_model(), checkpoints, train_steps=run.train_steps, train=blocks["train"])
+    validated = {}
+    if isinstance(run, ReformerRun) and run.validations:
+        validated = {"validation": held_back["validation"], "validations": run.validations}
+    trainer = make_trainer(
+        run, run.make_model(), checkpoints, train_steps=run.train_steps, train=blocks["train"], **validated
+    )
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
-    seconds = time.perf_counter() - began
     history = trainer.state.log_history
+    seconds = time.perf_counter() - began - sum(row.get("eval_runtime", 0.0) for row in history)
     result["metrics"] |= {
         "train_time_s": seconds,
         "epochs": trainer.state.epoch,
@@ -213,7 +220,7 @@ def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
         "train_loss": [row["loss"] for row in history if "loss" in row][-1],
     }
     for split in ("validation", "test"):
-        rows = blocks[split].select(range(min(run.eval_blocks, len(blocks[split]))))
+        rows = held_back[split]
         loss = trainer.evaluate(rows, metric_key_prefix=split)[f"{split}_loss"]
         result["metrics"] |= {
             f"{split}_loss": loss,
@@ -221,4 +228,23 @@ def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
             f"{split}_tokens": len(rows) * (run.seq_len - 1),
         }
     result["curves"]["train_loss"] = [[row["step"], round(row["loss"], 4)] for row in history if "loss" in row]
+    if validated:
+        result["curves"]["validation_loss"] = [
+            [row["step"], round(row["eval_loss"], 4)] for row in history if "eval_loss" in row
+        ]
     result["data"] = loaded.provenance()
+
+
+def _tokenizer(run: LanguageModelRun, loaded: data.LoadedData) -> PreTrainedTokenizerFast:
+    """What cuts the text into tokens: pieces of the text itself, or what a Reformer's ``vocabulary`` names."""
+    if not isinstance(run, ReformerRun):
+        return data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
+    if run.vocabulary == "bytes":
+        return data.train_tokenizer(loaded.splits["train"]["text"][:1], 257)
+    pieces = data.load(run.vocabulary)
+    if pieces.content_hash != run.vocabulary_hash:
+        raise ValueError(
+            f"vocabulary {run.vocabulary!r} has content hash {pieces.content_hash}, the run was planned with "
+            f"{run.vocabulary_hash or 'none'}: plan it again"
+        )
+    return data.train_tokenizer(pieces.splits["train"]["text"], run.vocab_size, unit="character")
