@@ -11,12 +11,14 @@ log-sum-exps (appendix A). The first chunk looks back at the last one of the rou
 transformers' do; here at the last with real tokens, so that padding changes nothing. Many buckets are hashed as
 two factors, with few rotations each, as transformers does.
 
-Round by round the sorted tokens are gathered, attended in one batch of chunks, and put back. Kept are the outputs,
-the total log-sum-exp L and the order of each round; backward computes the weights once more, P = exp(S - L).
+Round by round the sorted tokens are gathered, a group of chunks at a time, attended as one batch, and put back. Kept
+are the outputs, the total log-sum-exp L and the order of each round; backward computes the weights once more,
+P = exp(S - L).
 
 Not implemented: decoding with cached buckets; another number of chunks before or after.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -32,6 +34,7 @@ from memstudy.attention.scan import drawing_again, rng_state
 
 EPSILON = 1e-6  # added to the mean square of a vector before its root, as in transformers
 LARGEST_FACTOR = 16  # buckets hashed at once; more are a product of two factors
+GROUP = 2048  # sorted tokens attended at once: what they need of scratch stays in a core's cache
 
 
 def lsh_attention(
@@ -67,7 +70,8 @@ def lsh_attention(
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):  # as autocast does for SDPA
         query, value = (t.to(torch.get_autocast_dtype(device_type)) for t in (query, value))
-    value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    if value.shape[1] < query.shape[1]:
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     with torch.autocast(device_type, enabled=False):
         kernel = _Rounds(config, is_causal, key_padding_mask, scale, dropout)
         return _Hashed.apply(kernel, query, value)
@@ -153,36 +157,34 @@ class _Rounds:
         buckets = F.pad(buckets, (0, -seq % config.chunk_length), value=config.buckets(seq))
         return buckets.argsort(dim=-1, stable=True).int()
 
-    def _round(self, i: int, orders: torch.Tensor, number: int, seq: int) -> tuple[torch.Tensor, ...]:
-        """What round ``number`` of sequence ``i`` attends.
+    def _groups(self, i: int, orders: torch.Tensor, number: int, seq: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """What round ``number`` of sequence ``i`` attends, some chunks at a time.
 
         Returns
         -------
         order, extended : torch.Tensor
             Positions of the sorted tokens (length,), and these with the chunk that the first looks back at.
-        inverse : torch.Tensor
-            Where each position stands in ``order``.
         hidden : torch.Tensor
             (chunks, chunk_length, keys of a chunk) bool.
         """
         chunk, order = self.config.chunk_length, orders[number].long()
         length, positions = len(order), torch.arange(len(order), device=order.device)
-        inverse = torch.empty_like(order).index_copy_(0, order, positions)
         places = positions.masked_fill(positions >= seq, length)  # padding stands behind everything
         tokens = positions[seq - 1] + 1
         if self.key_padding_mask is not None:
             real = self.key_padding_mask[i]
             places[:seq].masked_fill_(~real, length)
             tokens = real.sum()
-        extended = order
+        extended, back = order, 0
         if length > chunk:
             last = (tokens - 1).clamp(min=0) // chunk * chunk
             extended = torch.cat([orders[number - 1].index_select(0, last + positions[:chunk]).long(), order])
-        keys = places.index_select(0, extended).unfold(0, min(2 * chunk, len(extended)), chunk)[:, None]
-        queries = order.view(-1, chunk, 1)
-        if self.is_causal:
-            return order, extended, inverse, keys >= queries
-        return order, extended, inverse, (keys == queries) | (keys == length)
+            back = chunk
+        size = max(1, GROUP // chunk) * chunk
+        for queries, keys in zip(order.split(size), _overlapping(extended, size, back), strict=True):
+            seen = places.index_select(0, keys).unfold(0, chunk + back, chunk)[:, None]
+            own = queries.view(-1, chunk, 1)
+            yield queries, keys, seen >= own if self.is_causal else (seen == own) | (seen == length)
 
     def _attend(self, i, orders, query, value, output, total):
         """Write the output of one head of sequence ``i``, and its log-sum-exps: inf for who sees no other token."""
@@ -190,31 +192,33 @@ class _Rounds:
         inverse_rms = _inverse_rms(query)
         table = _rows(length, query * inverse_rms, value)
         factors = _rows(length, self._scale(query) / inverse_rms)
-        lowest, merged = torch.finfo(query.dtype).min / 2, None
+        lowest = torch.finfo(query.dtype).min / 2
+        merged, sums = table.new_empty(length, dim, dtype=total.dtype), total.new_empty(length)
         for number in range(rounds):
-            order, extended, inverse, hidden = self._round(i, orders, number, seq)
-            rows = table.index_select(0, extended)
-            windows = rows.unfold(0, hidden.shape[-1], chunk)  # (chunks, 2 * head_dim, keys)
-            queries = (rows[-length:, :dim] * factors.index_select(0, order)).view(-1, chunk, dim)
-            # Not in place: selective checkpointing may be keeping the product.
-            scores = torch.bmm(queries, windows[:, :dim]).masked_fill(hidden, lowest)
-            weights = scores.softmax(-1, dtype=total.dtype)
-            sums = scores.amax(-1) - weights.amax(-1).log()  # the log-sum-exps
-            if self.dropout:
-                weights.mul_(self._dropout(weights))
-            context = torch.bmm(weights.to(value.dtype), windows[:, dim:].transpose(1, 2))
-            context = context.view(length, dim).index_select(0, inverse[:seq]).to(total.dtype)
-            sums = sums.view(length).index_select(0, inverse[:seq])
-            if merged is None:
-                merged = context
-                total.copy_(sums)
-            else:
-                both = torch.logaddexp(total, sums)
-                merged.mul_((total - both).exp_()[:, None]).add_(context.mul_((sums - both).exp_()[:, None]))
-                total.copy_(both)
+            for order, extended, hidden in self._groups(i, orders, number, seq):
+                rows = table.index_select(0, extended)
+                windows = rows.unfold(0, hidden.shape[-1], chunk)  # (chunks, 2 * head_dim, keys)
+                queries = (rows[-len(order) :, :dim] * factors.index_select(0, order)).view(-1, chunk, dim)
+                # Not in place: selective checkpointing may be keeping the product.
+                scores = torch.bmm(queries, windows[:, :dim]).masked_fill(hidden, lowest)
+                weights = scores.softmax(-1, dtype=total.dtype)
+                found = (scores.amax(-1) - weights.amax(-1).log()).view(-1)  # the log-sum-exps
+                if self.dropout:
+                    weights.mul_(self._dropout(weights))
+                context = torch.bmm(weights.to(value.dtype), windows[:, dim:].transpose(1, 2))
+                context = context.view(-1, dim).to(total.dtype)
+                if number:
+                    before = sums.index_select(0, order)
+                    both = torch.logaddexp(before, found)
+                    context = context * (found - both).exp_()[:, None]
+                    context += merged.index_select(0, order).mul_((before - both).exp_()[:, None])
+                    found = both
+                merged.index_copy_(0, order, context)
+                sums.index_copy_(0, order, found)
+        total.copy_(sums[:seq])
         alone = total < lowest / 2
         total.masked_fill_(alone, torch.inf)
-        output.copy_(merged).masked_fill_(alone[:, None], 0.0).add_(value * self._own(i, alone, value))
+        output.copy_(merged[:seq]).masked_fill_(alone[:, None], 0.0).add_(value * self._own(i, alone, value))
 
     def _own(self, i: int, alone: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The weight that each token gives itself (seq, 1): one where it sees no other and is no padding."""
@@ -236,39 +240,43 @@ class _Rounds:
         # rowsum(weights * grad_weights) = rowsum(grad * output), as in any softmax's backward; not for who is alone.
         rowsum = (grad_output.to(total.dtype) * output).sum(-1)
         numbers = _rows(length, (scale / inverse_rms).to(total.dtype), total[:, None], rowsum[:, None])
-        grads = None  # of query, unit key, value
+        grads = table.new_zeros(length, 3 * dim, dtype=total.dtype)  # of query, unit key, value
         for number in range(rounds):
-            order, extended, inverse, hidden = self._round(i, orders, number, seq)
-            rows = table.index_select(0, extended)
-            windows = rows.unfold(0, hidden.shape[-1], chunk)  # (chunks, 3 * head_dim, keys)
-            factors, sums, rowsums = numbers.index_select(0, order).view(-1, chunk, 3, 1).unbind(2)
-            queries = rows[-length:, :dim].view(-1, chunk, dim) * factors.to(query.dtype)
-            grad = rows[-length:, 2 * dim :].view(-1, chunk, dim)
-            weights = torch.bmm(queries, windows[:, :dim]).to(total.dtype)
-            weights = used = weights.sub_(sums).exp_().masked_fill_(hidden, 0.0)
-            grad_weights = torch.bmm(grad, windows[:, dim : 2 * dim]).to(total.dtype)
-            if self.dropout:
-                dropout = self._dropout(weights)
-                used = weights * dropout
-                grad_weights.mul_(dropout)
-            grad_scores = grad_weights.sub_(rowsums).mul_(weights).to(query.dtype)
-            of_queries = torch.bmm(grad_scores, windows[:, :dim].transpose(1, 2)).mul_(scale)
-            of_keys = torch.bmm(grad_scores.transpose(1, 2), queries)
-            of_values = torch.bmm(used.to(value.dtype).transpose(1, 2), grad)
-            parts = [of_queries, of_keys[:, -chunk:], of_values[:, -chunk:]]
-            if len(extended) > length:  # the chunk before each gets its part too; the first's is elsewhere
-                for own, of_both in zip(parts[1:], (of_keys, of_values), strict=True):
-                    own[:-1] += of_both[1:, :chunk]
-            sorted_grads = torch.cat(parts, -1).view(length, 3 * dim)
-            unsorted = sorted_grads.index_select(0, inverse).to(total.dtype)
-            grads = unsorted if grads is None else grads.add_(unsorted)
-            if len(extended) > length:
-                back = torch.cat([of_keys[0, :chunk], of_values[0, :chunk]], -1).to(grads.dtype)
-                grads[:, dim:].index_add_(0, extended[:chunk], back)
+            for order, extended, hidden in self._groups(i, orders, number, seq):
+                rows = table.index_select(0, extended)
+                windows = rows.unfold(0, hidden.shape[-1], chunk)  # (chunks, 3 * head_dim, keys)
+                factors, sums, rowsums = numbers.index_select(0, order).view(-1, chunk, 3, 1).unbind(2)
+                queries = rows[-len(order) :, :dim].view(-1, chunk, dim) * factors.to(query.dtype)
+                grad = rows[-len(order) :, 2 * dim :].view(-1, chunk, dim)
+                weights = torch.bmm(queries, windows[:, :dim]).to(total.dtype)
+                weights = used = weights.sub_(sums).exp_().masked_fill_(hidden, 0.0)
+                grad_weights = torch.bmm(grad, windows[:, dim : 2 * dim]).to(total.dtype)
+                if self.dropout:
+                    dropout = self._dropout(weights)
+                    used = weights * dropout
+                    grad_weights.mul_(dropout)
+                grad_scores = grad_weights.sub_(rowsums).mul_(weights).to(query.dtype)
+                of_queries = torch.bmm(grad_scores, windows[:, :dim].transpose(1, 2)).mul_(scale)
+                of_keys = torch.bmm(grad_scores.transpose(1, 2), queries)
+                of_values = torch.bmm(used.to(value.dtype).transpose(1, 2), grad)
+                parts = [of_queries, of_keys[:, -chunk:], of_values[:, -chunk:]]
+                if len(extended) > len(order):  # the chunk before each gets its part too; the first's is elsewhere
+                    for own, of_both in zip(parts[1:], (of_keys, of_values), strict=True):
+                        own[:-1] += of_both[1:, :chunk]
+                    back = torch.cat([of_keys[0, :chunk], of_values[0, :chunk]], -1).to(grads.dtype)
+                    grads[:, dim:].index_add_(0, extended[:chunk], back)
+                added = grads.index_select(0, order).add_(torch.cat(parts, -1).view(-1, 3 * dim))
+                grads.index_copy_(0, order, added)
         of_query, of_unit, of_value = grads[:seq].split(dim, -1)
         along = (of_unit * query).sum(-1, keepdim=True) * inverse_rms**3 / dim
         grad_query.copy_(of_query + of_unit * inverse_rms - along * query)
         grad_value.copy_(of_value + grad_output * self._own(i, total.isinf(), value))
+
+
+def _overlapping(extended: torch.Tensor, size: int, back: int) -> Iterator[torch.Tensor]:
+    """Cut into pieces of ``size`` and the ``back`` before each."""
+    for start in range(back, len(extended), size):
+        yield extended[start - back : start + size]
 
 
 def _inverse_rms(query: torch.Tensor) -> torch.Tensor:
