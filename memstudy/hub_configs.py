@@ -8,6 +8,7 @@ trained ones (`pretrained`).
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +76,13 @@ class HubModelRun(StepRun):
             positions -= (config.pad_token_id or 0) + 1
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
+        # For a forward pass alone the first of them will do.
+        axial = config.model_type == "reformer" and config.axial_pos_embds and self.kind != "inference"
+        if axial and math.prod(config.axial_pos_shape) != self.seq_len:
+            raise ValueError(
+                f"seq_len={self.seq_len}: with the axial positions of {self.model} it trains on "
+                f"{math.prod(config.axial_pos_shape)} tokens only; take learned positions"
+            )
         if self.task == "lm":
             family = self._family(config)
         else:
@@ -149,7 +157,9 @@ class HubModelRun(StepRun):
             family = transformers.AutoModelForSequenceClassification
             return self._converted(family.from_config(config, attn_implementation=self.attention))
         family = self._family(config)
-        model = family._from_config(config, attn_implementation=self.attention)
+        # Where the family has no other attention than its own, that goes by the name of eager.
+        attention = self.attention if family._supports_sdpa else "eager"
+        model = family._from_config(config, attn_implementation=attention)
         if family.__name__.endswith("LMHeadModel"):
             model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
         return self._converted(model)

@@ -43,6 +43,9 @@ PARAMETERS = {
     "llama-3-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "mistral-7b": 7_241_732_096,
+    "reformer-crime-and-punishment": 2_584_064 + 164_160,  # published without the head
+    "reformer-crime-and-punishment-learned-positions": 2_584_064 + 164_160 + 256 * 2**19 - (512 * 64 + 1024 * 192),
+    "reformer-enwik8-learned-positions": 149_182_722 + 1024 * 2**16 - (128 * 256 + 512 * 768),  # published axial
 }
 POSITIONS = {
     "bert-base-uncased": 512,
@@ -76,9 +79,17 @@ def refusal(make=hub_run, **choices) -> str:
 
 @pytest.mark.parametrize("name", hub_models())
 def test_a_model_known_by_name_has_the_published_number_of_parameters(name):
+    axial = {"seq_len": 2**19} if name == "reformer-crime-and-punishment" else {}
     with FakeTensorMode():
-        model = hub_run(name).make_model()
+        model = hub_run(name, **axial).make_model()
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_axial_positions_train_on_all_of_them_and_read_fewer():
+    said = refusal(model="reformer-crime-and-punishment", seq_len=1024)
+    assert "seq_len=1024: with the axial positions of reformer-crime-and-punishment it trains on 524288 tokens" in said
+    run = InferenceRun(experiment="tiny", model="reformer-crime-and-punishment", batch_size=1, seq_len=128)
+    assert measure(build(run), iterations=1).peak_bytes > 4 * PARAMETERS["reformer-crime-and-punishment"]
 
 
 @pytest.mark.parametrize("name", POSITIONS)
