@@ -6,7 +6,7 @@ A layer takes two streams and gives two (section 3; Gomez et al. 2017, arXiv:170
 
 so that its inputs follow from its outputs, x2 = y2 - feed_forward(y1) and x1 = y1 - attention(x2). Only the last
 layer's outputs are kept; backward goes through the layers in reverse, finds each one's inputs and computes it once
-more. The feed-forward part runs a chunk of the tokens at a time, in backward too.
+more. What concerns single tokens runs on a piece of the sequence at a time, in backward too (chunking, section 3).
 
 Parameters, embeddings and head are those of transformers' ``ReformerModelWithLMHead``, whose checkpoints load; the
 layers run here, on the project's `lsh` and chunked `window` attention. With ``exact`` every token attends to all before
@@ -17,7 +17,7 @@ Not implemented: decoding with cached buckets and states (generate with ``use_ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -26,9 +26,16 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, ReformerConfig, ReformerModelWithLMHead
-from transformers.models.reformer.modeling_reformer import ReformerEncoder, ReformerEncoderOutput, ReformerLayer
+from transformers.models.reformer.modeling_reformer import (
+    LSHSelfAttention,
+    ReformerEncoder,
+    ReformerEncoderOutput,
+    ReformerLayer,
+)
 
 from memstudy.attention import AttentionConfig, LSHConfig, SoftmaxConfig, WindowConfig
+
+TOKENS = 2048  # computed at once of what concerns single tokens: norms, projections, the feed-forward part
 
 
 class ReversibleConfig(ReformerConfig):
@@ -122,8 +129,8 @@ class Encoder(nn.Module):
 
     def _run(self, first: torch.Tensor, second: torch.Tensor, padding: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         for layer, mixer in zip(self.layers, self.mixers, strict=True):
-            first = first + attend(layer, mixer, second, padding)
-            second = second + torch.cat([layer.feed_forward.forward_chunk(x) for x in self.chunks(first)], 1)
+            first = first + layer.attention.output(mix(layer, mixer, project(layer, second), padding))
+            second = second + layer.feed_forward.forward_chunk(first)
         return first, second
 
     def run_in_place(self, first, second, padding, seed: int | None = None) -> None:
@@ -133,14 +140,17 @@ class Encoder(nn.Module):
         """
         for number, (layer, mixer) in enumerate(zip(self.layers, self.mixers, strict=True)):
             with drawing_from(seed, 2 * number, first.device):
-                first.add_(attend(layer, mixer, second, padding))
+                context = mix(layer, mixer, project(layer, second), padding)
+                for x, y in zip(*map(self.pieces, (context, first)), strict=True):
+                    y.add_(layer.attention.output(x))
+                del context
             with drawing_from(seed, 2 * number + 1, first.device):
-                for x, y in zip(self.chunks(first), self.chunks(second), strict=True):
+                for x, y in zip(*map(self.pieces, (first, second)), strict=True):
                     y.add_(layer.feed_forward.forward_chunk(x))
 
-    def chunks(self, stream: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Cut (batch, seq, hidden_size) into what the feed-forward part takes at once."""
-        return stream.split(self.config.chunk_size_feed_forward or stream.shape[1], 1)
+    def pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cut (batch, seq, ...) into what is computed at once of what concerns single tokens."""
+        return tensor.split(self.config.chunk_size_feed_forward or max(1, TOKENS // len(tensor)), 1)
 
 
 def _mixer(config: ReversibleConfig, kind: str) -> AttentionConfig:
@@ -154,37 +164,37 @@ def _mixer(config: ReversibleConfig, kind: str) -> AttentionConfig:
     return LSHConfig(config.num_hashes, config.lsh_attn_chunk_length, buckets, config.hash_seed)
 
 
-def attend(
-    layer: ReformerLayer, mixer: AttentionConfig, hidden_states: torch.Tensor, padding: torch.Tensor | None
+def project(layer: ReformerLayer, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, keys if they are others, and values, (batch, seq, heads * head_dim) each, of normed hidden states."""
+    hidden_states, own = layer.attention.layer_norm(hidden_states), layer.attention.self_attention
+    shared = isinstance(own, LSHSelfAttention)
+    return [p(hidden_states) for p in ((own.query_key, own.value) if shared else (own.query, own.key, own.value))]
+
+
+def mix(
+    layer: ReformerLayer, mixer: AttentionConfig, projected: list[torch.Tensor], padding: torch.Tensor | None
 ) -> torch.Tensor:
-    """The attention part of ``layer``, norm and dropout included.
+    """What the heads give.
 
     Parameters
     ----------
     layer : ReformerLayer
     mixer : AttentionConfig
-    hidden_states : torch.Tensor
-        (batch, seq, hidden_size).
+    projected : list of torch.Tensor
+        From `project`.
     padding : torch.Tensor, optional
         (batch, seq) bool, True for a real token.
 
     Returns
     -------
     torch.Tensor
-        (batch, seq, hidden_size).
+        (batch, seq, heads * head_dim).
     """
-    part = layer.attention
-    own = part.self_attention
-    hidden_states = part.layer_norm(hidden_states)
-
-    def heads(projection):
-        return projection(hidden_states).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
-
-    value = heads(own.value)
-    query, key = (2 * (heads(own.query_key),)) if mixer.name == "lsh" else (heads(own.query), heads(own.key))
+    own = layer.attention.self_attention
+    heads = [t.unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2) for t in projected]
     dropout = own.dropout if layer.training else 0.0
-    context = mixer.attend(query, key, value, is_causal=True, key_padding_mask=padding, dropout=dropout)
-    return part.output(context.transpose(1, 2).flatten(2))
+    context = mixer.attend(heads[0], heads[-2], heads[-1], is_causal=True, key_padding_mask=padding, dropout=dropout)
+    return context.transpose(1, 2).flatten(2)
 
 
 @contextmanager
@@ -234,29 +244,51 @@ class _Reversible(torch.autograd.Function):
         for number in reversed(range(len(encoder.layers))):
             layer, mixer = encoder.layers[number], encoder.mixers[number]
             with drawing_from(ctx.seed, 2 * number + 1, streams.device):
-                tensors = map(encoder.chunks, (first, second, grad_first, grad_second))
-                chunks = zip(*tensors, strict=True)
-                _undo(ctx, layer.feed_forward, layer.feed_forward.forward_chunk, chunks)
+                part = layer.feed_forward
+                _differentiate(ctx, part, part.forward_chunk, first, [grad_second], grad_first, undo=second)
             with drawing_from(ctx.seed, 2 * number, streams.device):
-                function = partial(attend, layer, mixer, padding=ctx.padding)
-                _undo(ctx, layer.attention, function, [(second, first, grad_second, grad_first)])
+                with torch.autocast(**ctx.autocast):
+                    projected = [t.requires_grad_() for t in project(layer, second)]
+                    with torch.enable_grad():
+                        context = mix(layer, mixer, projected, ctx.padding)
+                grad_context = torch.zeros_like(context)
+                output = layer.attention.output
+                _differentiate(ctx, output, output, context, [grad_first], grad_context, undo=first)
+            grads = torch.autograd.grad(context, projected, grad_context)
+            del context, grad_context, projected
+            parts = nn.ModuleList([layer.attention.layer_norm, layer.attention.self_attention])
+            _differentiate(ctx, parts, partial(project, layer), second, grads, grad_second)
+            del grads
         return None, None, grad_first + grad_second
 
 
-def _undo(ctx, part: nn.Module, function: Callable, pieces: Iterable[tuple[torch.Tensor, ...]]) -> None:
-    """Undo ``y = y + function(x)``, the gradient of x and those of the part's parameters included.
+def _differentiate(
+    ctx,
+    part: nn.Module,
+    function: Callable[[torch.Tensor], torch.Tensor | list[torch.Tensor]],
+    x: torch.Tensor,
+    grads: Sequence[torch.Tensor],
+    grad_x: torch.Tensor,
+    *,
+    undo: torch.Tensor | None = None,
+) -> None:
+    """Compute ``function(x)`` again, a piece of the tokens at a time; add to ``grad_x`` and the part's parameters.
 
-    ``pieces`` are x, y and their gradients, changed in place, for one chunk of the tokens after another.
+    ``grads`` are the gradients of what the function gives, which is taken off ``undo``.
     """
     parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
     sums: list[torch.Tensor] = []
-    for x, y, grad_x, grad_y in pieces:
-        leaf = x.detach().requires_grad_()
+    cut = zip(*map(ctx.encoder.pieces, (x, grad_x, x if undo is None else undo, *grads)), strict=True)
+    for piece, grad_piece, undone, *grads_piece in cut:
+        leaf = piece.detach().requires_grad_()
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            change = function(leaf)
-        of_leaf, *found = torch.autograd.grad(change, [leaf, *parameters], grad_y.to(change.dtype))
-        y.sub_(change.detach())
-        grad_x.add_(of_leaf)
-        del change, leaf, of_leaf  # before the next piece makes its own
+            given = function(leaf)
+        given = given if isinstance(given, list) else [given]
+        grads_piece = [g.to(t.dtype) for g, t in zip(grads_piece, given, strict=True)]
+        of_leaf, *found = torch.autograd.grad(given, [leaf, *parameters], grads_piece)
+        if undo is not None:
+            undone.sub_(given[0].detach())
+        grad_piece.add_(of_leaf)
         sums = torch._foreach_add(sums, found) if sums else found
-    torch.autograd.backward(parameters, sums)
+    if parameters:
+        torch.autograd.backward(parameters, sums)

@@ -29,7 +29,6 @@ class ReformerRun(LanguageModelRun):
     max_positions: NonNegativeInt = 0
     axial_shape: tuple[PositiveInt, PositiveInt] | tuple[()] = ()
     axial_widths: tuple[PositiveInt, PositiveInt] | tuple[()] = ()
-    feed_forward_chunk: NonNegativeInt = 0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     optimizer: Literal["adamw", "adafactor"] = "adafactor"
     vocabulary: str = ""
@@ -85,7 +84,6 @@ class ReformerRun(LanguageModelRun):
             attention_head_size=self.head_dim,
             feed_forward_size=self.feed_forward,
             hidden_act="relu",
-            chunk_size_feed_forward=self.feed_forward_chunk,
             max_position_embeddings=max(self.max_positions, self.seq_len),
             hidden_dropout_prob=self.dropout,
             local_attention_probs_dropout_prob=0.0 if exact else self.dropout,

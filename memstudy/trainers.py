@@ -33,11 +33,11 @@ __all__ = [
 TIMELINE_POINTS = 400
 RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
     "language_model": LanguageModelRun,
-    "reformer": ReformerRun,
     "hub_model": HubModelRun,
     "inference": InferenceRun,
     "fine_tune": FineTuneRun,
     "layer": LayerRun,
+    "reformer": ReformerRun,
 }
 
 

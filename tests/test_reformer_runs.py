@@ -67,9 +67,7 @@ def test_the_model_is_what_the_run_says():
 @pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "kept"])
 @pytest.mark.parametrize("attention", [LSH, {"variant": "softmax"}], ids=lambda a: a["variant"])
 def test_a_step_is_predicted_to_the_byte(attention, reversible):
-    run = tiny(
-        attention=attention, reversible=reversible, feed_forward_chunk=16, axial_shape=(4, 8), axial_widths=(8, 24)
-    )
+    run = tiny(attention=attention, reversible=reversible, axial_shape=(4, 8), axial_widths=(8, 24))
     measured, predicted = measure(build(run)), predict(build(run))
     assert predicted.peak_bytes == measured.peak_bytes
     assert predicted.peak_by_category == measured.peak_by_category
