@@ -22,7 +22,7 @@ def load(name: str):
     return module
 
 
-attention, decoding = load("attention"), load("decoding")
+attention, decoding, reformer = load("attention"), load("decoding"), load("reformer")
 
 
 def row(n, **changes):
@@ -153,3 +153,33 @@ def test_decoding_refuses_nothing_to_decode(arguments, monkeypatch, capsys):
         decoding.main()
     assert refused.value.code == 2
     assert f"argument {arguments[0]}: 0: at least 1 is needed" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- the Reformer
+
+
+def test_reformers_are_compared_in_turn(monkeypatch, capsys):
+    monkeypatch.setattr(reformer, "TOKENS", 256)
+    found = reformer.compare(128, hashes=1, rounds=1)
+    assert {"memstudy", "transformers"} <= found.keys() <= reformer.MODELS.keys()
+    assert ("reformer-pytorch" in found) != ("pip install 'memstudy[bench]'" in capsys.readouterr().err)
+    weights = 4 * 4 * sum(p.numel() for p in reformer.ours(128, 1).parameters()) / 2**20  # gradients, two moments
+    assert all(seconds > 0 and peak > weights for seconds, peak in found.values())
+    ours, theirs = (make(128, 1) for make in (reformer.ours, reformer.transformers))
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lengths", "1000"], "argument --lengths: 1000: a power of two from 128 on is needed"),
+        (["--lengths", "64"], "argument --lengths: 64: a power of two"),
+        (["--rounds", "0"], "at least 1 is needed"),
+    ],
+)
+def test_the_reformers_benchmark_refuses(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reformer.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        reformer.main()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
