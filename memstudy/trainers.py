@@ -67,14 +67,20 @@ def load_data(run: LanguageModelRun | FineTuneRun) -> data.LoadedData:
     ValueError
         When there is no such data set, it is not the one that the run was planned with, or its labels do not suit.
     """
-    loaded = data.load(run.dataset)
-    if loaded.content_hash != run.data_hash:
-        raise ValueError(
-            f"data set {run.dataset!r} has content hash {loaded.content_hash}, the run was planned with "
-            f"{run.data_hash or 'none'}: plan it again"
-        )
+    loaded = _as_planned("data set", run.dataset, run.data_hash)
     if isinstance(run, FineTuneRun) and run.task == "classification":
         glue.task_of(loaded)
+    return loaded
+
+
+def _as_planned(what: str, name: str, planned_hash: str) -> data.LoadedData:
+    """The data set ``name``, refused when it is not the one that the run was planned with."""
+    loaded = data.load(name)
+    if loaded.content_hash != planned_hash:
+        raise ValueError(
+            f"{what} {name!r} has content hash {loaded.content_hash}, the run was planned with "
+            f"{planned_hash or 'none'}: plan it again"
+        )
     return loaded
 
 
@@ -241,10 +247,5 @@ def _tokenizer(run: LanguageModelRun, loaded: data.LoadedData) -> PreTrainedToke
         return data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
     if run.vocabulary == "bytes":
         return data.train_tokenizer(loaded.splits["train"]["text"][:1], 257)
-    pieces = data.load(run.vocabulary)
-    if pieces.content_hash != run.vocabulary_hash:
-        raise ValueError(
-            f"vocabulary {run.vocabulary!r} has content hash {pieces.content_hash}, the run was planned with "
-            f"{run.vocabulary_hash or 'none'}: plan it again"
-        )
+    pieces = _as_planned("vocabulary", run.vocabulary, run.vocabulary_hash)
     return data.train_tokenizer(pieces.splits["train"]["text"], run.vocab_size, unit="character")
