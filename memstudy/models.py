@@ -30,12 +30,23 @@ class DecoderConfig(GPT2Config):
     eos_token_id: int | None = 0
 
 
-class DecoderLM(GPT2LMHeadModel):
-    """Causal language model: ``forward(input_ids, labels=None, attention_mask=None)`` with Hugging Face's outputs.
+class LossInTraining:
+    """What a causal language model of Hugging Face's is mixed with, so that its training step keeps no logits.
 
-    In training with labels the output carries the loss only: logits in it would live on, and Accelerate
-    would copy them to fp32, which at the paper's batch is 1.3 GB that no step needs.
+    ``forward(input_ids, labels=None, attention_mask=None)`` with Hugging Face's outputs. In training with labels the
+    output carries the loss only: logits in it would live on, and Accelerate would copy them to fp32, which at Lab 4's
+    batch is 1.3 GB that no step needs.
     """
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        output = super().forward(input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
+        if self.training and labels is not None:
+            output.logits = None
+        return output
+
+
+class DecoderLM(LossInTraining, GPT2LMHeadModel):
+    """Causal language model with the mixer that its config names."""
 
     config_class = DecoderConfig
 
@@ -46,12 +57,6 @@ class DecoderLM(GPT2LMHeadModel):
         if config.memstudy_attention:
             settings = dict(config.memstudy_attention)
             convert_attention(self, ATTENTION[settings.pop("variant")](**settings))
-
-    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
-        output = super().forward(input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
-        if self.training and labels is not None:
-            output.logits = None
-        return output
 
 
 AutoConfig.register(DecoderConfig.model_type, DecoderConfig)

@@ -34,6 +34,7 @@ from transformers.models.reformer.modeling_reformer import (
 )
 
 from memstudy.attention import AttentionConfig, LSHConfig, SoftmaxConfig, WindowConfig
+from memstudy.models import LossInTraining
 
 TOKENS = 2048  # computed at once of what concerns single tokens: norms, projections, the feed-forward part
 
@@ -51,11 +52,8 @@ class ReversibleConfig(ReformerConfig):
     use_cache: bool = False
 
 
-class ReformerLM(ReformerModelWithLMHead):
-    """Causal language model: ``forward(input_ids, labels=None, attention_mask=None)`` with Hugging Face's outputs.
-
-    In training with labels the output carries the loss only, as `memstudy.models.DecoderLM`'s does.
-    """
+class ReformerLM(LossInTraining, ReformerModelWithLMHead):
+    """Causal language model whose layers are run by `Encoder`."""
 
     config_class = ReversibleConfig
 
@@ -63,12 +61,6 @@ class ReformerLM(ReformerModelWithLMHead):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
         self.reformer.encoder = Encoder(self.reformer.encoder, config)
-
-    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
-        output = super().forward(input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
-        if self.training and labels is not None:
-            output.logits = None
-        return output
 
 
 AutoConfig.register(ReversibleConfig.model_type, ReversibleConfig)

@@ -21,7 +21,7 @@ LAYERS = {
     "techniques": ({"attention"}, ANY),
     "data": (set(), ANY),
     "models": ({"attention", "convert"}, ANY),
-    "reformer": ({"attention"}, {"torch", "transformers"}),
+    "reformer": ({"attention", "models"}, {"torch", "transformers"}),
     "projections": ({"attention"}, {"torch", "transformers"}),
     "dispatch": ({"attention", "projections"}, {"torch", "transformers"}),
     "convert": ({"attention", "dispatch", "projections"}, {"torch", "transformers", "safetensors"}),
