@@ -31,7 +31,7 @@ from memstudy.trainers import ReformerRun
 
 LAYERS, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY, CHUNK = 6, 256, 2, 64, 512, 320, 64
 TOKENS = 16_384  # in a batch, or one sequence where that is longer
-FASTER, LEANER = 0.6, 0.5  # of the better of the others, at most
+FASTER, LEANER = 0.6, 0.5  # of each of the others, at most
 
 
 def axial(length: int) -> tuple[int, int]:

@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM, ReformerConfig, ReformerModelWith
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from memstudy.attention import lsh
+from memstudy.hub_configs import hub_models
 from memstudy.memory import measure, predict
 from memstudy.reformer import ReformerLM, ReversibleConfig
 
 PUBLISHED = {
-    "attention_head_size": 64, "attn_layers": ["local", "lsh"] * 3, "axial_pos_embds_dim": [64, 192],
-    "axial_pos_shape": [512, 1024], "feed_forward_size": 512, "hidden_size": 256, "hidden_act": "relu",
-    "is_decoder": True, "local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64, "max_position_embeddings": 524288,
-    "num_attention_heads": 2, "num_buckets": [64, 128], "num_hashes": 1, "vocab_size": 320,
-}  # fmt: skip
+    name: value
+    for name, value in hub_models()["reformer-crime-and-punishment"].items()
+    if name not in ("model_type", "architectures")
+}
 SMALL = PUBLISHED | {
     "attention_head_size": 8, "attn_layers": ["local", "lsh"], "axial_pos_embds_dim": [8, 24],
     "axial_pos_shape": [4, 8], "feed_forward_size": 48, "hidden_dropout_prob": 0.0, "hidden_size": 32,
@@ -64,8 +64,8 @@ def one_hash(monkeypatch):
 def test_parameters_are_those_of_transformers(axial, body):
     """The published 2.6 million are without the head's 164,160."""
     with torch.device("meta"):
-        theirs = ReformerModelWithLMHead(ReformerConfig(**PUBLISHED, axial_pos_embds=axial))
-        ours = ReformerLM(ReversibleConfig(**PUBLISHED, axial_pos_embds=axial))
+        theirs = ReformerModelWithLMHead(ReformerConfig(**PUBLISHED | {"axial_pos_embds": axial}))
+        ours = ReformerLM(ReversibleConfig(**PUBLISHED | {"axial_pos_embds": axial}))
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
     assert ours.reformer.num_parameters() == body
     assert ours.num_parameters() == body + 320 * 512 + 320
@@ -75,7 +75,7 @@ def test_parameters_are_those_of_transformers(axial, body):
 @pytest.mark.parametrize("axial", [True, False], ids=["axial", "learned"])
 def test_equals_transformers_with_its_weights_and_buckets(one_hash, axial, chunk):
     ours = small(axial_pos_embds=axial, chunk_size_feed_forward=chunk)
-    theirs = ReformerModelWithLMHead(ReformerConfig(**SMALL, axial_pos_embds=axial)).double()
+    theirs = ReformerModelWithLMHead(ReformerConfig(**SMALL | {"axial_pos_embds": axial})).double()
     theirs.load_state_dict(ours.state_dict())
     # Logits, for a loss of ours carries none in training.
     torch.testing.assert_close(ours.eval()(TOKENS).logits, theirs.eval()(TOKENS, use_cache=False).logits)

@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification, ReformerConfig, ReformerModelWithLMHead
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, ReformerModelWithLMHead
 from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.optimization import Adafactor
 
+from memstudy.hub_configs import hub_models
 from memstudy.memory import MIB, predict
 from memstudy.study import PUBLISHED
 
@@ -90,28 +91,21 @@ def ops_rows() -> pd.DataFrame:
 
 # --- inference: a whole GPU in one forward pass of Reformer and GPT-2, batch 16 (2020)
 
-CRIME = {
-    "attention_head_size": 64, "attn_layers": ["local", "lsh"] * 3, "axial_pos_embds_dim": [64, 192],
-    "axial_pos_shape": [512, 1024], "feed_forward_size": 512, "hidden_size": 256, "hidden_act": "relu",
-    "is_decoder": True, "local_attn_chunk_length": 64, "lsh_attn_chunk_length": 64, "max_position_embeddings": 524288,
-    "num_attention_heads": 2, "num_buckets": [64, 128], "num_hashes": 1, "vocab_size": 320,
-}  # fmt: skip
-ENWIK8 = {
-    "attention_head_size": 128, "attn_layers": ["local", "local", "lsh", "local"] * 3, "axial_pos_embds": False,
-    "feed_forward_size": 4096, "hidden_size": 1024, "hidden_act": "relu", "is_decoder": True,
-    "local_attn_chunk_length": 128, "lsh_attn_chunk_length": 256, "max_position_embeddings": 65536,
-    "num_attention_heads": 8, "num_buckets": 512, "num_hashes": 4, "vocab_size": 258,
-}  # fmt: skip
-MODELS = {
-    "Reformer C/P, no axial": lambda: ReformerModelWithLMHead(ReformerConfig(**CRIME, axial_pos_embds=False)),
-    "Reformer C/P, axial": lambda: ReformerModelWithLMHead(ReformerConfig(**CRIME, axial_pos_embds=True)),
-    "Reformer en8, no axial": lambda: ReformerModelWithLMHead(ReformerConfig(**ENWIK8)),
-    "GPT2 base": eras.gpt2,
+NAMES = {
+    "Reformer C/P, no axial": "reformer-crime-and-punishment-learned-positions",
+    "Reformer C/P, axial": "reformer-crime-and-punishment",
+    "Reformer en8, no axial": "reformer-enwik8-learned-positions",
 }
 
 
+def model_of(system: str) -> torch.nn.Module:
+    if system == "GPT2 base":
+        return eras.gpt2()
+    return ReformerModelWithLMHead(AutoConfig.for_model(**hub_models()[NAMES[system]]))
+
+
 def forward(system: str, batch_size: int, seq_len: int) -> Callable[[], None]:
-    model = MODELS[system]().eval()
+    model = model_of(system).eval()
     tokens = torch.randint(model.config.vocab_size, (batch_size, seq_len))
 
     @torch.no_grad()
