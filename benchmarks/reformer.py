@@ -27,6 +27,7 @@ from transformers import logging as transformers_logging
 
 from memstudy.attention import Unavailable
 from memstudy.memory import measure
+from memstudy.peers import installed
 from memstudy.trainers import ReformerRun
 
 LAYERS, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY, CHUNK = 6, 256, 2, 64, 512, 320, 64
@@ -57,12 +58,9 @@ def transformers(length: int, hashes: int) -> torch.nn.Module:
 
 def reformer_pytorch(length: int, hashes: int) -> torch.nn.Module:
     """reformer-pytorch's, with the head and the loss that it leaves to others."""
-    try:
-        from reformer_pytorch import ReformerLM
-    except ImportError:
-        raise Unavailable("reformer-pytorch is not installed: pip install 'memstudy[bench]'") from None
+    package = installed("reformer-pytorch", "reformer_pytorch")
 
-    class WithLoss(ReformerLM):
+    class WithLoss(package.ReformerLM):
         def forward(self, input_ids, labels):
             logits = super().forward(input_ids)
             return {"loss": torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}

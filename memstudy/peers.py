@@ -36,7 +36,8 @@ class Peer:
     make: Callable[..., nn.Module]
 
 
-def _installed(package: str, module: str) -> ModuleType:
+def installed(package: str, module: str) -> ModuleType:
+    """Import ``module`` of ``package``; raises `Unavailable`, with the remedy, where that cannot be done."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -72,7 +73,7 @@ def _local_attention(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
     """The same window but for one key more to each side, without the package's rotary positions."""
-    package = _installed("local-attention", "local_attention")
+    package = installed("local-attention", "local_attention")
     op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, exact_windowsize=True)
     return _Projected(hidden_size, n_heads, op)
 
@@ -81,7 +82,7 @@ def _local_attention_defaults(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
     """As the package comes: whole blocks are seen, one to two windows back, with rotary positions."""
-    package = _installed("local-attention", "local_attention")
+    package = installed("local-attention", "local_attention")
     op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, dim=hidden_size // n_heads)
     return _Projected(hidden_size, n_heads, op)
 
@@ -90,7 +91,7 @@ def _reformer_pytorch(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
     """Sequences must be multiples of two chunks."""
-    package = _installed("reformer-pytorch", "reformer_pytorch")
+    package = installed("reformer-pytorch", "reformer_pytorch")
     return package.LSHSelfAttention(
         hidden_size, n_heads, bucket_size=config.chunk_length, n_hashes=config.num_hashes, causal=is_causal
     )
@@ -135,7 +136,7 @@ def _transformers(
 
 
 def _linformer(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool) -> nn.Module:
-    package = _installed("linformer", "linformer")
+    package = installed("linformer", "linformer")
     return package.LinformerSelfAttention(hidden_size, seq_len, k=config.rank, heads=n_heads)
 
 
@@ -143,7 +144,7 @@ def _performer_pytorch(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
     """Causal without the package's CUDA extension: what it falls back to by itself."""
-    package = _installed("performer-pytorch", "performer_pytorch")
+    package = installed("performer-pytorch", "performer_pytorch")
     return package.SelfAttention(
         hidden_size, causal=is_causal, heads=n_heads, dim_head=hidden_size // n_heads, nb_features=config.features
     )
