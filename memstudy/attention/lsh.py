@@ -160,10 +160,10 @@ class _Rounds:
     def _groups(self, i: int, orders: torch.Tensor, number: int, seq: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """What round ``number`` of sequence ``i`` attends, some chunks at a time.
 
-        Returns
-        -------
+        Yields
+        ------
         order, extended : torch.Tensor
-            Positions of the sorted tokens (length,), and these with the chunk that the first looks back at.
+            Positions of sorted tokens (group,), and these with the chunk that the first looks back at.
         hidden : torch.Tensor
             (chunks, chunk_length, keys of a chunk) bool.
         """
