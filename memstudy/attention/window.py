@@ -18,6 +18,7 @@ of the sequence at a time.
 Not implemented: Longformer's dilation and global tokens; Mistral's rolling cache.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -33,6 +34,8 @@ IMPLEMENTATIONS = ("blocks", "flash_attention_2")
 # Queries in a block. Small blocks waste few scores outside the window and need little room, large
 # ones call few kernels; 64 was fastest of 32, 64, 128, 256 with window 256 on two cores.
 QUERY_BLOCK = 64
+# Chunks are computed several at once, as long as a head has no more pairs of a query and a key among them.
+PAIRS = 2**18
 # Into how many groups a batch is cut at most, so that kernels don't get ever more numerous with it.
 BATCH_GROUPS = 8
 # Tokens that the layer projects at once, at least as many as the window reaches back. In sequences of more than eight
@@ -127,74 +130,124 @@ def _groups(batch: int) -> Iterator[slice]:
 
 def _blocks(
     query_len: int, key_len: int, offset: int, window: int, is_causal: bool, chunked: bool, like: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+) -> Iterator[tuple[slice, slice, int, torch.Tensor]]:
     """Cut the queries into blocks; query i has the position i + ``offset`` among the keys.
 
     Returns
     -------
     rows, columns : slice
         The queries, and the keys that any of them sees.
+    chunks : int
+        How many chunks of one shape the block is made of: each as many queries and keys behind the one before as there
+        are queries in it.
     bias : torch.Tensor
-        (rows, columns), of ``like``'s dtype and device: 0 where a query sees a key. Elsewhere far below any score but
-        finite, not -inf: a row without visible keys must not turn into NaN.
+        (rows, columns) of a chunk, of ``like``'s dtype and device: 0 where a query sees a key. Elsewhere far below any
+        score but finite, not -inf: a row without visible keys must not turn into NaN.
     """
-    shape = None
-    starts = range(0, query_len, QUERY_BLOCK)
+    starts, most = range(0, query_len, QUERY_BLOCK), 1
     if chunked:
         starts = [max(0, start) for start in range(-(offset % window), query_len, window)]
+        most = max(1, PAIRS // (window * window * (2 if is_causal else 3)))
+    cuts = []
     for first, stop in zip(starts, [*starts[1:], query_len], strict=True):
-        rows, last = slice(first, stop), stop + offset
+        last = stop + offset
         if chunked:
             chunk = (first + offset) // window * window
             sees = chunk - window, chunk + 2 * window
         else:
             sees = first + offset - window + 1, last + window - 1
-        columns = slice(max(0, sees[0]), last if is_causal else min(key_len, sees[1]))
-        distance = first + offset - columns.start
-        if shape != (shape := (rows.stop - rows.start, columns.stop - columns.start, distance)):
-            apart = torch.arange(distance, distance + shape[0], device=like.device)[:, None]
-            apart = apart - torch.arange(shape[1], device=like.device)
-            hidden = torch.zeros_like(apart, dtype=torch.bool) if chunked else apart.abs() >= window
-            if is_causal:
-                hidden |= apart < 0
-            bias = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, torch.finfo(like.dtype).min / 2)
-        yield rows, columns, bias
+        cuts.append((slice(first, stop), slice(max(0, sees[0]), last if is_causal else min(key_len, sees[1]))))
+    for shape, alike in itertools.groupby(cuts, lambda cut: _shape(*cut, offset)):
+        n_rows, n_columns, distance = shape
+        apart = torch.arange(distance, distance + n_rows, device=like.device)[:, None]
+        apart = apart - torch.arange(n_columns, device=like.device)
+        hidden = torch.zeros_like(apart, dtype=torch.bool) if chunked else apart.abs() >= window
+        if is_causal:
+            hidden |= apart < 0
+        bias = torch.zeros_like(hidden, dtype=like.dtype).masked_fill_(hidden, torch.finfo(like.dtype).min / 2)
+        while block := list(itertools.islice(alike, most)):
+            (rows, columns), (last_rows, last_columns) = block[0], block[-1]
+            yield slice(rows.start, last_rows.stop), slice(columns.start, last_columns.stop), len(block), bias
 
 
-def _weights(
-    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, real: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _shape(rows: slice, columns: slice, offset: int) -> tuple[int, int, int]:
+    """Numbers of queries and keys, and how far the first query is behind the first key."""
+    return rows.stop - rows.start, columns.stop - columns.start, rows.start + offset - columns.start
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, hidden: torch.Tensor | None, scale: float):
     """Softmax over a block's visible keys, at least float32.
 
     Parameters
     ----------
     query : torch.Tensor
-        (batch, kv_heads, groups, rows, head_dim).
+        (batch * kv_heads * chunks, groups * rows, head_dim), from `_queries`.
     key : torch.Tensor
-        (batch, kv_heads, columns, head_dim).
+        (batch * kv_heads * chunks, columns, head_dim), from `_keys`.
     bias : torch.Tensor
         (rows, columns), from `_blocks`.
-    real : torch.Tensor, optional
-        (batch, columns) bool, False for padding.
+    hidden : torch.Tensor, optional
+        (batch * kv_heads * chunks, 1, columns) bool, True for padding, from `_padding`.
 
     Returns
     -------
     torch.Tensor
-        (batch * kv_heads, groups * rows, columns).
+        (batch * kv_heads * chunks, groups * rows, columns).
     """
-    batch, kv_heads, groups = query.shape[:3]
-    bias = bias[None]
-    if real is not None:
-        bias = bias.masked_fill(~real[:, None], torch.finfo(bias.dtype).min / 2)
-    bias = bias.repeat(1, groups, 1)[:, None].expand(batch, kv_heads, -1, -1)
-    scores = torch.baddbmm(_stacked(bias), _stacked(query.flatten(2, 3)), _stacked(key).transpose(1, 2), alpha=scale)
+    bias = bias.repeat(query.shape[1] // len(bias), 1)
+    bias = (
+        bias.expand(len(query), -1, -1) if hidden is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min / 2)
+    )
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return weights if real is None else weights.masked_fill_(_stacked(bias) < 0, 0.0)
+    return weights if hidden is None else weights.masked_fill_(bias < 0, 0.0)
 
 
-def _stacked(tensor: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, rows, columns) as (batch * heads, rows, columns); copies nothing for one sequence."""
-    return tensor.flatten(0, 1)
+def _queries(tensor: torch.Tensor, chunks: int) -> torch.Tensor:
+    """(batch, kv_heads, groups, rows, dim) as (batch * kv_heads * chunks, groups * rows of a chunk, dim)."""
+    if chunks == 1:
+        return tensor.flatten(2, 3).flatten(0, 1)
+    return tensor.unflatten(3, (chunks, -1)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _write(total: torch.Tensor, block: torch.Tensor, chunks: int) -> None:
+    """Write ``block``, of `_queries`' shape, to ``total`` (batch, kv_heads, groups, rows, dim)."""
+    if chunks > 1:
+        total = total.unflatten(3, (chunks, -1)).transpose(2, 3)
+    total.copy_(block.view(total.shape))
+
+
+def _keys(tensor: torch.Tensor, chunks: int, step: int) -> torch.Tensor:
+    """(batch, kv_heads, columns, dim) as (batch * kv_heads * chunks, columns of a chunk, dim).
+
+    A chunk is ``step`` behind the one before. One chunk of one sequence is not copied.
+    """
+    if chunks == 1:
+        return tensor.flatten(0, 1)
+    width = tensor.shape[2] - (chunks - 1) * step
+    return tensor.unfold(2, width, step).transpose(-1, -2).flatten(0, 2)
+
+
+def _padding(real: torch.Tensor | None, kv_heads: int, chunks: int, step: int) -> torch.Tensor | None:
+    """(batch, columns), True for a real token, as `_weights` takes it."""
+    if real is None:
+        return None
+    width = real.shape[1] - (chunks - 1) * step
+    hidden = ~real.unfold(1, width, step)  # (batch, chunks, columns of a chunk)
+    return hidden[:, None, :, None].expand(-1, kv_heads, -1, -1, -1).flatten(0, 2)
+
+
+def _add_to_keys(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, chunks: int, step: int, scale: float = 1.0
+):
+    """Add ``scale * left @ right``, of `_keys`' shape, to ``total`` (batch, kv_heads, columns, dim)."""
+    if chunks == 1:
+        _add_product(total, left, right, scale)
+        return
+    product = (left @ right).view(*total.shape[:2], chunks, -1, total.shape[-1])
+    for start in range(0, product.shape[3], step):
+        part = total[:, :, start : start + chunks * step].unflatten(2, (chunks, step))
+        part.add_(product[:, :, :, start : start + step], alpha=scale)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
@@ -238,14 +291,15 @@ def _attend(
     kept = []
     for i in _groups(len(query)):
         q, k, v, out = query[i], key[i], value[i], output[i]
-        for rows, columns, bias in _blocks(q.shape[3], k.shape[2], *pattern, q):
+        for rows, columns, chunks, bias in _blocks(q.shape[3], k.shape[2], *pattern, q):
             real = None if key_padding_mask is None else key_padding_mask[i, columns]
-            weights = _weights(q[:, :, :, rows], k[:, :, columns], bias, real, scale)
+            hidden = _padding(real, k.shape[1], chunks, len(bias))
+            k_block, v_block = (_keys(t[:, :, columns], chunks, len(bias)) for t in (k, v))
+            weights = _weights(_queries(q[:, :, :, rows], chunks), k_block, bias, hidden, scale)
             if dropout:
                 kept.append(torch.empty_like(weights, dtype=torch.bool).bernoulli_(1 - dropout))
                 weights.mul_(kept[-1]).div_(1 - dropout)
-            block = out[:, :, :, rows]
-            block.copy_((weights.to(v.dtype) @ _stacked(v[:, :, columns])).view(block.shape))
+            _write(out[:, :, :, rows], weights.to(v.dtype) @ v_block, chunks)
     return kept
 
 
@@ -268,24 +322,23 @@ def _differentiate(
         q, k, v, out, grad_out, grad_q, grad_k, grad_v = (
             t[i] for t in (query, key, value, output, grad_output, *grads)
         )
-        for rows, columns, bias in _blocks(q.shape[3], k.shape[2], *pattern, q):
+        for rows, columns, chunks, bias in _blocks(q.shape[3], k.shape[2], *pattern, q):
             real = None if key_padding_mask is None else key_padding_mask[i, columns]
-            q_block, k_block, grad = q[:, :, :, rows], k[:, :, columns], grad_out[:, :, :, rows]
-            weights = used = _weights(q_block, k_block, bias, real, scale)
+            hidden = _padding(real, k.shape[1], chunks, len(bias))
+            q_block, grad = (_queries(t[:, :, :, rows], chunks) for t in (q, grad_out))
+            k_block, v_block = (_keys(t[:, :, columns], chunks, len(bias)) for t in (k, v))
+            weights = used = _weights(q_block, k_block, bias, hidden, scale)
             # Softmax's backward; rowsum(weights * grad_weights) = rowsum(grad * output).
-            rowsum = (grad.to(weights.dtype) * out[:, :, :, rows]).sum(-1, keepdim=True)
-            grad = _stacked(grad.flatten(2, 3))
-            grad_weights = (grad @ _stacked(v[:, :, columns]).transpose(1, 2)).to(weights.dtype)
+            rowsum = (grad.to(weights.dtype) * _queries(out[:, :, :, rows], chunks)).sum(-1, keepdim=True)
+            grad_weights = (grad @ v_block.transpose(1, 2)).to(weights.dtype)
             if dropout:
                 dropped = next(kept)
                 used = (weights * dropped).div_(1 - dropout)
                 grad_weights.mul_(dropped).div_(1 - dropout)
-            _add_product(grad_v[:, :, columns], used.to(v.dtype).transpose(1, 2), grad)
-            grad_scores = grad_weights.sub_(_stacked(rowsum.flatten(2, 3))).mul_(weights).to(q.dtype)
-            block = grad_q[:, :, :, rows]
-            block.copy_((grad_scores @ _stacked(k_block)).mul_(scale).view(block.shape))
-            q_block = _stacked(q_block.flatten(2, 3))
-            _add_product(grad_k[:, :, columns], grad_scores.transpose(1, 2), q_block, scale)
+            _add_to_keys(grad_v[:, :, columns], used.to(v.dtype).transpose(1, 2), grad, chunks, len(bias))
+            grad_scores = grad_weights.sub_(rowsum).mul_(weights).to(q.dtype)
+            _write(grad_q[:, :, :, rows], (grad_scores @ k_block).mul_(scale), chunks)
+            _add_to_keys(grad_k[:, :, columns], grad_scores.transpose(1, 2), q_block, chunks, len(bias), scale)
 
 
 class _Blocks(torch.autograd.Function):
