@@ -160,7 +160,7 @@ class HubModelRun(StepRun):
         # Where the family has no other attention than its own, that goes by the name of eager.
         attention = self.attention if family._supports_sdpa else "eager"
         model = family._from_config(config, attn_implementation=attention)
-        if family.__name__.endswith("LMHeadModel"):
+        if "LMHead" in family.__name__:
             model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
         return self._converted(model)
 
