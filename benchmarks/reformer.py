@@ -6,7 +6,8 @@ alternate local and LSH attention; in reformer-pytorch one of the two heads of e
 which is as much of each.
 
 The peak is that of a whole step, parameters and optimizer state included (measured, allocation by allocation). Steps
-are timed in turn and the medians compared.
+are timed in turn and the medians compared. Timed too are the matrix products alone that any of them must do, of the
+projections, the feed-forward parts and the head: no layer run backwards can be faster than those.
 
   python benchmarks/reformer.py                                   ten minutes
   python benchmarks/reformer.py --lengths 1024 --rounds 2         a look
@@ -15,6 +16,7 @@ are timed in turn and the medians compared.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -33,6 +35,7 @@ from memstudy.trainers import ReformerRun
 LAYERS, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY, CHUNK = 6, 256, 2, 64, 512, 320, 64
 TOKENS = 16_384  # in a batch, or one sequence where that is longer
 FASTER, LEANER = 0.6, 0.5  # of each of the others, at most
+PRODUCTS = "products alone"
 
 
 def axial(length: int) -> tuple[int, int]:
@@ -94,8 +97,31 @@ def build(make: Callable[[int, int], torch.nn.Module], length: int, hashes: int)
     return made
 
 
+def products() -> Callable[[], None]:
+    """The matrix products of a step: forward, again in backward (not the head's), and for two gradients."""
+    heads = HEADS * HEAD_DIM
+    common = [(heads, HIDDEN), (HIDDEN, FEED_FORWARD), (FEED_FORWARD, HIDDEN)]
+    local, hashed = ([*[(HIDDEN, heads)] * n, *common] for n in (3, 2))  # hashed, queries are keys
+    shapes = [*(local + hashed) * (LAYERS // 2), (2 * HIDDEN, VOCABULARY)]
+    sizes = {size for shape in shapes for size in shape}
+    rows = {size: torch.randn(TOKENS, size) for size in sizes}
+    weights = {shape: torch.randn(shape) for shape in shapes}
+
+    def step():
+        for first, last in shapes:
+            for _ in range(1 if last == VOCABULARY else 2):
+                rows[first] @ weights[first, last]
+            rows[last] @ weights[first, last].T
+            rows[first].T @ rows[last]
+
+    return step
+
+
 def compare(length: int, hashes: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Seconds a step (median) and peak [MiB], by whose model it is; those not installed are left out."""
+    """Seconds a step (median) and peak [MiB], by whose model it is; those not installed are left out.
+
+    And the seconds of the matrix products alone, under ``PRODUCTS``.
+    """
     steps, peaks = {}, {}
     for who, make in MODELS.items():
         try:
@@ -105,6 +131,7 @@ def compare(length: int, hashes: int, rounds: int) -> dict[str, tuple[float, flo
             continue
         steps[who] = build(make, length, hashes)()
         steps[who]()
+    steps[PRODUCTS], peaks[PRODUCTS] = products(), math.nan
     times: dict[str, list[float]] = {who: [] for who in steps}
     for _ in range(rounds):
         for who, step in steps.items():
@@ -135,7 +162,9 @@ def main() -> None:
         seconds, peak = found["memstudy"]
         for who, (other, more) in found.items():
             line = f"{length:7,} {hashes:6}  {who:16} {other:9.3f} {more:11.1f}"
-            if who != "memstudy":
+            if who == PRODUCTS:
+                line = f"{length:7,} {hashes:6}  {who:16} {other:9.3f}"
+            elif who != "memstudy":
                 met = seconds <= FASTER * other and peak <= LEANER * more
                 verdict = "met" if met else "NOT MET"
                 line += f"   {seconds / other:.2f} (≤ {FASTER:g}), {peak / more:.2f} (≤ {LEANER:g}): {verdict}"
