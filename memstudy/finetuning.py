@@ -11,7 +11,6 @@ which compares models with the same tokens, and is no perplexity of a left-to-ri
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import datasets
@@ -28,7 +27,7 @@ from transformers import (
 
 from memstudy import data, glue, techniques
 from memstudy.hub_configs import FineTuneRun
-from memstudy.lever_trainer import LeverTrainer, last_whole_checkpoint, make_trainer
+from memstudy.lever_trainer import LeverTrainer, make_trainer
 from memstudy.pretrained import weights_folder
 
 MASKED = 0.15  # of the tokens in training
@@ -120,9 +119,7 @@ def _trained(run: FineTuneRun, model, train, collate, checkpoints: Path) -> tupl
     }
     if not steps:
         return trainer, metrics, {}
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
-    seconds = time.perf_counter() - began
+    seconds = trainer.go_on()
     curve = [[row["step"], round(row["loss"], 4)] for row in trainer.state.log_history if "loss" in row]
     metrics |= {"train_time_s": seconds, "epoch_time_s": seconds / run.epochs, "train_loss": curve[-1][1]}
     return trainer, metrics, {"train_loss": curve}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from memstudy.configs import StepRun
@@ -38,12 +39,45 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self._seed + epoch)
 
 
+class Clock(TrainerCallback):
+    """The time that updates take, evaluations left out; goes on from where a checkpoint's log stands.
+
+    Attributes
+    ----------
+    paused : float [s]
+        What of the time since the training began is not to count.
+    """
+
+    def on_train_begin(self, args, state, control, **_):
+        self._before = next((row["trained_s"] for row in reversed(state.log_history) if "trained_s" in row), 0.0)
+        self.paused, self._began = 0.0, time.perf_counter()
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.paused += next(seconds for name, seconds in metrics.items() if name.endswith("_runtime"))
+
+    def seconds(self) -> float:
+        """Of training until now."""
+        return self._before + time.perf_counter() - self._began - self.paused
+
+
 class LeverTrainer(Trainer):
     """Hugging Face's Trainer with the techniques that are not flags."""
 
     def __init__(self, *args, levers, **kwargs):
         self._levers = levers
+        self.clock = Clock()
         super().__init__(*args, **kwargs)
+        self.add_callback(self.clock)
+
+    def go_on(self) -> float:
+        """Train to the end, from the last whole checkpoint where there is one; give the seconds of all updates."""
+        self.train(resume_from_checkpoint=last_whole_checkpoint(Path(self.args.output_dir)))
+        return self.clock.seconds()
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs["trained_s"] = self.clock.seconds()
+        super().log(logs, *args, **kwargs)
 
     def compute_loss_context_manager(self):
         stack = ExitStack()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from memstudy import data, finetuning, glue, inference, layers, techniques
 from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
-from memstudy.lever_trainer import last_whole_checkpoint, make_trainer
+from memstudy.lever_trainer import make_trainer
 from memstudy.memory import MIB, Gpu, find_gpu, measure
 from memstudy.memory.trace import Step
 from memstudy.reformer_configs import ReformerRun
@@ -215,10 +214,8 @@ def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:
     trainer = make_trainer(
         run, run.make_model(), checkpoints, train_steps=run.train_steps, train=blocks["train"], **validated
     )
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(checkpoints))
+    seconds = trainer.go_on()
     history = trainer.state.log_history
-    seconds = time.perf_counter() - began - sum(row.get("eval_runtime", 0.0) for row in history)
     result["metrics"] |= {
         "train_time_s": seconds,
         "epochs": trainer.state.epoch,

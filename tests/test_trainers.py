@@ -308,6 +308,16 @@ def test_a_training_goes_on_from_its_checkpoint_as_if_nothing_had_been(technique
     assert without_times(resumed) == without_times(whole)  # to the last digit
 
 
+def test_the_time_of_updates_before_a_kill_is_counted(tmp_path):
+    execute(training(SHORT), tmp_path)
+    path = tmp_path / f"checkpoint-{SHORT}" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["log_history"][0]["trained_s"] < state["log_history"][-1]["trained_s"] < 100
+    state["log_history"][-1]["trained_s"] = 1000.0
+    path.write_text(json.dumps(state))
+    assert 1000 < execute(training(LONG), tmp_path)["metrics"]["train_time_s"] < 1100
+
+
 @pytest.mark.parametrize(
     "left", [["model.safetensors"], ["model.safetensors", "optimizer.pt", "trainer_state.json"]], ids=len
 )
