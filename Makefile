@@ -3,6 +3,9 @@ SCALE   ?= quick
 STUDIES ?= $(foreach stem,$(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)),\
              $(if $(wildcard params/$(SCALE)/$(stem).yaml),$(stem)))
 
+# Test files at once: one a core, four at most, for each may hold 3 GB.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
+
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -35,9 +38,9 @@ test: $(READY)
 	@echo '== 1/3 ruff'
 	$(BIN)/ruff check .
 	@echo '== 2/3 tests'
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 	@echo '== 3/3 notebooks, run and compared with what they store'
-	$(BIN)/pytest --nbval-lax --nbval-current-env notebooks
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --nbval-lax --nbval-current-env notebooks
 
 lab: $(READY)
 	cd notebooks && ../$(BIN)/jupyter lab
