@@ -32,11 +32,15 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from memstudy import place_value
+
 EOS = "<|endoftext|>"
+PAD = "<pad>"
 UNKNOWN = "<unk>"
 SHARES = {"train": 85, "validation": 10, "test": 5}  # percent, where a set has no splits of its own
 ONLINE_DEADLINE_S = 2.5
 SPEAKLEASH = "speakleash/shopping_1_general_corpus"
+PLACE_VALUE = "mathematics-numbers-place-value"
 WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
 GLUE = ("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
 
@@ -59,6 +63,13 @@ DATASETS = {
     "wikitext-103-v1": Entry("WikiText-103, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-103-v1")),
     "ptb": Entry("Penn Treebank, one sentence a row", "Linguistic Data Consortium", column="sentence"),
     "crime-and-punishment": Entry("Crime and Punishment, translated by Garnett", "public domain"),
+    "wmt16-de-en": Entry("news, English and German", "research use", prose=False),
+    "multi30k-de-en": Entry("captions of pictures, English and German", "research use", prose=False),
+    "xsum": Entry("articles of the BBC and their first sentence", "research use", prose=False),
+    "openorca": Entry("questions and a language model's answers", "MIT", prose=False),
+    "flan-cot": Entry("questions answered step by step, stand-in for OpenOrca", "Apache-2.0", prose=False),
+    "alpaca": Entry("instructions and answers, stand-in for OpenOrca", "CC BY-NC 4.0", prose=False),
+    PLACE_VALUE: Entry("questions about digits; place-value-<number> makes so many", "Apache-2.0", prose=False),
     "enwik8-prefix": Entry("the first megabyte of enwik8, one line a row", "GFDL / CC BY-SA"),
     **{
         f"glue/{task}": Entry(f"GLUE task {task}", "each task's own", (*GLUE, task), False)
@@ -73,7 +84,8 @@ class LoadedData:
     """A data set: its splits, and where they came from.
 
     ``name`` is the one asked for, also where the miniature stands in; ``source`` is ``folder``,
-    ``hub``, ``speakleash``, ``file`` or ``miniature``; ``revision`` is the hub's commit or ``unversioned``;
+    ``hub``, ``speakleash``, ``file``, ``generated`` or ``miniature``; ``revision`` is the hub's commit or
+    ``unversioned``;
     ``content_hash`` is the SHA-256, first 16 hex digits, of the files or the miniature's text.
     Running text has a column ``text``, one document a row; other sets have the hub's columns.
     """
@@ -110,6 +122,8 @@ def load(name: str) -> LoadedData:
     """
     if name.endswith(".csv"):
         return LoadedData(name, "file", "unversioned", *_read_csv(Path(name)))
+    if made := re.fullmatch(r"place-value-([1-9]\d{0,6})", name):
+        return LoadedData(name, "generated", "unversioned", *_place_values(int(made[1])))
     source, fetch, tried = _locate(name)
     if source == "nowhere":
         raise ValueError(f"data set {name} not found ({tried}); go online or set MEMSTUDY_DATA")
@@ -137,7 +151,11 @@ def datasets_available() -> list[dict[str, str]]:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 10_000, *, unit: Literal["byte", "character"] = "byte"
+    texts: Iterable[str],
+    vocab_size: int = 10_000,
+    *,
+    unit: Literal["byte", "character"] = "byte",
+    pad: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Train BPE (Sennrich et al. 2016, arXiv:1508.07909).
 
@@ -151,6 +169,8 @@ def train_tokenizer(
     unit : {"byte", "character"}
         What is merged. Bytes as in GPT-2; 257 tokens are the bytes themselves and eos. Or the characters of ``texts``,
         spaces marked as in SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226); any other is ``<unk>``.
+    pad : bool
+        Whether there is a token for padding, token 0; the end is then token 1.
 
     Raises
     ------
@@ -164,11 +184,11 @@ def train_tokenizer(
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
-        special, alphabet = [EOS], pre_tokenizers.ByteLevel.alphabet()
+        special, alphabet = [*[PAD] * pad, EOS], pre_tokenizers.ByteLevel.alphabet()
     else:
         bpe = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True))
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        special, alphabet = [EOS, UNKNOWN], sorted({*"".join(texts).replace(" ", "▁")})
+        special, alphabet = [*[PAD] * pad, EOS, UNKNOWN], sorted({*"".join(texts).replace(" ", "▁")})
     if vocab_size < len(special) + len(alphabet):
         raise ValueError(
             f"vocab_size is {vocab_size}; {len(alphabet)} {unit}s and {', '.join(special)} need at least "
@@ -183,10 +203,11 @@ def train_tokenizer(
         bpe.save(str(folder / "tokenizer.json"))
 
     # Each text's length goes into the key, so that no two lists of texts read the same.
-    sizes = str(vocab_size) if unit == "byte" else f"{unit} {vocab_size}"
+    sizes = (str(vocab_size) if unit == "byte" else f"{unit} {vocab_size}") + " pad" * pad
     key = _hash(sizes, *(part for text in texts for part in (f"|{len(text)}|", text)))
     folder = _cached(f"tokenizers/{key}", write)
     tokens = {"eos_token": EOS} | ({"unk_token": UNKNOWN} if unit == "character" else {})
+    tokens |= {"pad_token": PAD} if pad else {}
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **tokens)
 
 
@@ -417,6 +438,21 @@ def _read_csv(path: Path) -> tuple[str, datasets.DatasetDict]:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     split = rows.train_test_split(test_size=0.2, seed=0)
     return hashlib.sha256(raw).hexdigest()[:16], datasets.DatasetDict(train=split["train"], validation=split["test"])
+
+
+def _place_values(count: int) -> tuple[str, datasets.DatasetDict]:
+    """Return ``count`` training questions and 2,000 of each other split, none twice: their hash, and splits."""
+    splits: dict[str, list[tuple[str, str]]] = {}
+    held_back: set[str] = set()
+    for split, size in (("test", 2000), ("extrapolate", 2000), ("train", count)):
+        splits[split] = list(place_value.questions(split, size, seed=0, without=held_back))
+        held_back |= {question for question, _ in splits[split]}
+    as_datasets = {
+        split: datasets.Dataset.from_dict({"question": [q for q, _ in rows], "answer": [a for _, a in rows]})
+        for split, rows in splits.items()
+    }
+    content_hash = _hash(*(text for rows in splits.values() for pair in rows for text in pair))
+    return content_hash, datasets.DatasetDict(as_datasets)
 
 
 def _miniature() -> tuple[str, datasets.DatasetDict]:
