@@ -22,7 +22,7 @@ def load(name: str):
     return module
 
 
-attention, decoding, reformer = load("attention"), load("decoding"), load("reformer")
+attention, decoding, memsizer, reformer = map(load, ("attention", "decoding", "memsizer", "reformer"))
 
 
 def row(n, **changes):
@@ -184,3 +184,23 @@ def test_the_reformers_benchmark_refuses(arguments, said, monkeypatch, capsys):
         reformer.main()
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+# --- MemSizer
+
+
+def test_memsizer_is_compared_with_its_formula():
+    found = memsizer.compare(128, rounds=1)  # compares the results too
+    assert list(found) == ["memstudy", "straightforward"]
+    assert all(seconds > 0 for seconds, _ in found.values())
+    tensors = 4 * memsizer.BATCH * 128 * memsizer.SLOTS * memsizer.HIDDEN / 2**20
+    assert found["straightforward"][1] > 2 * tensors > found["memstudy"][1]
+
+
+@pytest.mark.parametrize("arguments", [["--lengths", "0"], ["--rounds", "0"]])
+def test_the_memsizer_benchmark_refuses(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memsizer.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        memsizer.main()
+    assert stop.value.code == 2
+    assert "at least 1 is needed" in capsys.readouterr().err
