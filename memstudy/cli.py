@@ -1,4 +1,4 @@
-"""The command line: ``memstudy run | report | predict | fit | list``."""
+"""The command line: ``memstudy run | report | predict | fit | serve | list``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 
 from memstudy import forecast, parameters, runs
 from memstudy.bad_input import one_line
+from memstudy.qa.serve import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +31,8 @@ app = typer.Typer(
     memstudy list studies            what there is\n
     memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
     memstudy run CONFIG.json         one run: a record in results/, whatever becomes of it\n
-    memstudy list runs               the records there are
+    memstudy list runs               the records there are\n
+    memstudy serve                   ask the trained models, on a web page
 
     Stopped half-way? The same command goes on: finished runs are never repeated.
     """,
@@ -56,7 +58,8 @@ def run(
 ) -> None:
     """Carry out one run in this process and write its record.
 
-    The file's "kind" says what is run: "language_model", "hub_model", "inference", "fine_tune" or "layer".
+    The file's "kind" says what is run: "language_model", "reformer", "seq2seq", "hub_model", "inference", "fine_tune"
+    or "layer".
 
     {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
     "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],
@@ -79,7 +82,7 @@ def run(
         from memstudy.attention import Unavailable
 
         planned = trainers.parse_run(given)
-        trains = isinstance(planned, trainers.LanguageModelRun) and planned.train_steps
+        trains = getattr(planned, "train_steps", 0)
         if trains or isinstance(planned, trainers.FineTuneRun):
             trainers.load_data(planned)
         record = runs.perform(
@@ -136,6 +139,7 @@ def report(
 
 app.command()(forecast.predict)
 app.command()(forecast.fit)
+app.command()(serve)
 
 
 @app.command(name="list")

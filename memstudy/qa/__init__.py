@@ -1,0 +1,1 @@
+"""The web page that answers questions about digits with the models that were trained on them."""
