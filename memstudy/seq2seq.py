@@ -19,6 +19,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Traine
 
 from memstudy import data, pairs, place_value, techniques
 from memstudy.encoder_decoder import Seq2SeqLM, state_bytes
+from memstudy.layers import timed
 from memstudy.lever_trainer import LeverTrainer, make_trainer
 from memstudy.memory import MIB, measure
 from memstudy.memory.trace import Step
@@ -47,8 +48,8 @@ def execute(run: Seq2SeqRun, loaded: data.LoadedData, checkpoints: Path) -> dict
     """
     techniques.check_available(run.levers())
     task = pairs.task_of(loaded)
-    read, write = vocabularies(run, task, loaded)
-    texts = {split: [task.read(row) for row in rows] for split, rows in loaded.splits.items()}
+    texts = {split: [task.read(row) for row in loaded.splits[split]] for split in ("train", *task.tests)}
+    read, write = vocabularies(run, task, texts["train"])
     train = texts["train"][: run.train_rows or None]
     held_back = {split: texts[split][: run.eval_rows] for split in task.tests}
     encoded = {split: encode(rows, read, write, run) for split, rows in {"train": train, **held_back}.items()}
@@ -69,10 +70,10 @@ def execute(run: Seq2SeqRun, loaded: data.LoadedData, checkpoints: Path) -> dict
 
 
 def vocabularies(
-    run: Seq2SeqRun, task: pairs.PairTask, loaded: data.LoadedData
+    run: Seq2SeqRun, task: pairs.PairTask, train: Sequence[tuple[str, str]]
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
     """What cuts sources and targets into tokens: characters of their own for answers, else pieces common to both."""
-    sources, targets = zip(*(task.read(row) for row in loaded.splits["train"]), strict=True)
+    sources, targets = zip(*train, strict=True)
     if not task.characters:
         both = data.train_tokenizer([*sources, *targets], run.vocab_size, pad=True)
         return both, both
@@ -80,7 +81,7 @@ def vocabularies(
     for what, texts, known in (("vocab", sources, run.vocab_size), ("target_vocab", targets, run.target_vocab_size)):
         size = len({*"".join(texts)} | {" "}) + 3  # padding, end, unknown
         if size > known:
-            raise ValueError(f"{what}_size={known}: {loaded.name} has {size} characters and special tokens")
+            raise ValueError(f"{what}_size={known}: {run.dataset} has {size} characters and special tokens")
         made.append(data.train_tokenizer(texts, size, unit="character", pad=True))
     return made[0], made[1]
 
@@ -237,11 +238,8 @@ def generate(run: Seq2SeqRun) -> dict[str, float]:
 
     report = measure(kept, iterations=1)
     peak, parameters = max(report.iteration_peaks), report.most_by_category["parameters"]
-    times, held = [], 0
-    for _ in range(3):
-        began = time.perf_counter()
-        held = steps[0]()
-        times.append(time.perf_counter() - began)
+    held = steps[0]()
+    times = [timed(steps[0]) for _ in range(3)]
     return {
         "generation_beside_parameters_mib": (peak - parameters) / MIB,
         "generation_state_mib": held / MIB,

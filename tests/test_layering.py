@@ -43,6 +43,7 @@ LAYERS = {
         {
             "data",
             "encoder_decoder",
+            "layers",
             "lever_trainer",
             "memory",
             "pairs",

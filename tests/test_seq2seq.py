@@ -116,7 +116,7 @@ def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
     run = answering(train_rows=8, train_steps=150, learning_rate=3e-3, dropout=0.0, eval_rows=8, batch_size=8)
     loaded = load_data(run)
     task = pairs.task_of(loaded)
-    read, write = seq2seq.vocabularies(run, task, loaded)
+    read, write = seq2seq.vocabularies(run, task, [task.read(row) for row in loaded.splits["train"]])
     rows = [task.read(row) for row in loaded.splits["train"].select(range(8))]
     rows += [task.read(row) for row in loaded.splits["test"].select(range(8))]
     encoded = seq2seq.encode(rows, read, write, run)
