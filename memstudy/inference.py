@@ -9,8 +9,8 @@ import torch
 from transformers import set_seed
 
 from memstudy.hub_configs import InferenceRun
-from memstudy.layers import WARM_UP, timed
-from memstudy.memory import MIB, measure
+from memstudy.layers import WARM_UP, measured, timed
+from memstudy.memory import MIB
 from memstudy.memory.trace import Step
 
 
@@ -47,22 +47,15 @@ def execute(run: InferenceRun) -> dict:
     MemoryError
         When the measured peak passes ``run.budget_mib``.
     """
-    steps: list[Step] = []
-    made = build(run)
-
-    def kept() -> Step:
-        steps.append(made())
-        return steps[0]
-
-    report = measure(kept, iterations=1)
+    report, step = measured(build(run), iterations=1)
     # The pass's own: making a model and factoring its projections holds more than a small batch does.
     peak = max(report.iteration_peaks)
     parameters = report.most_by_category["parameters"]
     if run.budget_mib and peak / MIB > run.budget_mib:
         raise MemoryError(f"peak {peak / MIB:.1f} MiB passes the budget of {run.budget_mib:g} MiB")
     for _ in range(WARM_UP):
-        steps[0]()
-    times = sorted(1e3 * timed(steps[0]) / run.batch_size for _ in range(run.measure_steps))
+        step()
+    times = sorted(1e3 * timed(step) / run.batch_size for _ in range(run.measure_steps))
     metrics = {
         "peak_allocated_mib": peak / MIB,
         "parameters_mib": parameters / MIB,

@@ -91,6 +91,17 @@ def _times(run: LayerRun, device: str) -> tuple[list[float], list[float]]:
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
+def measured(build: Callable[[], Step], *, iterations: int) -> tuple[MemoryReport, Step]:
+    """Measure the memory of what ``build`` makes, once made; give the step too, to be timed."""
+    steps: list[Step] = []
+
+    def kept() -> Step:
+        steps.append(build())
+        return steps[0]
+
+    return measure(kept, iterations=iterations), steps[0]
+
+
 def timed(step: Step) -> float:
     """Seconds that one ``step`` takes."""
     began = time.perf_counter()

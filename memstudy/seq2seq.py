@@ -19,9 +19,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Traine
 
 from memstudy import data, pairs, place_value, techniques
 from memstudy.encoder_decoder import Seq2SeqLM, state_bytes
-from memstudy.layers import timed
+from memstudy.layers import measured, timed
 from memstudy.lever_trainer import LeverTrainer, make_trainer
-from memstudy.memory import MIB, measure
+from memstudy.memory import MIB
 from memstudy.memory.trace import Step
 from memstudy.seq2seq_configs import Seq2SeqRun
 
@@ -229,17 +229,10 @@ def decode(model: Seq2SeqLM, source: torch.Tensor, count: int) -> int:
 
 def generate(run: Seq2SeqRun) -> dict[str, float]:
     """Metrics of decoding: peak and what is held, both beside the model [MiB]; tokens a second, a batch's together."""
-    steps: list[Step] = []
-    made = build_generation(run)
-
-    def kept() -> Step:
-        steps.append(made())
-        return steps[0]
-
-    report = measure(kept, iterations=1)
+    report, step = measured(build_generation(run), iterations=1)
     peak, parameters = max(report.iteration_peaks), report.most_by_category["parameters"]
-    held = steps[0]()
-    times = [timed(steps[0]) for _ in range(3)]
+    held = step()
+    times = [timed(step) for _ in range(3)]
     return {
         "generation_beside_parameters_mib": (peak - parameters) / MIB,
         "generation_state_mib": held / MIB,

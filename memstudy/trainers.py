@@ -20,7 +20,7 @@ from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import MIB, Gpu, find_gpu, measure
+from memstudy.memory import MIB, Gpu, find_gpu
 from memstudy.memory.trace import Step
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun
@@ -184,17 +184,10 @@ def _measure(run: StepRun, result: dict) -> None:
     if run.budget_mib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, run.budget_mib * MIB / total))
-    made = build(run)
-    steps: list[Step] = []
-
-    def kept() -> Step:
-        steps.append(made())
-        return steps[0]
-
-    report = measure(kept, iterations=2)
+    report, step = layers.measured(build(run), iterations=2)
     if run.budget_mib and report.peak_allocated_mib > run.budget_mib:
         raise MemoryError(f"peak {report.peak_allocated_mib:.1f} MiB passes the budget of {run.budget_mib:g} MiB")
-    times = [layers.timed(steps[0]) for _ in range(run.measure_steps)]
+    times = [layers.timed(step) for _ in range(run.measure_steps)]
     median = statistics.median(times)
     result["metrics"] |= report.scalars() | {
         "step_time_ms": median * 1e3,
