@@ -58,8 +58,8 @@ def run(
 ) -> None:
     """Carry out one run in this process and write its record.
 
-    The file's "kind" says what is run: "language_model", "reformer", "seq2seq", "hub_model", "inference", "fine_tune"
-    or "layer".
+    The file's "kind" says what is run: "language_model", "reformer", "seq2seq", "hub_model", "inference", "fine_tune",
+    "layer", or "prediction" of another of them.
 
     {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
     "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],
@@ -109,7 +109,8 @@ def report(
     """Run studies and typeset build/report.pdf.
 
     Each notebook is executed with params/SCALE/<study>.yaml; the executed copy is build/<study>.ipynb. At full
-    scale tables and figures go to report/ and figures/, at any other to build/SCALE/.
+    scale tables and figures go to report/ and figures/, at any other to build/SCALE/. With --reference a study whose
+    records are not all there yet is named and left out.
     """
     with one_line():
         stems = studies or [s for s in parameters.studies() if scale in parameters.scales(s)]
@@ -119,17 +120,20 @@ def report(
         if not reference:
             runs.check_writable(runs.ROOT / "results")
     generated = runs.ROOT if scale == "full" else runs.ROOT / "build" / scale
-    failed = [
-        stem
+    errors = {
+        stem: _execute(f"{number}/{len(chosen)}", stem, values, generated, reference)
         for number, (stem, values) in enumerate(chosen.items(), 1)
-        if not _execute(f"{number}/{len(chosen)}", stem, values, generated, reference)
-    ]
-    done = [stem for stem in chosen if stem not in failed]
-    status = 1 if failed else 0
+    }
+    done = [stem for stem, error in errors.items() if not error]
+    left_out = [stem for stem, error in errors.items() if error == runs.MissingRecords.__name__ and not studies]
+    failed = [stem for stem in errors if stem not in done + left_out]
+    status = 1 if failed or not done else 0
     if done:
         (generated / "report").mkdir(parents=True, exist_ok=True)
         (generated / "report" / "studies.tex").write_text(f"\\studies{{{','.join(done)}}}\n")
         status = subprocess.run([runs.ROOT / "report" / "tex.sh", generated]).returncode or status
+    if left_out:
+        typer.echo(f"left out, not all records are there: {', '.join(left_out)}", err=True)
     if failed:
         typer.echo(f"failed: {', '.join(failed)}; the failing cell is marked in build/", err=True)
     if (runs.ROOT / "build" / "report.pdf").exists() and done:
@@ -242,8 +246,8 @@ _LISTINGS = {
 }
 
 
-def _execute(position: str, stem: str, values: dict, generated: Path, reference: bool) -> bool:
-    """Execute one study's notebook with papermill; whether it ran to its end."""
+def _execute(position: str, stem: str, values: dict, generated: Path, reference: bool) -> str:
+    """Execute one study's notebook with papermill; the name of the error that ended it, empty when none did."""
     import papermill
 
     typer.echo(f"== study {position}: {stem}", err=True)
@@ -265,8 +269,8 @@ def _execute(position: str, stem: str, values: dict, generated: Path, reference:
         )
     except papermill.PapermillExecutionError as error:
         typer.echo(f"{stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", err=True)
-        return False
-    return True
+        return error.ename
+    return ""
 
 
 if __name__ == "__main__":

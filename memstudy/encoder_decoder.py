@@ -12,7 +12,7 @@ reorder them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, EncoderDecoderCache, MarianConfig, MarianMTModel
@@ -20,7 +20,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from memstudy.attention import MemSizerConfig
 from memstudy.attention.memsizer import MemSizerAttention, MemSizerState
-from memstudy.dispatch import is_function  # noqa: F401 - registers the exact attention
 from memstudy.models import LossInTraining
 
 PLACES = ("encoder", "decoder", "cross")
@@ -163,6 +162,13 @@ AutoConfig.register(Seq2SeqConfig.model_type, Seq2SeqConfig)
 AutoModelForSeq2SeqLM.register(Seq2SeqConfig, Seq2SeqLM)
 
 
+def check_places(places: Iterable[str]) -> None:
+    """Raise ValueError for the first that is none of ``PLACES``."""
+    for place in places:
+        if place not in PLACES:
+            raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
+
+
 def encoder_decoder(
     *,
     vocab_size: int,
@@ -201,9 +207,7 @@ def encoder_decoder(
     ValueError
         For an unknown place.
     """
-    for place in memsizer:
-        if place not in PLACES:
-            raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
+    check_places(memsizer)
     return Seq2SeqLM(
         Seq2SeqConfig(
             vocab_size=vocab_size,

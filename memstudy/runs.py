@@ -55,6 +55,10 @@ PACKAGES = (
 )
 
 
+class MissingRecords(ValueError):
+    """A study's rows have no record, and nothing may be run."""
+
+
 def run_id(config: dict) -> str:
     """The first 16 hex digits of the SHA-256 of ``config`` as canonical JSON."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

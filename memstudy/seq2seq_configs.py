@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from memstudy.attention import MemSizerConfig
 from memstudy.configs import StepRun, mixer_of
-from memstudy.encoder_decoder import PLACES, Seq2SeqLM, encoder_decoder
+from memstudy.encoder_decoder import Seq2SeqLM, check_places, encoder_decoder
 
 PAD, EOS = 0, 1  # the first two tokens of every vocabulary
 
@@ -50,9 +50,7 @@ class Seq2SeqRun(StepRun):
     def _consistent(self):
         if self.hidden_size % self.n_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
-        for place in self.memsizer:
-            if place not in PLACES:
-                raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
+        check_places(self.memsizer)
         self.mixers()
         if self.train_steps and not self.dataset:
             raise ValueError(f"train_steps={self.train_steps} needs a dataset")

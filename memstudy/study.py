@@ -73,7 +73,7 @@ class Study:
 
         Raises
         ------
-        ValueError
+        MissingRecords
             When ``run_missing`` is false and rows are missing.
         """
         configs = {records.run_id(c): c for c in (run.model_dump(mode="json") for run in runs)}
@@ -81,7 +81,7 @@ class Study:
         missing = [name for name in configs if name not in known]
         if missing and not self._run_missing:
             first = configs[missing[0]]
-            raise ValueError(
+            raise records.MissingRecords(
                 f"{len(missing)} of {len(configs)} runs have no record in {self._results} (first: "
                 f"{first.get('experiment')}, run {missing[0]}): run the study at this scale first"
             )

@@ -20,18 +20,20 @@ from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import MIB, Gpu, find_gpu
+from memstudy.memory import MIB, Gpu, find_gpu, predict
 from memstudy.memory.trace import Step
+from memstudy.prediction_configs import PredictionRun
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun
 
 __all__ = [
-    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "ReformerRun", "Seq2SeqRun",
-    "StepRun", "build", "execute", "load_data", "parse_run",
+    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "PredictionRun", "ReformerRun",
+    "Seq2SeqRun", "StepRun", "build", "execute", "load_data", "parse_run",
 ]  # fmt: skip
 
 TIMELINE_POINTS = 400
-RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
+Run = StepRun | LayerRun | PredictionRun
+RUNS: dict[str, type[Run]] = {
     "language_model": LanguageModelRun,
     "hub_model": HubModelRun,
     "inference": InferenceRun,
@@ -39,10 +41,11 @@ RUNS: dict[str, type[StepRun] | type[LayerRun]] = {
     "layer": LayerRun,
     "reformer": ReformerRun,
     "seq2seq": Seq2SeqRun,
+    "prediction": PredictionRun,
 }
 
 
-def parse_run(given: object) -> StepRun | LayerRun:
+def parse_run(given: object) -> Run:
     """The run that the JSON value ``given`` describes; its ``kind`` says which.
 
     Raises
@@ -136,12 +139,12 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
     return make
 
 
-def execute(run: StepRun | LayerRun, checkpoints: Path) -> dict:
+def execute(run: Run, checkpoints: Path) -> dict:
     """Carry out ``run`` in this process.
 
     Parameters
     ----------
-    run : StepRun or LayerRun
+    run : StepRun, LayerRun or PredictionRun
         What to do.
     checkpoints : Path
         Folder for the checkpoints of a training that may be killed; it resumes from the last.
@@ -160,6 +163,8 @@ def execute(run: StepRun | LayerRun, checkpoints: Path) -> dict:
     ValueError
         When the data set is not the one that the run names.
     """
+    if isinstance(run, PredictionRun):
+        return _predict(run)
     if isinstance(run, LayerRun):
         return layers.execute(run)
     if isinstance(run, InferenceRun):
@@ -178,6 +183,15 @@ def execute(run: StepRun | LayerRun, checkpoints: Path) -> dict:
             trained = seq2seq.execute(run, load_data(run), checkpoints)
             result = {name: result[name] | trained[name] for name in result}
     return result
+
+
+def _predict(run: PredictionRun) -> dict:
+    gpu = run.gpu or None
+    report = predict(build(run.of, gpu=gpu), gpu=gpu, iterations=1 if isinstance(run.of, InferenceRun) else 2)
+    metrics = report.scalars()
+    if gpu:
+        metrics |= {"whole_gpu_mib": report.whole_gpu_mib, "fits": report.out_of_memory is None}
+    return {"metrics": metrics, "curves": {"unverified_ops": list(report.unverified)}, "data": {}}
 
 
 def _measure(run: StepRun, result: dict) -> None:

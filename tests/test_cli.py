@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from tiny_run import tiny_config
 from typer.testing import CliRunner
@@ -202,6 +203,32 @@ def test_a_report_whose_records_cannot_be_written_is_one_line(project):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: results folder {project}/results: cannot be written")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_study_without_all_its_records_is_left_out_of_the_paper(tmp_path):
+    shutil.copytree(ROOT / "memstudy", tmp_path / "memstudy", ignore=shutil.ignore_patterns("__pycache__"))
+    parameters = 'results_dir: str = "../results"\nout_dir: str = ".."\nrun_missing: bool = True'
+    code = f"""from memstudy.study import Study
+from memstudy.trainers import parse_run
+
+Study("young", globals()).sweep([parse_run({VALID})])"""
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    for folder in ("notebooks", "params/full"):
+        (tmp_path / folder).mkdir(parents=True)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(notebook, tmp_path / "notebooks" / "young.ipynb")
+    (tmp_path / "params" / "full" / "young.yaml").write_text("{}")
+    done = report(tmp_path, "--scale", "full", "--reference")
+    assert "1 of 1 runs have no record in " in done.stderr
+    assert done.stderr.splitlines()[-1] == "left out, not all records are there: young"
+    assert done.returncode == 1  # nothing is left to typeset
+    named = report(tmp_path, "young", "--scale", "full", "--reference")
+    assert "left out" not in named.stderr
+    assert named.stderr.splitlines()[-1].startswith("failed: young; ")
 
 
 # What it teaches and lists

@@ -1,0 +1,36 @@
+"""A prediction as a run: a frozen description of another run's step, and of the machine that it is predicted for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from memstudy.configs import LanguageModelRun
+from memstudy.hub_configs import HubModelRun, InferenceRun
+from memstudy.memory import find_gpu
+from memstudy.reformer_configs import ReformerRun
+from memstudy.seq2seq_configs import Seq2SeqRun
+
+Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | Seq2SeqRun
+
+
+class PredictionRun(BaseModel):
+    """Every choice of one prediction: the step of the run ``of``, on ``gpu`` or, where that is empty, on this CPU.
+
+    Nothing of it depends on the machine that predicts. As a run it leaves a record, so that it is made once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["prediction"] = "prediction"
+    experiment: str
+    of: Annotated[Predictable, Field(discriminator="kind")]
+    gpu: str = ""
+
+    @field_validator("gpu")
+    @classmethod
+    def _in_the_catalogue(cls, gpu: str) -> str:
+        if gpu:
+            find_gpu(gpu)
+        return gpu

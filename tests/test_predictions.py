@@ -1,0 +1,90 @@
+"""Predictions as runs: what they report is what is predicted and measured, and the committed ones are still true."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+from tiny_run import tiny_run
+
+from memstudy import runs
+from memstudy.memory import MIB, predict
+from memstudy.trainers import InferenceRun, PredictionRun, ReformerRun, build, execute, parse_run
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+REFORMER = ReformerRun(
+    experiment="tiny", n_layers=2, hidden_size=32, n_heads=2, head_dim=8, feed_forward=48, vocab_size=300, seq_len=32,
+    batch_size=2, measure_steps=1, attention={"variant": "lsh", "num_hashes": 2, "chunk_length": 8},
+)  # fmt: skip
+FORWARD = InferenceRun(experiment="tiny", model="gpt2", batch_size=1, seq_len=16, measure_steps=1)
+KINDS = pytest.mark.parametrize("run", [tiny_run(), REFORMER, FORWARD], ids=lambda run: run.kind)
+
+
+@KINDS
+@pytest.mark.parametrize("gpu", ["", "T4"])
+def test_a_prediction_survives_json(run, gpu):
+    prediction = PredictionRun(experiment="tiny", of=run, gpu=gpu)
+    again = parse_run(json.loads(prediction.model_dump_json()))
+    assert again == prediction
+    assert type(again.of) is type(run)
+
+
+@pytest.mark.parametrize("run", [tiny_run(), REFORMER], ids=lambda run: run.kind)
+def test_on_this_machine_it_is_what_is_measured_to_the_byte(run, tmp_path):
+    predicted = execute(PredictionRun(experiment="tiny", of=run), tmp_path)["metrics"]
+    measured = execute(run, tmp_path)["metrics"]
+    assert set(predicted) < set(measured)
+    assert {name: measured[name] for name in predicted} == predicted
+
+
+def test_of_a_forward_pass_it_is_what_is_measured_to_the_byte(tmp_path):
+    predicted = execute(PredictionRun(experiment="tiny", of=FORWARD), tmp_path)["metrics"]
+    assert predicted["step_peak_max_mib"] == execute(FORWARD, tmp_path)["metrics"]["peak_allocated_mib"]
+
+
+def test_for_a_gpu_it_says_the_whole_of_it_and_whether_it_fits(tmp_path):
+    small = execute(PredictionRun(experiment="tiny", of=tiny_run(), gpu="T4"), tmp_path)
+    json.dumps(small, allow_nan=False)
+    report = predict(build(tiny_run(), gpu="T4"), gpu="T4")
+    assert small["metrics"]["whole_gpu_mib"] == report.whole_gpu_mib
+    assert small["metrics"]["fits"] is True
+    assert small["curves"]["unverified_ops"] == list(report.unverified)
+    large = execute(PredictionRun(experiment="tiny", of=tiny_run(batch_size=2**21), gpu="T4"), tmp_path)
+    assert large["metrics"]["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({"gpu": "T5"}, "unknown GPU 'T5'"),
+        ({"of": {"kind": "layer"}}, "does not match any of the expected tags"),
+        ({"of": {"kind": "language_model", "experiment": "tiny"}}, "of.language_model.seq_len"),
+        ({"steps": 3}, "steps"),
+    ],
+    ids=str,
+)
+def test_bad_choices_are_refused(choices, said):
+    with pytest.raises(ValidationError) as refusal:
+        PredictionRun(**{"experiment": "tiny", "of": tiny_run(), **choices})
+    assert said in str(refusal.value)
+
+
+def committed() -> list[dict]:
+    """Of each study's committed predictions, and of each machine in them, the one of fewest tokens."""
+    fewest: dict[tuple, dict] = {}
+    for path in sorted((runs.ROOT / "results").glob("*/*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config = record["config"]
+        if config["kind"] == "prediction" and record["status"] == "ok":
+            key = path.parent.name, config["of"]["kind"], config["gpu"]
+            tokens = config["of"]["batch_size"] * config["of"]["seq_len"]
+            if key not in fewest or tokens < fewest[key]["tokens"]:
+                fewest[key] = record | {"tokens": tokens}
+    return list(fewest.values())
+
+
+@pytest.mark.parametrize("record", committed(), ids=lambda record: record["run_id"])
+def test_committed_predictions_are_made_again_to_the_byte(record, tmp_path):
+    again = execute(parse_run(record["config"]), tmp_path)["metrics"]
+    assert {name: round(value * MIB) for name, value in again.items() if name.endswith("_mib")} == {
+        name: round(value * MIB) for name, value in record["metrics"].items() if name.endswith("_mib")
+    }
