@@ -23,14 +23,15 @@ class PairTask:
     """What a data set of pairs is for.
 
     ``read`` gives source and target of a row; ``score`` takes what was written and what should have been, and gives
-    metrics; ``tests`` are the splits that are judged; ``characters`` says that tokens are characters, of two
-    vocabularies.
+    metrics, and ``signatures`` says how they count; ``tests`` are the splits that are judged; ``characters`` says that
+    tokens are characters, of two vocabularies.
     """
 
     read: Callable[[dict], tuple[str, str]]
     score: Callable[[Sequence[str], Sequence[str]], dict[str, float]]
     tests: tuple[str, ...] = ("test",)
     characters: bool = False
+    signatures: Callable[[], dict[str, str]] = dict
 
 
 def bleu(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
@@ -76,8 +77,7 @@ def _instruction(row: dict) -> tuple[str, str]:
 
 
 TASKS = {
-    "wmt16-de-en": PairTask(_translation, bleu),
-    "multi30k-de-en": PairTask(_translation, bleu),
+    **{name: PairTask(_translation, bleu, signatures=signatures) for name in ("wmt16-de-en", "multi30k-de-en")},
     "xsum": PairTask(lambda row: (row["document"], row["summary"]), rouge),
     **{name: PairTask(_instruction, rouge, ("validation",)) for name in ("openorca", "flan-cot", "alpaca")},
     "mathematics-numbers-place-value": PairTask(

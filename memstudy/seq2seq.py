@@ -58,6 +58,7 @@ def execute(run: Seq2SeqRun, loaded: data.LoadedData, checkpoints: Path) -> dict
     trainer, result = _trained(run, task, model, encoded, read, checkpoints)
     for split in task.tests:
         _judge(run, task, trainer, split, held_back[split], encoded[split], write, result)
+    result["curves"]["signatures"] = task.signatures()
     folder = checkpoints.parents[1] / "models" / checkpoints.name
     model.save_pretrained(folder)
     read.save_pretrained(folder / "source")

@@ -149,6 +149,7 @@ def test_texts_are_trained_on_and_scored(name, metric, tmp_path):
     assert 0 <= found["metrics"][f"{split}_{metric}"] <= 100
     assert found["metrics"][f"{split}_perplexity"] > 1
     assert [step for step, _ in found["curves"]["validation_loss"]] == [2]
+    assert found["curves"]["signatures"] == (pairs.signatures() if metric == "bleu" else {})
     assert found["data"]["name"] == name
 
 
