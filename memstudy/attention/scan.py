@@ -17,7 +17,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 # Into how many groups a batch is cut at most, so that scratch is an eighth of the batch's and the
-# kernels don't get ever more numerous with it.
+# kernels don't get ever more numerous with it. Short sequences go together until they are a segment's tokens.
 BATCH_GROUPS = 8
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -74,7 +74,7 @@ def _split(sizes: tuple[int, int, int], tensors: Tensors) -> tuple[Tensors, Tens
 def _plan(inputs: Tensors, segment: int) -> list[tuple[slice, slice]]:
     """List sequences and tokens of each step: groups of the batch, in each the segments in order."""
     batch, seq = inputs[0].shape[:2]
-    size = max(1, batch // BATCH_GROUPS)
+    size = max(1, batch // BATCH_GROUPS, segment // seq)
     return [
         (slice(row, min(row + size, batch)), slice(start, min(start + segment, seq)))
         for row in range(0, batch, size)
