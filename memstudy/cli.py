@@ -178,6 +178,7 @@ def _techniques(results: Path) -> list[dict]:
     return [
         {
             "technique": name,
+            "for": " ".join(["training"] * lever.in_training + ["inference"] * lever.at_inference),
             "exact": "yes" if lever.exact else "no",
             "needs": lever.requires or "–",
             "what it does": lever.summary,

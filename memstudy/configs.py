@@ -38,6 +38,17 @@ class StepRun(BaseModel):
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
+    def _techniques_are_for_this(self):
+        for text, lever in zip(self.techniques, self.levers(), strict=True):
+            if not self._takes(lever):
+                raise ValueError(f"technique {text!r} is for {'training' if lever.in_training else 'inference'} alone")
+        return self
+
+    @staticmethod
+    def _takes(lever: techniques.Technique) -> bool:
+        return lever.in_training
+
+    @model_validator(mode="after")
     def _parts_are_equal(self):
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")

@@ -176,12 +176,16 @@ class HubModelRun(StepRun):
 class InferenceRun(HubModelRun):
     """Every choice of one run of forward passes without gradients, in fp32.
 
-    ``measure_steps`` batches of random tokens are timed, each by itself; of techniques there are none.
+    ``measure_steps`` batches of random tokens are timed, each by itself. Techniques are those for inference: pruned
+    weights, and one engine.
     """
 
     kind: Literal["inference"] = "inference"
-    techniques: tuple[()] = ()
     measure_steps: PositiveInt = 20
+
+    @staticmethod
+    def _takes(lever):
+        return lever.at_inference
 
 
 class FineTuneRun(HubModelRun):

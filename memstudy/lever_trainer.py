@@ -149,6 +149,7 @@ def make_trainer(
     flags = run.flags()
     for lever in levers:
         flags |= lever.flags()
+    scaled = predicted and flags.pop("fp16", False)
     if predicted:
         flags.pop("tf32", None)  # refused without a GPU, and of no account to memory
     logging_steps = max(1, train_steps // 50)
@@ -176,10 +177,26 @@ def make_trainer(
         disable_tqdm=not sys.stderr.isatty(),
         **(defaults | flags),
     )
-    for lever in levers:
+    for lever in sorted(levers, key=lambda lever: lever.prepared_last):
         lever.prepare(model)
+    found = None if "optim" in flags else next(filter(None, (lever.optimizer(model) for lever in levers)), None)
     trainer = LeverTrainer(
-        model, arguments, data_collator=collate, train_dataset=train, eval_dataset=validation, levers=levers
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=train,
+        eval_dataset=validation,
+        optimizer_cls_and_kwargs=found and (found[0], {"lr": run.learning_rate, **found[1]}),
+        levers=levers,
     )
     trainer.remove_callback(PrinterCallback)
+    if scaled:
+        _scale_loss(trainer)
     return trainer
+
+
+def _scale_loss(trainer: Trainer) -> None:
+    """As Accelerate does it on a GPU; without one it refuses fp16, which a prediction for one needs."""
+    trainer.accelerator.state._mixed_precision = "fp16"
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.scaler = torch.amp.GradScaler("cuda")

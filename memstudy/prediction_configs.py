@@ -28,6 +28,14 @@ class PredictionRun(BaseModel):
     of: Annotated[Predictable, Field(discriminator="kind")]
     gpu: str = ""
 
+    @field_validator("of")
+    @classmethod
+    def _of_pytorch(cls, of: Predictable) -> Predictable:
+        for text, lever in zip(of.techniques, of.levers(), strict=True):
+            if lever.group == "engine":
+                raise ValueError(f"what {text} takes is its own to say and not predicted: leave it out, for PyTorch's")
+        return of
+
     @field_validator("gpu")
     @classmethod
     def _in_the_catalogue(cls, gpu: str) -> str:

@@ -119,7 +119,9 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
         except ImportError as error:
             raise Unavailable(" ".join(str(error).split())) from None
         # The model is on its device already; under fake tensors it could not be moved again.
-        model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer, device_placement=[False, True])
+        model, optimizer = trainer.accelerator.prepare(
+            trainer.model, trainer.optimizer, device_placement=[False, False]
+        )
         trainer.current_gradient_accumulation_steps = run.accumulation
         batch = run.make_batch()
         size = run.batch_size // run.accumulation

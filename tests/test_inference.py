@@ -11,7 +11,8 @@ from tiny_models import config_file
 from memstudy import inference
 from memstudy.hub_configs import InferenceRun
 from memstudy.memory import MIB, measure, predict
-from memstudy.trainers import build, execute, parse_run
+from memstudy.techniques import TECHNIQUES
+from memstudy.trainers import PredictionRun, build, execute, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,3 +173,61 @@ def test_a_run_survives_json(run):
         again = parse_run(json.loads(made.model_dump_json()))
         assert again == made
         assert type(again) is InferenceRun
+
+
+# --- pruned weights and engines
+
+
+def executed(run, *names, **changes):
+    return execute(run(techniques=names, **changes), None)["metrics"]
+
+
+@pytest.mark.parametrize("text", ["masks=0.5", "pruned=0.5", "narrow=0.5"])
+def test_a_pruned_models_pass_takes_what_is_predicted(text, run):
+    made = run(techniques=(text,), task="classification")
+    measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)
+    assert predicted.iteration_peaks == measured.iteration_peaks
+    assert highest(predicted) == highest(measured)
+
+
+def test_only_narrow_and_very_sparse_weights_take_less(run):
+    took = {name: executed(run, name) for name in ("masks=0.8", "pruned=0.8", "narrow=0.8", "sparse=0.5", "sparse=0.9")}
+    whole = executed(run)
+    parameters = {name: metrics["parameters_mib"] for name, metrics in took.items()}
+    assert took["masks=0.8"]["peak_allocated_mib"] > whole["peak_allocated_mib"]
+    assert took["pruned=0.8"]["peak_allocated_mib"] == whole["peak_allocated_mib"]
+    assert parameters["narrow=0.8"] < whole["parameters_mib"]
+
+
+@pytest.mark.parametrize(("engine", "distance"), {"compile": 1e-4, "onnxruntime": 1e-3}.items())
+def test_an_engine_computes_what_pytorch_does(engine, distance, run):
+    for package in TECHNIQUES[engine].packages:
+        pytest.importorskip(package)
+    made = run(task="classification")
+    model = made.make_model().eval()
+    batch = {name: tensor for name, tensor in made.make_batch().items() if name != "labels"}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        found = TECHNIQUES[engine]().forward_pass(model, batch)()
+    found = torch.as_tensor(found[0]) if isinstance(found, list) else found.logits
+    torch.testing.assert_close(found, expected, atol=distance, rtol=distance)
+
+
+@pytest.mark.parametrize("engine", ["compile", "onnxruntime", "int8"])
+def test_an_engine_leaves_a_record(engine, run):
+    for package in TECHNIQUES[engine].packages:
+        pytest.importorskip(package)
+    metrics = executed(run, engine, task="classification")
+    assert metrics["sample_time_ms"] > 0
+    assert "resident_mib" in metrics
+
+
+def test_engines_are_not_predicted(run):
+    with pytest.raises(ValueError, match="what compile takes is its own to say and not predicted"):
+        PredictionRun(experiment="test", of=run(techniques=("compile",)))
+
+
+def test_what_is_for_training_is_refused_at_inference(run):
+    for name in ("bf16", "checkpointing", "sgd"):
+        with pytest.raises(ValueError, match=f"technique '{name}' is for training alone"):
+            run(techniques=(name,))

@@ -36,7 +36,7 @@ LAYERS = {
     "hub_configs": ({"attention", "configs", "convert", "pretrained"}, ANY),
     "prediction_configs": ({"configs", "hub_configs", "memory", "reformer_configs", "seq2seq_configs"}, ANY),
     "layers": ({"configs", "memory"}, {"torch", "transformers"}),
-    "inference": ({"hub_configs", "layers", "memory"}, {"torch", "transformers"}),
+    "inference": ({"hub_configs", "layers", "memory", "techniques"}, {"psutil", "torch", "transformers"}),
     "lever_trainer": ({"configs"}, {"torch", "transformers"}),
     "glue": ({"data"}, ANY),
     "finetuning": ({"data", "glue", "hub_configs", "lever_trainer", "pretrained", "techniques"}, ANY),

@@ -290,6 +290,22 @@ def test_an_interrupted_wait_kills_the_run_and_the_next_one_gets_its_own_answer(
     assert runs.spawn(tiny_config(), tmp_path)["status"] == "ok"
 
 
+def test_a_run_ends_with_who_asked_for_it(tmp_path):
+    """Killed without a word, as a notebook's kernel may be; the run must not go on beside the next sweep."""
+    config = tiny_config(measure_steps=LONG)
+    code = f"from pathlib import *; from memstudy import runs; runs.spawn({config!r}, {tmp_path!r})"
+    asking = psutil.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        below = asking.children(recursive=True)
+        if len(below) == 2:
+            break
+        time.sleep(0.05)
+    asking.kill()
+    gone, left = psutil.wait_procs(below, timeout=20)
+    assert (len(gone), left) == (2, [])
+    assert runs.read_records(tmp_path) == []
+
+
 def test_the_death_of_the_fork_server_is_an_error_and_the_next_run_starts_another(tmp_path):
     fork_server().kill()
     with pytest.raises(RuntimeError, match=r"process that starts the runs died \(exit status -9\)"):

@@ -1,26 +1,42 @@
 """The training levers: what they may not change (the loss), what they must (the memory), and what goes with what."""
 
+import copy
+import importlib.util
 import itertools
 import re
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from memstudy import data
 from memstudy.attention import Unavailable
-from memstudy.memory import measure
-from memstudy.techniques import TECHNIQUES, Accumulation, Bf16, SelectiveCheckpointing, parse
+from memstudy.memory import measure, predict
+from memstudy.techniques import (
+    TECHNIQUES,
+    Accumulation,
+    Bf16,
+    Checkpointing,
+    SelectiveCheckpointing,
+    check_available,
+    excluded,
+    parse,
+)
+from memstudy.techniques.pruning import Masks, Narrow, _feed_forwards
 from memstudy.trainers import LanguageModelRun, build, execute
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 STEPS = 20
-HERE = sorted(name for name, technique in TECHNIQUES.items() if not technique.requires)
+INSTALLED = {name for name, t in TECHNIQUES.items() if all(map(importlib.util.find_spec, t.packages))}
+HERE = sorted(name for name in INSTALLED if TECHNIQUES[name].in_training and not TECHNIQUES[name].requires)
 EXACT = [
     "accumulation=2",
     "accumulation=4",
     "checkpointing",
+    "checkpointing=2",
     "selective_checkpointing=0",
     "selective_checkpointing",
     "selective_checkpointing=1",
@@ -30,7 +46,44 @@ EXACT = [
 # The same operations in the same order: no rounding either.
 IDENTICAL = {"checkpointing", "selective_checkpointing", "optimizer_in_backward"}
 # How far the loss of any of the 20 steps may be from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
-INEXACT = {"bf16": 0.003, "adamw_8bit": 0.001}
+INEXACT = {
+    "bf16": 0.003, "bf16_weights": 0.02, "adamw_8bit": 0.001, "adamw_8bit_torchao": 0.01, "adamw_4bit_torchao": 0.2,
+}  # fmt: skip
+# Other ways down: they must get there too, and need not stay close.
+OTHER = {
+    "adafactor": 0.3, "sgd": 0.1, "muon": 0.1, "galore=8": 0.1, "apollo=8": 0.1, "lora": 0.01,
+    "masks=0.5": 0.3, "pruned=0.5": 0.3, "narrow=0.5": 0.3,
+}  # fmt: skip
+
+
+def of_config(family, config):
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 100, (2, 8))
+    given = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+    return family(config).double().eval(), given
+
+
+FAMILIES = {
+    "decoder": lambda: (lm().make_model().double().eval(), {"input_ids": torch.randint(2, 100, (2, 8))}),
+    "bert": lambda: of_config(
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig(
+            vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ),
+    ),
+    "marian": lambda: of_config(
+        transformers.MarianModel,
+        transformers.MarianConfig(
+            vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, decoder_start_token_id=0,
+        ),
+    ),
+}  # fmt: skip
+
+
+def here(cases):
+    """Those of ``cases`` whose packages are installed."""
+    return {text: case for text, case in cases.items() if text.partition("=")[0] in INSTALLED}
 
 
 def lm(techniques=(), **changes):
@@ -61,7 +114,7 @@ def baseline(tmp_path_factory):
 
 
 def test_every_technique_is_here():
-    assert {text.partition("=")[0] for text in (*EXACT, *INEXACT)} == set(HERE)
+    assert {text.partition("=")[0] for text in (*EXACT, *INEXACT, *OTHER)} & INSTALLED == set(HERE)
     assert {name for name in HERE if TECHNIQUES[name].exact} == {text.partition("=")[0] for text in EXACT}
     assert all(technique.summary for technique in TECHNIQUES.values())
 
@@ -82,11 +135,19 @@ def test_all_exact_techniques_at_once(baseline, tmp_path):
         assert validation == pytest.approx(baseline[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(("text", "distance"), INEXACT.items(), ids=INEXACT)
+@pytest.mark.parametrize(("text", "distance"), here(INEXACT).items(), ids=here(INEXACT))
 def test_inexact_techniques_stay_close(text, distance, baseline, tmp_path):
     curve, validation = train((text,), tmp_path)
     furthest = max(abs(a - b) for a, b in zip([*curve, validation], [*baseline[0], baseline[1]], strict=True))
     assert 0 < furthest < distance
+
+
+@pytest.mark.parametrize(("text", "falls"), here(OTHER).items(), ids=here(OTHER))
+def test_other_ways_lower_the_loss_too(text, falls, baseline, tmp_path):
+    of_weights = TECHNIQUES[text.partition("=")[0]].group == "pruning"
+    curve, _ = train((text,), tmp_path, learning_rate=0.3 if text == "sgd" else 1e-3)
+    assert curve[0] == pytest.approx(baseline[0][0], abs=0.05 if of_weights else 1.01e-4)  # before the first update
+    assert curve[-1] < curve[0] - falls
 
 
 # --- the memory
@@ -107,6 +168,8 @@ def gradients(report):
 
 
 def with_technique(text):
+    for package in TECHNIQUES[text.partition("=")[0]].packages:
+        pytest.importorskip(package)
     return measure(build(lm((text,), batch_size=8)))
 
 
@@ -126,6 +189,22 @@ def test_checkpointing_keeps_little_but_the_blocks_inputs(plain):
     assert sum(of_blocks.values()) == 2 * (hidden + 5056 + 8)
     assert activations(report) < 0.5 * activations(plain)
     assert report.peak_bytes < plain.peak_bytes
+
+
+def test_checkpointing_every_second_block_is_in_the_middle(plain):
+    every, second = (
+        activations(measure(build(lm((text,), batch_size=8, n_layers=4))))
+        for text in ("checkpointing", "checkpointing=2")
+    )
+    none = activations(measure(build(lm(batch_size=8, n_layers=4))))
+    assert second - every == pytest.approx((none - every) / 2, rel=0.01)
+
+
+def test_a_model_whose_blocks_are_not_known_says_so():
+    model = lm().make_model()
+    model.transformer.h = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="checkpointing=2: DecoderLM recomputes all blocks or none"):
+        Checkpointing(2).prepare(model)
 
 
 def test_selective_checkpointing_keeps_more_with_its_budget(plain):
@@ -204,6 +283,122 @@ def test_adamw_8bit_has_a_smaller_state(plain):
     assert report.peak_bytes < plain.peak_bytes
 
 
+BLOCK = (64 * 192, 64 * 64, 64 * 128, 128 * 64)  # qkv, projection, feed-forward up and down
+ALL = 300 * 64 + 32 * 64 + 2 * (sum(BLOCK) + 192 + 64 + 128 + 64 + 4 * 64) + 2 * 64
+STEP = 4  # bytes of a count of steps
+
+
+def low_rank(moments):
+    """Elements of ``moments`` moments at rank 8, and of the projection, over two blocks."""
+    sides = [(64, 192), (64, 64), (64, 128), (128, 64)]
+    return 2 * 8 * sum(moments * max(side) + min(side) for side in sides)
+
+
+@pytest.mark.parametrize(
+    ("text", "elements"),
+    [
+        ("sgd", 0),
+        ("muon", 2 * ALL - 2 * sum(BLOCK)),
+        ("galore=8", 2 * (ALL - 2 * sum(BLOCK)) + low_rank(2)),
+        ("apollo=8", 2 * (ALL - 2 * sum(BLOCK)) + low_rank(2) + 8 + 1),  # a scale each, and one before the last is gone
+        (
+            "adafactor",  # and a root mean square of each of 28 parameters, one before the last is gone
+            28
+            + 1
+            + 300
+            + 64
+            + 32
+            + 64
+            + 2 * (64 + 192 + 64 + 64 + 64 + 128 + 128 + 64)
+            + 2 * (192 + 64 + 128 + 64 + 4 * 64)
+            + 2 * 64,
+        ),
+    ],
+)
+def test_an_optimizers_state_is_its_closed_form(text, elements):
+    report = with_technique(text)
+    state = max(live["optimizer"] for _, _, live in report.timeline)
+    assert state == 4 * elements
+
+
+@pytest.mark.parametrize(("text", "bits"), [("adamw_8bit_torchao", 8), ("adamw_4bit_torchao", 4)])
+def test_low_bit_states_are_their_closed_form(text, bits):
+    state = max(live["optimizer"] for _, _, live in with_technique(text).timeline)
+    matrices = 300 * 64 + 2 * sum(BLOCK)  # of 4,096 elements at least
+    assert state == pytest.approx(
+        2 * matrices * (bits / 8 + 4 / 256) + 2 * 4 * (ALL - matrices), rel=0.15
+    )  # and tables
+
+
+def test_bf16_weights_halve_everything_kept(plain):
+    report = with_technique("bf16_weights")
+    for category in ("parameters", "optimizer"):
+        assert report.peak_by_category[category] == pytest.approx(plain.peak_by_category[category] / 2, rel=0.01)
+    assert gradients(report) == pytest.approx(gradients(plain) / 2, rel=0.01)
+
+
+def test_masks_take_more_until_they_are_removed(plain):
+    """A mask of every matrix, and the masked matrices, which backward needs."""
+    matrices = 4 * 2 * sum(BLOCK)
+    masked, removed = with_technique("masks=0.8"), with_technique("pruned=0.8")
+    assert masked.peak_by_category["other"] - plain.peak_by_category["other"] == matrices
+    assert activations(masked) - activations(plain) == matrices
+    assert removed.peak_by_category == plain.peak_by_category
+
+
+def test_narrow_layers_have_fewer_neurons_and_all_that_goes_with_them(plain):
+    report = with_technique("narrow=0.75")
+    gone = 2 * 96 * (64 + 64 + 1)  # in two blocks, what each of 96 neurons reads, writes, and its bias
+    assert plain.peak_by_category["parameters"] - report.peak_by_category["parameters"] == 4 * gone
+    assert report.peak_by_category["optimizer"] < plain.peak_by_category["optimizer"] - 8 * gone + 64
+    assert activations(report) < activations(plain)
+
+
+def test_the_largest_weights_are_kept():
+    model = lm().make_model()
+    block = model.transformer.h[0].mlp
+    whole = {name: getattr(block, name).weight.detach().clone() for name in ("c_fc", "c_proj")}
+    Masks(0.9).prepare(model)
+    for name, before in whole.items():
+        kept = getattr(block, name).weight != 0
+        assert kept.sum() == round(0.1 * before.numel())
+        assert before[kept].abs().min() >= before[~kept].abs().max()
+
+
+@pytest.mark.parametrize("family", ["decoder", "bert", "marian"])
+def test_a_narrow_model_is_the_model_without_the_neurons(family):
+    """As if nobody read the half of the neurons whose weights are smallest."""
+    model, tokens = FAMILIES[family]()
+    narrow = copy.deepcopy(model)
+    Narrow(0.5).prepare(narrow)
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in model.parameters())
+    for up, down in _feed_forwards(model):
+        transposed = isinstance(up, Conv1D)
+        made, read = (up.weight.T, down.weight) if transposed else (up.weight, down.weight.T)  # (neurons, ...) each
+        smallest = (made.square().sum(1) + read.square().sum(1)).argsort()[: len(made) // 2]
+        with torch.no_grad():
+            read[smallest] = 0
+    torch.testing.assert_close(narrow(**tokens)[0], model(**tokens)[0])
+
+
+def test_a_model_without_known_feed_forward_parts_says_so():
+    with pytest.raises(ValueError, match=r"narrow=0\.5: no feed-forward part is known in Linear"):
+        Narrow(0.5).prepare(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("text", ["compile", "onnxruntime", "int8", "tensorrt", "sparse=0.5", "semi_structured"])
+def test_what_is_for_inference_is_refused_in_training(text):
+    with pytest.raises(ValueError, match=f"technique '{text}' is for inference alone"):
+        lm((text,))
+
+
+def test_lora_has_gradients_and_states_of_its_own_matrices_alone():
+    report = with_technique("lora=4")
+    trained = 4 * 4 * 2 * sum(a + b for a, b in [(64, 192), (64, 64), (64, 128), (128, 64)])
+    assert gradients(report) == trained
+    assert max(live["optimizer"] for _, _, live in report.timeline) == pytest.approx(2 * trained, rel=0.02)
+
+
 def test_optimizer_in_backward_has_few_gradients_at_once(plain):
     report = with_technique("optimizer_in_backward")
     parameters = plain.peak_by_category["parameters"]
@@ -214,29 +409,55 @@ def test_optimizer_in_backward_has_few_gradients_at_once(plain):
     assert report.peak_by_category["optimizer"] == plain.peak_by_category["optimizer"]
 
 
+@pytest.mark.parametrize("name", sorted(name for name in INSTALLED if TECHNIQUES[name].in_training))
+def test_each_can_be_predicted_for_a_gpu(name):
+    reports = [predict(build(lm(texts), gpu="A100-40GB"), gpu="A100-40GB") for texts in ((), (name,))]
+    assert reports[0].peak_bytes != reports[1].peak_bytes or name in ("tf32", "pruned", "optimizer_in_backward")
+
+
+def test_fp16_is_predicted_as_bf16_but_for_what_the_scaler_takes():
+    """Autocast to either halves the same tensors; the scaler has a scale, a count and what it found."""
+    of = {
+        name: predict(build(lm((name,)), gpu="A100-40GB"), gpu="A100-40GB").forward_end_by_category
+        for name in ("fp16", "bf16")
+    }
+    assert of["fp16"]["parameters"] == of["bf16"]["parameters"]
+    scaler = 3 * 512
+    assert (
+        of["fp16"]["activations"] <= of["bf16"]["activations"] + scaler
+    )  # softmax reads fp16 directly, bf16 by way of a copy
+
+
 # --- what goes with what
 
 
-def excluded(pair):
-    names = {text.partition("=")[0] for text in pair}
-    return names in ({"checkpointing", "selective_checkpointing"}, {"accumulation", "optimizer_in_backward"})
+def go_apart(pair):
+    groups = [TECHNIQUES[name].group or name for name in pair]
+    optimizers = [TECHNIQUES[name] for name in pair if TECHNIQUES[name].group == "optimizer"]
+    return (
+        groups[0] == groups[1]
+        or set(pair) == {"accumulation", "optimizer_in_backward"}
+        or ("optimizer_in_backward" in pair and any(technique.one_count_of_steps for technique in optimizers))
+        or ("bf16_weights" in pair and not all(technique.rounds_stochastically for technique in optimizers))
+    )
 
 
 PAIRS = list(itertools.combinations(HERE, 2))
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if not excluded(p)], ids="+".join)
+@pytest.mark.parametrize("pair", [p for p in PAIRS if not go_apart(p)], ids="+".join)
 def test_pairs_train(pair, baseline, tmp_path):
     curve, validation = train(pair, tmp_path, steps=2, eval_blocks=1)
-    assert curve == pytest.approx(baseline[0][:2], abs=0.01)
+    assert curve == pytest.approx(baseline[0][:2], abs=0.2)  # one update on
     assert validation == pytest.approx(validation, abs=1)  # not NaN
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if excluded(p)], ids="+".join)
+@pytest.mark.parametrize("pair", [p for p in PAIRS if go_apart(p)], ids="+".join)
 def test_excluded_pairs_are_refused(pair):
     for texts in (pair, pair[::-1]):
-        with pytest.raises(ValueError, match=r"only one of kind|excludes accumulation"):
+        with pytest.raises(ValueError, match=r"only one of kind|and so excludes"):
             parse(texts)
+        assert excluded(texts)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +474,20 @@ def test_excluded_pairs_are_refused(pair):
         (["accumulation=1.5"], "a whole number from 1"),
         (["accumulation=nan"], "a whole number from 1"),
         (["accumulation=inf"], "a whole number from 1"),
+        (["checkpointing=0"], "a whole number from 1"),
+        (["checkpointing=1.5"], "a whole number from 1"),
+        (["galore=0"], "a rank is needed, a whole number from 1"),
+        (["apollo=nan"], "a rank is needed, a whole number from 1"),
+        (["masks=1"], "a share to take out is needed, between 0 and 1"),
+        (["sparse=0"], "a share to take out is needed, between 0 and 1"),
+        (["narrow=nan"], "a share to take out is needed, between 0 and 1"),
+        (["masks=0.5", "narrow=0.5"], "only one of kind 'pruning'"),
+        (["compile", "int8"], "only one of kind 'engine'"),
+        (["lora=0.5"], "a rank is needed, a whole number from 1"),
+        (["muon", "optimizer_in_backward"], "muon counts steps for all parameters together"),
+        (["bf16_weights", "sgd"], "sgd does not round stochastically"),
+        (["sgd", "muon"], "only one of kind 'optimizer'"),
+        (["bf16", "bf16_weights"], "only one of kind 'precision'"),
         (["selective_checkpointing=1.1"], "a share, 0 to 1"),
         (["selective_checkpointing=-0.1"], "a share, 0 to 1"),
         (["selective_checkpointing=nan"], "a share, 0 to 1"),
@@ -268,6 +503,12 @@ def test_bad_techniques_are_refused(texts, said):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", sorted(set(TECHNIQUES) - INSTALLED))
+def test_what_needs_a_package_says_so(name):
+    with pytest.raises(Unavailable, match=rf"^{name} needs \w+, which is not installed: pip install"):
+        check_available(parse((name,)), capability=(9, 0))
+
+
 def test_text_becomes_the_technique():
     assert parse(["bf16", "accumulation=8", "selective_checkpointing=0.25"]) == (
         Bf16(),
@@ -279,7 +520,7 @@ def test_text_becomes_the_technique():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("name", sorted(set(TECHNIQUES) - set(HERE)))
+@pytest.mark.parametrize("name", [name for name, t in TECHNIQUES.items() if t.in_training and t.requires])
 def test_what_needs_cuda_says_so(name, tmp_path):
     with pytest.raises(Unavailable, match=f"^{name} needs a CUDA device"):
         build(lm((name,)))

@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from unittest.mock import patch
 
 import torch
@@ -107,6 +108,7 @@ def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tup
         stack.enter_context(recorder.watch_optimizer())
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
+        stack.enter_context(patch("torch.compile", recorder.compiled))
         # Else lists of fake parameters are taken one by one where real ones are taken together.
         types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
         for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
@@ -116,6 +118,7 @@ def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tup
         else:
             # Its tensor is made below dispatch; checkpointing keeps one for each block.
             stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))
+        stack.enter_context(patch("torch.utils.swap_tensors", partial(_swap, fake)))
         stack.enter_context(fake)
         stack.enter_context(recorder)
         if "transformers" in sys.modules:
@@ -138,6 +141,14 @@ def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tup
                 raise
             raise ValueError(_ON_CUDA) from error
     return recorder, step
+
+
+def _swap(fake: FakeTensorMode, one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
+    """A module that is cast or moved swaps its parameters, which refuse while the mode remembers how it made them."""
+    memo = fake.fake_tensor_converter.meta_converter.tensor_memo
+    for key in [key for key, made in memo.items() if made is one or made is other]:
+        del memo[key]
+    swap(one, other)
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -180,7 +191,7 @@ class _Recorder(TorchDispatchMode):
         self._alive: dict[int, weakref.ref] = {}
         self._live_bytes = 0
         self._phase = "build"
-        self._in_optimizer = False
+        self._in_optimizer = self._in_one_kernel = False
         self.below = cpu.BelowDispatch(self._tell) if card is None else cuda.BelowDispatch(self._tell, card)
         self._values = Values()
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -233,6 +244,29 @@ class _Recorder(TorchDispatchMode):
 
         return noted
 
+    def compiled(self, function: Callable | None = None, **options) -> Callable:
+        """Stands for ``torch.compile``, which follows no fake tensors: of what it makes the results alone count.
+
+        Its kernels hold the rest in registers. True of functions of elements, as of an optimizer's; a reduction between
+        them has a buffer that is not counted.
+        """
+        if function is None:
+            return partial(self.compiled, **options)
+
+        @wraps(function)
+        def run(*args, **kwargs):
+            outer, self._in_one_kernel = self._in_one_kernel, True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self._in_one_kernel = outer
+            for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
+                self._alive.pop(_key(tensor), None)
+                self._note(tensor.untyped_storage())
+            return result
+
+        return run
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         real = any(not isinstance(tensor, FakeTensor) for tensor in _tensors((*args, *kwargs.values())))
@@ -260,7 +294,12 @@ class _Recorder(TorchDispatchMode):
         for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if tensor.is_cuda:
                 raise ValueError(_ON_CUDA)
-            self._note(tensor.untyped_storage())
+            if self._in_one_kernel:
+                self._ignore_new(tensor)
+            else:
+                self._note(tensor.untyped_storage())
+        if self._in_one_kernel:
+            return result
         if self._card is None or self._phase != "build":  # for a GPU, building happens on the host
             self.below.after(func, args, result)
         return result
@@ -280,6 +319,11 @@ class _Recorder(TorchDispatchMode):
         """Neither count the tensor's storage nor its release."""
         storage = tensor.untyped_storage()
         self._alive[storage._cdata] = weakref.ref(storage)
+
+    def _ignore_new(self, tensor: torch.Tensor) -> None:
+        known = self._alive.get(_key(tensor))
+        if known is None or known() is None:
+            self._ignore(tensor)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

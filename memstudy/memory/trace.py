@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, record_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from memstudy.memory.report import Event, MemoryReport, account
 
@@ -150,11 +151,23 @@ class Roles:
 
     def _on_optimizer_step(self, optimizer, args, kwargs) -> None:
         states = (value for state in optimizer.state.values() for value in state.values())
-        self._tell("optimizer", [value for value in states if isinstance(value, torch.Tensor)])
+        self._tell("optimizer", list(states))
 
-    def _tell(self, category: str, tensors: list[torch.Tensor]) -> None:
-        self.told.append((category, [self._key(tensor) for tensor in tensors]))
+    def _tell(self, category: str, kept: list[object]) -> None:
+        self.told.append((category, [self._key(tensor) for each in kept for tensor in _tensors_of(each)]))
         self._mark()
+
+
+def _tensors_of(kept: object) -> Iterator[torch.Tensor]:
+    """The plain tensors of what is kept: itself, a wrapper's or a sparse one's parts, or what a projector has."""
+    if is_traceable_wrapper_subclass(kept):
+        for name in kept.__tensor_flatten__()[0]:
+            yield from _tensors_of(getattr(kept, name))
+    elif isinstance(kept, torch.Tensor):
+        is_csr = kept.layout is torch.sparse_csr
+        yield from (kept.crow_indices(), kept.col_indices(), kept.values()) if is_csr else (kept,)
+    elif hasattr(kept, "__dict__"):
+        yield from (value for value in vars(kept).values() if isinstance(value, torch.Tensor))
 
 
 def _mark() -> None:

@@ -1,0 +1,138 @@
+"""The training levers, by name: each changes how a step is run, and composes with the others.
+
+A :class:`Technique` says what it is as flags of Hugging Face's ``TrainingArguments``, as a change made to the
+model before training, as a context around forward and backward, or as any of these together. ``trainers`` uses the
+same objects for training, for measuring and for predicting.
+
+A run names its techniques in text, with the setting after ``=`` where there is one: ``"bf16"``,
+``"accumulation=4"``. :func:`parse` turns the text into the object.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from memstudy.attention.base import Unavailable
+from memstudy.techniques.adapters import Lora
+from memstudy.techniques.base import Technique
+from memstudy.techniques.checkpointing import Checkpointing, SelectiveCheckpointing
+from memstudy.techniques.engines import Compile, Int8, OnnxRuntime, TensorRT
+from memstudy.techniques.optimizers import (
+    Adafactor,
+    AdamW8bit,
+    Apollo,
+    GaLore,
+    Muon,
+    Sgd,
+    TorchaoAdamW4bit,
+    TorchaoAdamW8bit,
+)
+from memstudy.techniques.precision import Bf16, Bf16Weights, Fp16, Tf32
+from memstudy.techniques.pruning import Masks, Narrow, Pruned, SemiStructured, Sparse
+from memstudy.techniques.step import Accumulation, ChunkedLoss, OffloadActivations, OptimizerInBackward
+
+TECHNIQUES: dict[str, type[Technique]] = {
+    "bf16": Bf16,
+    "bf16_weights": Bf16Weights,
+    "fp16": Fp16,
+    "tf32": Tf32,
+    "checkpointing": Checkpointing,
+    "selective_checkpointing": SelectiveCheckpointing,
+    "accumulation": Accumulation,
+    "chunked_loss": ChunkedLoss,
+    "adamw_8bit": AdamW8bit,
+    "adamw_8bit_torchao": TorchaoAdamW8bit,
+    "adamw_4bit_torchao": TorchaoAdamW4bit,
+    "adafactor": Adafactor,
+    "sgd": Sgd,
+    "muon": Muon,
+    "galore": GaLore,
+    "apollo": Apollo,
+    "offload_activations": OffloadActivations,
+    "optimizer_in_backward": OptimizerInBackward,
+    "lora": Lora,
+    "masks": Masks,
+    "pruned": Pruned,
+    "narrow": Narrow,
+    "sparse": Sparse,
+    "semi_structured": SemiStructured,
+    "compile": Compile,
+    "onnxruntime": OnnxRuntime,
+    "int8": Int8,
+    "tensorrt": TensorRT,
+}
+
+
+def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
+    """The techniques that ``texts`` name, in order.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, a setting that is not a number or out of range, a setting where there is none,
+        and for techniques that exclude each other.
+    """
+    techniques = tuple(_parse_one(text) for text in texts)
+    for group, count in Counter(t.group or type(t).__name__ for t in techniques).items():
+        if count > 1:
+            raise ValueError(f"techniques {list(texts)}: only one of kind {group!r} can be used")
+    kinds = {type(technique) for technique in techniques}
+    if {OptimizerInBackward, Accumulation} <= kinds:
+        raise ValueError("optimizer_in_backward drops each gradient at once and so excludes accumulation")
+    for name, technique in zip(texts, techniques, strict=True):
+        if technique.one_count_of_steps and OptimizerInBackward in kinds:
+            raise ValueError(f"{name} counts steps for all parameters together and so excludes optimizer_in_backward")
+        if technique.group == "optimizer" and not technique.rounds_stochastically and Bf16Weights in kinds:
+            raise ValueError(f"{name} does not round stochastically and so excludes bf16_weights; torchao's AdamW does")
+    return techniques
+
+
+def excluded(texts: Sequence[str]) -> str:
+    """Why the techniques that ``texts`` name do not go together; empty where they do."""
+    try:
+        parse(texts)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_available(techniques: Sequence[Technique], *, capability: tuple[int, int] | None = None) -> None:
+    """Raise :class:`Unavailable` for the first technique that cannot run.
+
+    Parameters
+    ----------
+    techniques : sequence of Technique
+    capability : tuple of int, optional
+        Compute capability of the GPU in question; None asks for this machine.
+    """
+    if capability is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    for technique in techniques:
+        name = next(name for name, lever in TECHNIQUES.items() if lever is type(technique))
+        for package in technique.packages:
+            if importlib.util.find_spec(package) is None:
+                raise Unavailable(f"{name} needs {package}, which is not installed: pip install 'memstudy[levers]'")
+        if technique.requires == "cuda" and capability is None:
+            raise Unavailable(f"{name} needs a CUDA device, and there is none")
+        if capability is not None and technique.capability > capability:
+            needed, had = (".".join(map(str, c)) for c in (technique.capability, capability))
+            raise Unavailable(f"{name} needs compute capability {needed}, and this GPU has {had}")
+
+
+def _parse_one(text: str) -> Technique:
+    name, has_setting, setting = text.partition("=")
+    if name not in TECHNIQUES:
+        raise ValueError(f"unknown technique {name!r}; known: {', '.join(TECHNIQUES)}")
+    if not has_setting:
+        return TECHNIQUES[name]()
+    try:
+        return TECHNIQUES[name](float(setting))
+    except TypeError:
+        raise ValueError(f"technique {name!r} has no setting, but got {setting!r}") from None
+    except ValueError as error:
+        reason = "a number is needed" if "could not convert" in str(error) else str(error)
+        raise ValueError(f"technique {text!r}: {reason}") from None

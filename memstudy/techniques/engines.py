@@ -1,0 +1,81 @@
+"""What runs a trained model's forward pass, in the place of eager PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memstudy.techniques.base import Technique
+
+
+@dataclass(frozen=True)
+class Engine(Technique):
+    """Base of the inference engines."""
+
+    group = "engine"
+    at_inference = True
+    in_training = False
+    in_pytorch = True  # whether PyTorch's allocator sees what it takes
+
+
+@dataclass(frozen=True)
+class Compile(Engine):
+    """Kernels made for the model by ``torch.compile`` (Ansel et al. 2024)."""
+
+    summary = "the forward pass compiled by torch.compile"
+
+    def forward_pass(self, model, batch):
+        compiled = torch.compile(model)
+        return lambda: compiled(**batch)
+
+
+@dataclass(frozen=True)
+class Int8(Engine):
+    """Weights in 8 bits; what goes into a layer is brought to 8 bits as it comes. By torchao."""
+
+    summary = "8-bit weights, layers' inputs brought to 8 bits on the way (torchao)"
+    exact = False
+    packages = ("torchao",)
+
+    def prepare(self, model):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Engine):
+    """The model exported to ONNX and run by ONNX Runtime, which has memory of its own."""
+
+    summary = "the model exported and run by ONNX Runtime"
+    in_pytorch = False
+    packages = ("onnxruntime", "onnxscript")
+
+    def forward_pass(self, model, batch):
+        import onnxruntime
+
+        on_gpu = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            torch.onnx.export(model, (), path, kwargs=batch, dynamo=True, verbose=False)
+            session = onnxruntime.InferenceSession(path, providers=providers)
+        given = {name: tensor.cpu().numpy() for name, tensor in batch.items()}
+        return lambda: session.run(None, given)
+
+
+@dataclass(frozen=True)
+class TensorRT(Engine):
+    """Kernels that TensorRT chooses, through ``torch_tensorrt``; CUDA alone."""
+
+    summary = "the forward pass compiled by TensorRT"
+    packages = ("torch_tensorrt",)
+    requires = "cuda"
+    in_pytorch = False
+
+    def forward_pass(self, model, batch):
+        compiled = torch.compile(model, backend="torch_tensorrt")
+        return lambda: compiled(**batch)

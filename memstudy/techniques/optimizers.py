@@ -1,0 +1,164 @@
+"""Optimizers that keep less than AdamW's two fp32 moments of every weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from memstudy.techniques.base import Technique
+
+
+@dataclass(frozen=True)
+class AdamW8bit(Technique):
+    """AdamW with block-wise 8-bit states (Dettmers et al. 2022), by bitsandbytes; embeddings stay 32-bit."""
+
+    summary = "AdamW with 8-bit states (bitsandbytes)"
+    exact = False
+    group = "optimizer"
+
+    def flags(self):
+        return {"optim": "adamw_bnb_8bit"}
+
+
+@dataclass(frozen=True)
+class TorchaoAdamW8bit(Technique):
+    """AdamW with block-wise 8-bit states, by torchao, embeddings too; one compiled kernel a parameter."""
+
+    summary = "AdamW with 8-bit states (torchao); goes with bf16_weights"
+    exact = False
+    group = "optimizer"
+    rounds_stochastically = True
+    packages = ("torchao",)
+
+    def flags(self):
+        return {"optim": "adamw_torch_8bit"}
+
+
+@dataclass(frozen=True)
+class TorchaoAdamW4bit(Technique):
+    """AdamW with block-wise 4-bit states (Li et al. 2023, arXiv:2309.01507), by torchao."""
+
+    summary = "AdamW with 4-bit states (torchao); goes with bf16_weights"
+    exact = False
+    group = "optimizer"
+    rounds_stochastically = True
+    packages = ("torchao",)
+
+    def flags(self):
+        return {"optim": "adamw_torch_4bit"}
+
+
+@dataclass(frozen=True)
+class Adafactor(Technique):
+    """A second moment of one row and one column a matrix, and no first one (Shazeer & Stern 2018, arXiv:1804.04235)."""
+
+    summary = "Adafactor: a row and a column in the place of a matrix of second moments, no first ones"
+    exact = False
+    group = "optimizer"
+
+    def flags(self):
+        return {"optim": "adafactor"}
+
+
+@dataclass(frozen=True)
+class Sgd(Technique):
+    """Stochastic gradient descent without momentum: no state at all; the least that an optimizer can take."""
+
+    summary = "SGD without momentum: no state; wants another learning rate"
+    exact = False
+    group = "optimizer"
+
+    def flags(self):
+        return {"optim": "sgd"}
+
+
+@dataclass(frozen=True)
+class Muon(Technique):
+    """One orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), AdamW for the rest.
+
+    By pytorch_optimizer. Updates have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning
+    rate does for both.
+    """
+
+    summary = "Muon for the blocks' matrices: one moment in the place of two; AdamW for the rest"
+    exact = False
+    group = "optimizer"
+    one_count_of_steps = True
+    packages = ("pytorch_optimizer",)
+
+    def optimizer(self, model):
+        from pytorch_optimizer import Muon as Orthogonalised
+
+        return Orthogonalised, {"params": _groups(model, use_muon=(True, False), use_adjusted_lr=(True, False))}
+
+
+@dataclass(frozen=True)
+class GaLore(Technique):
+    """AdamW's moments of gradients that are projected to ``rank`` rows or columns (Zhao et al. 2024, arXiv:2403.03507).
+
+    The projection is the gradient's singular vectors', found again every 200 updates. By pytorch_optimizer.
+    """
+
+    rank: int = 64
+    summary = "AdamW's moments of the blocks' gradients at a low rank (=64), by their singular vectors"
+    exact = False
+    group = "optimizer"
+    one_count_of_steps = True
+    packages = ("pytorch_optimizer",)
+
+    def __post_init__(self):
+        _check_rank("galore", self.rank)
+
+    def optimizer(self, model):
+        from pytorch_optimizer import GaLore as Projected
+
+        return Projected, {"params": _projected(model, self.rank, scale=0.25)}
+
+
+@dataclass(frozen=True)
+class Apollo(Technique):
+    """SGD with the step sizes that AdamW's moments have at a low ``rank`` (Zhu et al. 2024, arXiv:2412.05270).
+
+    The projection is random, drawn again every 200 updates. By pytorch_optimizer.
+    """
+
+    rank: int = 64
+    summary = "AdamW's step sizes from moments at a low rank (=64), by a random projection"
+    exact = False
+    group = "optimizer"
+    one_count_of_steps = True
+    packages = ("pytorch_optimizer",)
+
+    def __post_init__(self):
+        _check_rank("apollo", self.rank)
+
+    def optimizer(self, model):
+        from pytorch_optimizer import APOLLO
+
+        return APOLLO, {"params": _projected(model, self.rank, scale=1.0)}
+
+
+def _check_rank(name: str, rank: float) -> None:
+    if rank < 1 or not float(rank).is_integer():
+        raise ValueError(f"{name}={rank}: a rank is needed, a whole number from 1")
+
+
+def _projected(model: torch.nn.Module, rank: float, scale: float) -> list[dict]:
+    matrices, others = _groups(model)
+    settings = {"rank": int(rank), "update_proj_gap": 200, "scale": scale, "projection_type": "std"}
+    return [matrices | settings, others]
+
+
+def _groups(model: torch.nn.Module, **settings: tuple) -> list[dict]:
+    """Two groups of parameters, the matrices of the model's blocks and all others, each with its share of settings."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    inside = {id(weight) for weight in model.base_model.parameters()} - embeddings
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    of_blocks = [weight for weight in trained if weight.ndim == 2 and id(weight) in inside]
+    known = {id(weight) for weight in of_blocks}
+    parts = of_blocks, [weight for weight in trained if id(weight) not in known]
+    return [
+        {"params": part, **{name: values[number] for name, values in settings.items()}}
+        for number, part in enumerate(parts)
+    ]

@@ -1,0 +1,155 @@
+"""Weights that are taken out, those of least size: one by one, two in every four, or a feed-forward's neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from transformers.pytorch_utils import Conv1D
+
+from memstudy.techniques.base import Technique
+
+
+@dataclass(frozen=True)
+class Pruning(Technique):
+    """Base of those that take out a ``share`` of each matrix of the blocks (Han et al. 2015, arXiv:1506.02626)."""
+
+    share: float = 0.5
+    exact = False
+    group = "pruning"
+    at_inference = True
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"share {self.share}: a share to take out is needed, between 0 and 1")
+
+    def prepare(self, model):
+        for module in _matrices(model):
+            prune.l1_unstructured(module, "weight", amount=self.share)
+            self.settle(module)
+
+    def settle(self, module: nn.Module) -> None:
+        """What becomes of the mask, which ``module`` has now."""
+
+
+@dataclass(frozen=True)
+class Masks(Pruning):
+    """The mask is kept: all weights, a mask of their size, and the masked weights, made anew in every forward pass."""
+
+    summary = "unstructured pruning with its mask (=0.5 of the weights): takes more memory, not less"
+
+
+@dataclass(frozen=True)
+class Pruned(Pruning):
+    """The mask is applied and removed: zeros among the weights, which are stored like any number."""
+
+    summary = "unstructured pruning, mask removed (=0.5): zeros are stored too, so nothing is saved"
+
+    def settle(self, module):
+        prune.remove(module, "weight")
+
+
+@dataclass(frozen=True)
+class Sparse(Pruned):
+    """Without the zeros, as compressed rows: a number and the 64 bits of its column for each weight that is left."""
+
+    summary = "unstructured pruning, stored as compressed rows (=0.5); saves from two thirds of zeros on"
+    in_training = False
+
+    def settle(self, module):
+        super().settle(module)
+        module.weight = nn.Parameter(module.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class SemiStructured(Pruned):
+    """Two of every four weights, which a GPU's sparse tensor cores skip (Mishra et al. 2021, arXiv:2104.08378)."""
+
+    summary = "two of every four weights, for sparse tensor cores: 9/16 of the matrices' memory in bf16"
+    requires = "cuda"
+    capability = (8, 0)
+    in_training = False
+
+    def prepare(self, model):
+        from torch.sparse import to_sparse_semi_structured
+
+        model.to(torch.bfloat16)
+        for module in _matrices(model):
+            fours = module.weight.detach().unflatten(-1, (-1, 4))
+            least = fours.abs().topk(2, -1, largest=False).indices
+            weight = fours.scatter(-1, least, 0.0).flatten(-2)
+            module.weight = nn.Parameter(to_sparse_semi_structured(weight), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Narrow(Technique):
+    """A ``share`` of every feed-forward's neurons, those of the smallest weights, with all that they read and write.
+
+    Structured pruning (Li et al. 2017, arXiv:1608.08710): the matrices are smaller afterwards, and so is all else.
+    """
+
+    share: float = 0.5
+    summary = "structured pruning: the feed-forward parts lose a share (=0.5) of their neurons"
+    exact = False
+    group = "pruning"
+    at_inference = True
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise ValueError(f"narrow={self.share}: a share to take out is needed, between 0 and 1")
+
+    def prepare(self, model):
+        parts = list(_feed_forwards(model))
+        if not parts:
+            raise ValueError(f"narrow={self.share:g}: no feed-forward part is known in {type(model).__name__}")
+        for up, down in parts:
+            reads, writes = (_by_neuron(layer, reads=layer is down) for layer in (up, down))
+            size = reads.square().sum(1) + writes.square().sum(1)
+            kept = size.topk(max(1, round(len(size) * (1 - self.share)))).indices.sort().values
+            _keep(up, kept, reads=False)
+            _keep(down, kept, reads=True)
+
+
+# In a block: what makes the neurons, and what reads them.
+_PAIRS = (
+    ("mlp.c_fc", "mlp.c_proj"),
+    ("intermediate.dense", "output.dense"),
+    ("feed_forward.dense.dense", "feed_forward.output.dense"),
+    ("fc1", "fc2"),
+    ("lin1", "lin2"),
+)
+
+
+def _matrices(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of the model's blocks that are one matrix each."""
+    return (module for module in model.base_model.modules() if isinstance(module, (nn.Linear, Conv1D)))
+
+
+def _feed_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    modules = dict(model.named_modules())
+    for name in modules:
+        for pair in _PAIRS:
+            up, down = (modules.get(f"{name}.{part}" if name else part) for part in pair)
+            if up is not None and down is not None:
+                yield up, down
+
+
+def _by_neuron(layer: nn.Module, *, reads: bool) -> torch.Tensor:
+    """The matrix with a row for each neuron, of the layer that makes or ``reads`` them; a Conv1D's is transposed."""
+    weight = layer.weight.detach()
+    return weight if isinstance(layer, Conv1D) == reads else weight.T
+
+
+def _keep(layer: nn.Module, kept: torch.Tensor, *, reads: bool) -> None:
+    """Leave ``layer`` the neurons ``kept`` among those that it makes or ``reads``."""
+    along = int(isinstance(layer, Conv1D) != reads)
+    layer.weight = nn.Parameter(layer.weight.detach().index_select(along, kept))
+    if not reads and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.detach().index_select(0, kept))
+    if isinstance(layer, Conv1D):
+        layer.nx, layer.nf = layer.weight.shape
+    else:
+        layer.out_features, layer.in_features = layer.weight.shape

@@ -1,0 +1,89 @@
+"""How a step goes about its batch: in parts, without all logits, with activations elsewhere, updating on the way."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from memstudy.techniques.base import Technique
+
+
+@dataclass(frozen=True)
+class Accumulation(Technique):
+    """Split the batch into ``steps`` parts, add their gradients, and update once."""
+
+    steps: int = 4
+    summary = "the same batch in several parts, one update"
+
+    def __post_init__(self):
+        if self.steps < 1 or not float(self.steps).is_integer():
+            raise ValueError(f"accumulation={self.steps}: a whole number from 1 is needed")
+
+    def flags(self):
+        return {"gradient_accumulation_steps": int(self.steps)}
+
+
+@dataclass(frozen=True)
+class ChunkedLoss(Technique):
+    """Loss and its gradient in chunks of rows, so that the (tokens, vocabulary) logits never exist.
+
+    ``torch.nn.functional.linear_cross_entropy``; it ignores autocast, so the head's product stays fp32.
+    """
+
+    summary = "the language-model loss in chunks of tokens; no tensor of all logits"
+
+    def prepare(self, model):
+        native = model.forward
+
+        @functools.wraps(native)
+        def forward(input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+            if labels is None or not model.training:
+                return native(input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+            output = model.base_model(input_ids, **kwargs)
+            head = model.get_output_embeddings()
+            mean = num_items_in_batch is None
+            loss = F.linear_cross_entropy(
+                output.last_hidden_state[:, :-1].flatten(0, 1).to(head.weight.dtype),
+                head.weight,
+                labels[:, 1:].flatten(),
+                linear_bias=head.bias,
+                reduction="mean" if mean else "sum",
+                options=torch.nn.LinearCrossEntropyOptions(),
+            )
+            return {"loss": loss if mean else loss / num_items_in_batch}
+
+        model.forward = forward
+
+
+@dataclass(frozen=True)
+class OffloadActivations(Technique):
+    """Move what backward needs to the host's pinned memory, and back when it is needed."""
+
+    summary = "saved activations wait in the host's memory"
+    requires = "cuda"
+
+    def around_loss(self):
+        return torch.autograd.graph.save_on_cpu(pin_memory=True)
+
+
+@dataclass(frozen=True)
+class OptimizerInBackward(Technique):
+    """Update each parameter as soon as its gradient is whole, and drop the gradient (Lv et al. 2023).
+
+    One ordinary optimizer does: when a parameter's gradient is done, no other exists, so a step of the
+    optimizer updates that parameter alone. Its state is saved and restored as ever.
+    """
+
+    summary = "update each parameter inside backward; gradients never exist together"
+
+    def attach(self, model, optimizer):
+        def update(parameter):
+            optimizer.step()
+            parameter.grad = None
+
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(update)
