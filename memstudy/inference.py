@@ -28,10 +28,10 @@ def build(run: InferenceRun) -> Callable[[], Step]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = run.make_model().eval()
         batch = {name: tensor.to(device) for name, tensor in run.make_batch().items() if name != "labels"}
-        for lever in run.levers():
-            lever.prepare(model)
         if device != "cpu":
             model.to(device)
+        for lever in run.levers():
+            lever.prepare(model)
         forward = next(filter(None, (lever.forward_pass(model, batch) for lever in run.levers())), None)
 
         def step():

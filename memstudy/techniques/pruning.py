@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
+from memstudy.attention.base import Unavailable
 from memstudy.techniques.base import Technique
 
 
@@ -76,6 +77,8 @@ class SemiStructured(Pruned):
     def prepare(self, model):
         from torch.sparse import to_sparse_semi_structured
 
+        if not next(model.parameters()).is_cuda:
+            raise Unavailable("semi_structured: the compressed form is made on a CUDA device alone, so not predicted")
         model.to(torch.bfloat16)
         for module in _matrices(model):
             fours = module.weight.detach().unflatten(-1, (-1, 4))
