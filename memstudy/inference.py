@@ -71,7 +71,7 @@ def execute(run: InferenceRun) -> dict:
         "sample_time_p95_ms": times[max(0, -(-95 * len(times) // 100) - 1)],  # the nearest rank
     }
     del step  # and its model: the next one is measured alone
-    if all(getattr(lever, "in_pytorch", True) for lever in run.levers()):
+    if all(lever.in_pytorch for lever in run.levers()):
         metrics |= _allocated(run)
     return {"metrics": metrics, "curves": {"sample_times_ms": [round(t, 4) for t in times]}, "data": {}}
 

@@ -285,7 +285,6 @@ def test_adamw_8bit_has_a_smaller_state(plain):
 
 BLOCK = (64 * 192, 64 * 64, 64 * 128, 128 * 64)  # qkv, projection, feed-forward up and down
 ALL = 300 * 64 + 32 * 64 + 2 * (sum(BLOCK) + 192 + 64 + 128 + 64 + 4 * 64) + 2 * 64
-STEP = 4  # bytes of a count of steps
 
 
 def low_rank(moments):
@@ -448,7 +447,8 @@ PAIRS = list(itertools.combinations(HERE, 2))
 @pytest.mark.parametrize("pair", [p for p in PAIRS if not go_apart(p)], ids="+".join)
 def test_pairs_train(pair, baseline, tmp_path):
     curve, validation = train(pair, tmp_path, steps=2, eval_blocks=1)
-    assert curve == pytest.approx(baseline[0][:2], abs=0.2)  # one update on
+    of_another_kind = {text.partition("=")[0] for text in OTHER} | {"bf16_weights", "adamw_4bit_torchao"}
+    assert curve == pytest.approx(baseline[0][:2], abs=0.2 if of_another_kind & set(pair) else 0.01)
     assert validation == pytest.approx(validation, abs=1)  # not NaN
 
 

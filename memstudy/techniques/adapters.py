@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers.pytorch_utils import Conv1D
 
-from memstudy.techniques.base import Technique
+from memstudy.techniques.base import Technique, check_rank
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Lora(Technique):
     packages = ("peft",)
 
     def __post_init__(self):
-        if self.rank < 1 or not float(self.rank).is_integer():
-            raise ValueError(f"lora={self.rank}: a rank is needed, a whole number from 1")
+        check_rank(self.rank)
 
     def prepare(self, model):
         from peft import LoraConfig, inject_adapter_in_model

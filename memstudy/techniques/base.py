@@ -33,6 +33,8 @@ class Technique:
         Of an optimizer: whether it counts steps for all parameters together, so that it cannot update them one by one.
     prepared_last : bool
         Whether it wants the model as the others have left it.
+    in_pytorch : bool
+        Whether PyTorch's allocator sees all that it takes.
     packages : tuple of str
         What must be installed besides memstudy's own dependencies.
     """
@@ -47,6 +49,7 @@ class Technique:
     rounds_stochastically = False
     one_count_of_steps = False
     prepared_last = False
+    in_pytorch = True
     packages = ()
 
     def flags(self) -> dict[str, object]:
@@ -70,3 +73,9 @@ class Technique:
 
     def attach(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Tie the optimizer to the model; it has just been made."""
+
+
+def check_rank(rank: float) -> None:
+    """Raise ValueError for what is no rank of a matrix."""
+    if rank < 1 or not float(rank).is_integer():
+        raise ValueError(f"rank {rank}: a rank is needed, a whole number from 1")

@@ -18,7 +18,6 @@ class Engine(Technique):
     group = "engine"
     at_inference = True
     in_training = False
-    in_pytorch = True  # whether PyTorch's allocator sees what it takes
 
 
 @dataclass(frozen=True)

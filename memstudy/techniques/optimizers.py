@@ -6,28 +6,32 @@ from dataclasses import dataclass
 
 import torch
 
-from memstudy.techniques.base import Technique
+from memstudy.techniques.base import Technique, check_rank
 
 
 @dataclass(frozen=True)
-class AdamW8bit(Technique):
+class Optimizer(Technique):
+    """Base of the optimizers."""
+
+    exact = False
+    group = "optimizer"
+
+
+@dataclass(frozen=True)
+class AdamW8bit(Optimizer):
     """AdamW with block-wise 8-bit states (Dettmers et al. 2022), by bitsandbytes; embeddings stay 32-bit."""
 
     summary = "AdamW with 8-bit states (bitsandbytes)"
-    exact = False
-    group = "optimizer"
 
     def flags(self):
         return {"optim": "adamw_bnb_8bit"}
 
 
 @dataclass(frozen=True)
-class TorchaoAdamW8bit(Technique):
+class TorchaoAdamW8bit(Optimizer):
     """AdamW with block-wise 8-bit states, by torchao, embeddings too; one compiled kernel a parameter."""
 
     summary = "AdamW with 8-bit states (torchao); goes with bf16_weights"
-    exact = False
-    group = "optimizer"
     rounds_stochastically = True
     packages = ("torchao",)
 
@@ -36,12 +40,10 @@ class TorchaoAdamW8bit(Technique):
 
 
 @dataclass(frozen=True)
-class TorchaoAdamW4bit(Technique):
+class TorchaoAdamW4bit(Optimizer):
     """AdamW with block-wise 4-bit states (Li et al. 2023, arXiv:2309.01507), by torchao."""
 
     summary = "AdamW with 4-bit states (torchao); goes with bf16_weights"
-    exact = False
-    group = "optimizer"
     rounds_stochastically = True
     packages = ("torchao",)
 
@@ -50,31 +52,27 @@ class TorchaoAdamW4bit(Technique):
 
 
 @dataclass(frozen=True)
-class Adafactor(Technique):
+class Adafactor(Optimizer):
     """A second moment of one row and one column a matrix, and no first one (Shazeer & Stern 2018, arXiv:1804.04235)."""
 
     summary = "Adafactor: a row and a column in the place of a matrix of second moments, no first ones"
-    exact = False
-    group = "optimizer"
 
     def flags(self):
         return {"optim": "adafactor"}
 
 
 @dataclass(frozen=True)
-class Sgd(Technique):
+class Sgd(Optimizer):
     """Stochastic gradient descent without momentum: no state at all; the least that an optimizer can take."""
 
     summary = "SGD without momentum: no state; wants another learning rate"
-    exact = False
-    group = "optimizer"
 
     def flags(self):
         return {"optim": "sgd"}
 
 
 @dataclass(frozen=True)
-class Muon(Technique):
+class Muon(Optimizer):
     """One orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), AdamW for the rest.
 
     By pytorch_optimizer. Updates have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning
@@ -82,8 +80,6 @@ class Muon(Technique):
     """
 
     summary = "Muon for the blocks' matrices: one moment in the place of two; AdamW for the rest"
-    exact = False
-    group = "optimizer"
     one_count_of_steps = True
     packages = ("pytorch_optimizer",)
 
@@ -94,21 +90,25 @@ class Muon(Technique):
 
 
 @dataclass(frozen=True)
-class GaLore(Technique):
+class LowRank(Optimizer):
+    """Base of those that keep moments of the blocks' gradients at a low ``rank``; by pytorch_optimizer."""
+
+    rank: int = 64
+    one_count_of_steps = True
+    packages = ("pytorch_optimizer",)
+
+    def __post_init__(self):
+        check_rank(self.rank)
+
+
+@dataclass(frozen=True)
+class GaLore(LowRank):
     """AdamW's moments of gradients that are projected to ``rank`` rows or columns (Zhao et al. 2024, arXiv:2403.03507).
 
     The projection is the gradient's singular vectors', found again every 200 updates. By pytorch_optimizer.
     """
 
-    rank: int = 64
     summary = "AdamW's moments of the blocks' gradients at a low rank (=64), by their singular vectors"
-    exact = False
-    group = "optimizer"
-    one_count_of_steps = True
-    packages = ("pytorch_optimizer",)
-
-    def __post_init__(self):
-        _check_rank("galore", self.rank)
 
     def optimizer(self, model):
         from pytorch_optimizer import GaLore as Projected
@@ -117,31 +117,18 @@ class GaLore(Technique):
 
 
 @dataclass(frozen=True)
-class Apollo(Technique):
+class Apollo(LowRank):
     """SGD with the step sizes that AdamW's moments have at a low ``rank`` (Zhu et al. 2024, arXiv:2412.05270).
 
     The projection is random, drawn again every 200 updates. By pytorch_optimizer.
     """
 
-    rank: int = 64
     summary = "AdamW's step sizes from moments at a low rank (=64), by a random projection"
-    exact = False
-    group = "optimizer"
-    one_count_of_steps = True
-    packages = ("pytorch_optimizer",)
-
-    def __post_init__(self):
-        _check_rank("apollo", self.rank)
 
     def optimizer(self, model):
         from pytorch_optimizer import APOLLO
 
         return APOLLO, {"params": _projected(model, self.rank, scale=1.0)}
-
-
-def _check_rank(name: str, rank: float) -> None:
-    if rank < 1 or not float(rank).is_integer():
-        raise ValueError(f"{name}={rank}: a rank is needed, a whole number from 1")
 
 
 def _projected(model: torch.nn.Module, rank: float, scale: float) -> list[dict]:

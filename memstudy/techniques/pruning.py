@@ -88,21 +88,13 @@ class SemiStructured(Pruned):
 
 
 @dataclass(frozen=True)
-class Narrow(Technique):
+class Narrow(Pruning):
     """A ``share`` of every feed-forward's neurons, those of the smallest weights, with all that they read and write.
 
     Structured pruning (Li et al. 2017, arXiv:1608.08710): the matrices are smaller afterwards, and so is all else.
     """
 
-    share: float = 0.5
     summary = "structured pruning: the feed-forward parts lose a share (=0.5) of their neurons"
-    exact = False
-    group = "pruning"
-    at_inference = True
-
-    def __post_init__(self):
-        if not 0 < self.share < 1:
-            raise ValueError(f"narrow={self.share}: a share to take out is needed, between 0 and 1")
 
     def prepare(self, model):
         parts = list(_feed_forwards(model))
