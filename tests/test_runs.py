@@ -301,6 +301,7 @@ def test_a_run_ends_with_who_asked_for_it(tmp_path):
             break
         time.sleep(0.05)
     asking.kill()
+    asking.wait()  # else it stays a zombie among this process's children
     gone, left = psutil.wait_procs(below, timeout=20)
     assert (len(gone), left) == (2, [])
     assert runs.read_records(tmp_path) == []
