@@ -182,7 +182,7 @@ def executed(run, *names, **changes):
     return execute(run(techniques=names, **changes), None)["metrics"]
 
 
-@pytest.mark.parametrize("text", ["masks=0.5", "pruned=0.5", "narrow=0.5"])
+@pytest.mark.parametrize("text", ["masks=0.5", "pruned=0.5", "narrow=0.5", "fewer_heads=0.5"])
 def test_a_pruned_models_pass_takes_what_is_predicted(text, run):
     made = run(techniques=(text,), task="classification")
     measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)

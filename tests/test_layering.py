@@ -18,7 +18,7 @@ LAYERS = {
     "__init__": (set(), set()),
     "attention": (set(), {"torch", "flash_attn"}),
     "memory": (set(), {"torch", "transformers", "pydantic", "yaml"}),
-    "techniques": ({"attention"}, ANY),
+    "techniques": ({"attention", "projections"}, ANY),
     "place_value": (set(), set()),
     "data": ({"place_value"}, ANY),
     "pairs": ({"data"}, {"sacrebleu", "rouge_score"}),
@@ -80,12 +80,16 @@ LAYERS = {
     "fresh": ({"trainers", "cli"}, set()),
     "runs": ({"fresh"}, set()),
     "study": ({"runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
+    "advice": ({"hub_configs", "parameters", "runs", "techniques"}, set()),
     "bad_input": (set(), {"typer", "pydantic"}),
-    "forecast": ({"attention", "bad_input", "hub_configs", "memory", "trainers"}, {"rich", "typer"}),
+    "forecast": (
+        {"advice", "attention", "bad_input", "hub_configs", "memory", "techniques", "trainers"},
+        {"rich", "typer"},
+    ),
     "cli": (ANY, ANY),
     "qa": (ANY, ANY),
     "notebooks": (
-        {"study", "trainers", "techniques", "data", "glue", "significance", "memory", "convert", "attention"},
+        {"advice", "study", "trainers", "techniques", "data", "glue", "significance", "memory", "convert", "attention"},
         ANY,
     ),
 }

@@ -24,7 +24,7 @@ from memstudy.techniques import (
     excluded,
     parse,
 )
-from memstudy.techniques.pruning import Masks, Narrow, _feed_forwards
+from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, _feed_forwards
 from memstudy.trainers import LanguageModelRun, build, execute
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -52,7 +52,7 @@ INEXACT = {
 # Other ways down: they must get there too, and need not stay close.
 OTHER = {
     "adafactor": 0.3, "sgd": 0.1, "muon": 0.1, "galore=8": 0.1, "apollo=8": 0.1, "lora": 0.01,
-    "masks=0.5": 0.3, "pruned=0.5": 0.3, "narrow=0.5": 0.3,
+    "masks=0.5": 0.3, "pruned=0.5": 0.3, "narrow=0.5": 0.3, "fewer_heads=0.5": 0.3,
 }  # fmt: skip
 
 
@@ -380,6 +380,59 @@ def test_a_narrow_model_is_the_model_without_the_neurons(family):
     torch.testing.assert_close(narrow(**tokens)[0], model(**tokens)[0])
 
 
+def test_half_of_the_heads_take_half_of_the_projections(plain):
+    report = with_technique("fewer_heads=0.5")
+    gone = 2 * (32 * 4 * 64 + 3 * 32)  # in two blocks, two heads of 16: what makes q, k and v, their biases, what reads
+    assert plain.peak_by_category["parameters"] - report.peak_by_category["parameters"] == 4 * gone
+    assert activations(report) < activations(plain)
+
+
+@pytest.mark.parametrize("family", ["decoder", "bert"])
+def test_a_model_with_fewer_heads_is_the_model_without_them(family):
+    """As if nobody read the half of the heads whose weights are smallest."""
+    model, tokens = FAMILIES[family]()
+    fewer = copy.deepcopy(model)
+    FewerHeads(0.5).prepare(fewer)
+    assert sum(p.numel() for p in fewer.parameters()) < sum(p.numel() for p in model.parameters())
+    modules = dict(model.named_modules())
+    attentions = [
+        name for name, module in modules.items() if type(module).__name__ in ("GPT2Attention", "BertAttention")
+    ]
+    assert len(attentions) == 2
+    for name in attentions:
+        if family == "decoder":  # (in, out) weights, the heads of q, k and v one after another
+            qkv, out = (modules[f"{name}.{part}"].weight for part in ("c_attn", "c_proj"))
+            made, read = qkv.T.unflatten(0, (3, 4, 16)).transpose(0, 1), out.unflatten(0, (4, 16))
+        else:
+            qkv = [modules[f"{name}.self.{part}"].weight.unflatten(0, (2, 16)) for part in ("query", "key", "value")]
+            made, read = torch.stack(qkv, 1), modules[f"{name}.output.dense"].weight.T.unflatten(0, (2, 16))
+        smallest = (made.square().sum((1, 2, 3)) + read.square().sum((1, 2))).argsort()[: len(read) // 2]
+        with torch.no_grad():
+            read[smallest] = 0
+    torch.testing.assert_close(fewer(**tokens)[0], model(**tokens)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: torch.nn.Linear(2, 2), r"where Linear keeps the projections of its attention is not known"),
+        (
+            lambda: transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
+                    vocab_size=10, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                    intermediate_size=32,
+                )
+            ),
+            r"fewer_heads=0\.5: the heads of a LlamaAttention share keys or a bias",
+        ),
+    ],
+    ids=["unknown", "grouped"],
+)  # fmt: skip
+def test_heads_that_cannot_go_alone_stay(model, said):
+    with pytest.raises(ValueError, match=said):
+        FewerHeads(0.5).prepare(model())
+
+
 def test_a_model_without_known_feed_forward_parts_says_so():
     with pytest.raises(ValueError, match=r"narrow=0\.5: no feed-forward part is known in Linear"):
         Narrow(0.5).prepare(torch.nn.Linear(2, 2))
@@ -480,6 +533,7 @@ def test_excluded_pairs_are_refused(pair):
         (["apollo=nan"], "a rank is needed, a whole number from 1"),
         (["masks=1"], "a share to take out is needed, between 0 and 1"),
         (["sparse=0"], "a share to take out is needed, between 0 and 1"),
+        (["fewer_heads=1"], "a share to take out is needed, between 0 and 1"),
         (["narrow=nan"], "a share to take out is needed, between 0 and 1"),
         (["masks=0.5", "narrow=0.5"], "only one of kind 'pruning'"),
         (["compile", "int8"], "only one of kind 'engine'"),

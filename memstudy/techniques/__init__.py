@@ -32,7 +32,7 @@ from memstudy.techniques.optimizers import (
     TorchaoAdamW8bit,
 )
 from memstudy.techniques.precision import Bf16, Bf16Weights, Fp16, Tf32
-from memstudy.techniques.pruning import Masks, Narrow, Pruned, SemiStructured, Sparse
+from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, Pruned, SemiStructured, Sparse
 from memstudy.techniques.step import Accumulation, ChunkedLoss, OffloadActivations, OptimizerInBackward
 
 TECHNIQUES: dict[str, type[Technique]] = {
@@ -58,6 +58,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "masks": Masks,
     "pruned": Pruned,
     "narrow": Narrow,
+    "fewer_heads": FewerHeads,
     "sparse": Sparse,
     "semi_structured": SemiStructured,
     "compile": Compile,

@@ -1,4 +1,4 @@
-"""Weights that are taken out, those of least size: one by one, two in every four, or a feed-forward's neurons."""
+"""Weights that are taken out, those of least size: one by one, two in every four, whole neurons or whole heads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from memstudy.attention.base import Unavailable
+from memstudy.projections import known_attentions
 from memstudy.techniques.base import Technique
 
 
@@ -106,6 +107,40 @@ class Narrow(Pruning):
             kept = size.topk(max(1, round(len(size) * (1 - self.share)))).indices.sort().values
             _keep(up, kept, reads=False)
             _keep(down, kept, reads=True)
+
+
+@dataclass(frozen=True)
+class FewerHeads(Pruning):
+    """A ``share`` of every attention's heads, those of the smallest weights (Michel et al. 2019, arXiv:1905.10650).
+
+    The projections are smaller afterwards, and so is all that a head makes; at least one stays.
+    """
+
+    summary = "structured pruning: the attentions lose a share (=0.5) of their heads"
+
+    def prepare(self, model):
+        for attention, family in known_attentions(model):
+            op = attention.get_submodule(family.op)
+            head_dim = getattr(op, family.head_dim)
+            layers = {parts: attention.get_submodule(name) for parts, name in family.projections.items()}
+            by_head = [
+                _by_neuron(layer, reads=parts == "o").unflatten(0, (len(parts), -1, head_dim))
+                for parts, layer in layers.items()
+            ]  # (parts, heads, head_dim, ...)
+            n_heads = by_head[0].shape[1]
+            if family.score_bias or any(weights.shape[1] != n_heads for weights in by_head):
+                raise ValueError(
+                    f"fewer_heads={self.share:g}: the heads of a {type(attention).__name__} share keys or a bias, so "
+                    "that none can go alone; take narrow"
+                )
+            size = sum(weights.square().sum((0, 2, 3)) for weights in by_head)
+            heads = size.topk(max(1, round(n_heads * (1 - self.share)))).indices.sort().values
+            dims = torch.arange(head_dim, device=heads.device)
+            for parts, layer in layers.items():
+                starts = n_heads * torch.arange(len(parts), device=heads.device)[:, None] + heads
+                _keep(layer, (head_dim * starts.flatten()[:, None] + dims).flatten(), reads=parts == "o")
+            if hasattr(op, "split_size"):  # GPT-2's, of the one projection that makes query, key and value
+                op.split_size = head_dim * len(heads)
 
 
 # In a block: what makes the neurons, and what reads them.
