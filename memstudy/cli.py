@@ -28,6 +28,7 @@ app = typer.Typer(
 
     memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4       will it fit? no GPU needed\n
     memstudy fit --model gpt2 --seq-len 512 --gpu T4 --advise            the largest batch\n
+    memstudy advise --model gpt2 --batch 64 --seq-len 512 --gpu T4       what makes it fit\n
     memstudy list studies            what there is\n
     memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
     memstudy run CONFIG.json         one run: a record in results/, whatever becomes of it\n
@@ -143,6 +144,7 @@ def report(
 
 app.command()(forecast.predict)
 app.command()(forecast.fit)
+app.command()(forecast.advise)
 app.command()(serve)
 
 

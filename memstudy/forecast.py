@@ -1,4 +1,4 @@
-"""The commands ``memstudy predict`` and ``memstudy fit``: what a model will take on a GPU that is not here."""
+"""The commands ``predict``, ``fit`` and ``advise``: what a model will take on a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ from memstudy.bad_input import one_line
 
 if TYPE_CHECKING:
     from memstudy.hub_configs import HubModelRun
-    from memstudy.memory import Fit, MemoryReport
-
-# By the step times of the Lab-4 study's reference rows.
-CHEAPEST_FIRST = (
-    "bf16", "chunked_loss", "optimizer_in_backward", "adamw_8bit", "selective_checkpointing=0.5", "checkpointing",
-)  # fmt: skip
+    from memstudy.memory import Fit, Gpu, MemoryReport
 
 Model = Annotated[str, typer.Option(help="A name of `memstudy list models`, or the path of a config.json.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=2, max=2**31)]
@@ -85,10 +80,12 @@ def fit(
 
     memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise
 
-    With --advise, techniques are added one after another, cheapest in step time first, until a batch fits. With
-    --verify (without --gpu) the batch is run here, and the answer is a tested one. Exit status 0 whether one fits or
-    not.
+    With --advise, techniques are added one after another, cheapest in step time first, until a batch fits; `memstudy
+    advise` does that for a batch that shall stay. With --verify (without --gpu) the batch is run here, and the
+    answer is a tested one. Exit status 0 whether one fits or not.
     """
+    from memstudy.memory import find_gpu
+
     with _one_line():
         if verify and gpu is not None:
             raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
@@ -102,7 +99,7 @@ def fit(
             "attention": attention,
         }  # fmt: skip
         steps: list[tuple[tuple[str, ...], Fit]] = []
-        for techniques in [chosen, *(_additions(plan, effective_batch) if advise else [])]:
+        for techniques in [chosen, *(_additions(plan, gpu and find_gpu(gpu), effective_batch) if advise else [])]:
             found = _fit(
                 plan | {"techniques": techniques}, gpu, budget_mib, effective_batch, expandable_segments, verify
             )
@@ -118,6 +115,81 @@ def fit(
         _show(steps[-1][1].report)
     elif not advise:
         typer.echo("--advise says which techniques to add")
+
+
+def advise(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)],
+    seq_len: SeqLen,
+    gpu: GpuName = None,
+    budget_mib: Annotated[
+        float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")
+    ] = None,
+    technique: Techniques = "",
+    optimizer: Optimizer = "adamw",
+    task: Task = "lm",
+    attention: Attention = "sdpa",
+    expandable_segments: Expandable = False,
+    as_json: Json = False,
+) -> None:
+    """Say which techniques make a batch fit, the quickest that do.
+
+    memstudy advise --model gpt2-large --gpu RTX4090 --batch 32 --seq-len 1024
+
+    Techniques are added in the order of their step times in the memory ablation's reference rows, until the step is
+    predicted to fit; then the batch is run in ever more parts. Which change the arithmetic is said. The time is that of
+    the ablation's model on the machine of the rows, so on a GPU it is a hint. Exit status 0 whether anything fits or
+    not.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from memstudy import advice, techniques
+    from memstudy.memory import find_gpu
+
+    with _one_line():
+        if (gpu is None) == (budget_mib is None):
+            raise ValueError("advise needs one budget: give --gpu, or --budget-mib for this CPU")
+        card = gpu and find_gpu(gpu)
+        plan = {
+            "model": model, "batch_size": batch, "seq_len": seq_len, "optimizer": optimizer, "task": task,
+            "attention": attention,
+        }  # fmt: skip
+        _plan(**plan, techniques=_split(technique))
+        rows = advice.reference()
+        rungs = advice.reference_ladder(rows, _levers(plan, card), start=_split(technique))
+        rungs += advice.in_more_parts(rungs[-1], batch)
+        climbed = []
+        for rung in rungs:
+            report = _report(_plan(**plan, techniques=rung), gpu, expandable_segments)
+            needed = report.peak_allocated_mib if card is None else report.whole_gpu_mib
+            fits = needed <= budget_mib if card is None else report.out_of_memory is None
+            row = rows.get(frozenset(rung))
+            time = row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"]
+            exact = all(lever.exact for lever in techniques.parse(rung))
+            climbed.append({"techniques": rung, "needed_mib": needed, "fits": fits, "time": time, "exact": exact})
+            if fits:
+                break
+    if as_json:
+        typer.echo(json.dumps(climbed, indent=2))
+        return
+    table = Table("techniques", "needs", "step time", "same result", box=None, title=f"on {report.device}, predicted")
+    for column in (1, 2):
+        table.columns[column].justify = "right"
+    for row in climbed:
+        time = "" if row["time"] is None else f"{row['time']:.2f} ×"
+        names = ", ".join(row["techniques"]) or "none"
+        table.add_row(
+            names, _size(row["needed_mib"]), time, "yes" if row["exact"] else "no", style="bold" * row["fits"]
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    device = rows[frozenset()]["provenance"]["device"]
+    console.print(f"step time: against no technique, measured on {device} with the ablation's model", soft_wrap=True)
+    if fits:
+        console.print(f"fits: --technique {','.join(rung)}" if rung else "fits as it is", soft_wrap=True)
+    else:
+        console.print("nothing fits: take a shorter sequence, a smaller model or a larger GPU", soft_wrap=True)
 
 
 def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) -> Fit:
@@ -156,23 +228,33 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) ->
         )
 
 
-def _additions(plan: dict, effective_batch: int | None) -> list[tuple[str, ...]]:
-    """Ever longer lists of techniques, those that suit the model and each other; more is recomputed in less's stead."""
-    lists, grown = [], plan["techniques"]
+def _levers(plan: dict, card: Gpu | None) -> list[str]:
+    """The levers that the memory ablation advises, those that suit the model and can be had."""
+    from memstudy import advice, techniques
+    from memstudy.attention import Unavailable
+
+    def there(text: str) -> bool:
+        try:
+            techniques.check_available(techniques.parse((text,)), capability=card and card.compute_capability)
+        except Unavailable as error:
+            typer.echo(f"not advised: {error}", err=True)
+            return False
+        return True
+
+    choices = {name: value for name, value in plan.items() if name != "techniques"}
+    return [text for text in advice.suited(advice.advised(), **choices) if there(text)]
+
+
+def _additions(plan: dict, card: Gpu | None, effective_batch: int | None) -> list[tuple[str, ...]]:
+    """Ever longer lists of techniques, the quickest first."""
+    from memstudy import advice
+
     # A batch of 1 shall do, and is accumulated to the effective batch.
     batch = effective_batch or 1
     parts = (f"accumulation={batch}",) if batch > 1 else ()
-    for text in CHEAPEST_FIRST:
-        kept = grown
-        if text == "checkpointing":
-            kept = tuple(other for other in grown if not other.startswith("selective_checkpointing"))
-        try:
-            _plan(**plan | {"seq_len": 2, "batch_size": batch, "techniques": (*kept, text, *parts)})
-        except ValueError:
-            continue
-        grown = (*kept, text)
-        lists.append(grown)
-    return lists
+    levers = _levers(plan | {"batch_size": batch, "seq_len": 2}, card)
+    rungs = advice.reference_ladder(advice.reference(), levers, start=(*plan["techniques"], *parts))
+    return [tuple(text for text in rung if text not in parts) for rung in rungs[1:]]
 
 
 def _split(techniques: str) -> tuple[str, ...]:

@@ -92,8 +92,9 @@ class HubModelRun(StepRun):
                 raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
         if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
             raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
-        if "adamw_8bit" in self.techniques and self.optimizer != "adamw":
-            raise ValueError(f"adamw_8bit is an optimizer itself and excludes optimizer {self.optimizer!r}")
+        for text, lever in zip(self.techniques, self.levers(), strict=True):
+            if lever.group == "optimizer" and self.optimizer != "adamw":
+                raise ValueError(f"{text} is an optimizer itself and excludes optimizer {self.optimizer!r}")
         return self
 
     @model_validator(mode="after")
