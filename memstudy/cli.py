@@ -130,7 +130,10 @@ def report(
     failed = [stem for stem in errors if stem not in done + left_out]
     status = 1 if failed or not done else 0
     if done:
+        from memstudy import synthesis
+
         (generated / "report").mkdir(parents=True, exist_ok=True)
+        synthesis.draw(generated, done)
         (generated / "report" / "studies.tex").write_text(f"\\studies{{{','.join(done)}}}\n")
         status = subprocess.run([runs.ROOT / "report" / "tex.sh", generated]).returncode or status
     if left_out:

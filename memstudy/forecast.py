@@ -150,6 +150,8 @@ def advise(
     with _one_line():
         if (gpu is None) == (budget_mib is None):
             raise ValueError("advise needs one budget: give --gpu, or --budget-mib for this CPU")
+        if budget_mib is not None and not 0 < budget_mib < float("inf"):
+            raise ValueError(f"budget_mib={budget_mib}: a budget above 0 MiB is needed")
         card = gpu and find_gpu(gpu)
         plan = {
             "model": model, "batch_size": batch, "seq_len": seq_len, "optimizer": optimizer, "task": task,

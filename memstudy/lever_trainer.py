@@ -86,6 +86,17 @@ class LeverTrainer(Trainer):
             stack.enter_context(lever.around_loss())
         return stack
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """A part's share of the loss of a batch that is accumulated.
+
+        Many models of transformers take ``num_items_in_batch`` and forget it, and the Trainer then adds up the means of
+        the parts. Asked without it every model gives its part's mean.
+        """
+        if num_items_in_batch is None or self.current_gradient_accumulation_steps == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        share = self._get_num_items_in_batch([inputs], self.args.device) / num_items_in_batch
+        return super().compute_loss(model, inputs) * share
+
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         return _ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler

@@ -3,12 +3,14 @@
 study = Study("lab4_grid", globals())
 rows = study.sweep(runs)                     # a tidy DataFrame, one row a run
 study.table(frame, "comparison", "{:.1f}")   # report/tables/lab4_grid_comparison.tex
+study.claims(rows)                           # its claims table, and its rows of the report's ledger
 study.figure(figure, "memory")               # figures/lab4_grid_memory.pdf
 study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib} in the LaTeX
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from memstudy import runs as records
 from memstudy.parameters import notebook_parameters
 
+VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 STYLE = Path(__file__).with_name("paper.mplstyle")
 PUBLISHED = Path(__file__).with_name("published")
 
@@ -60,6 +63,7 @@ class Study:
         self._out = (base / self.parameters["out_dir"]).resolve()
         self._run_missing = self.parameters["run_missing"]
         self._used: dict[str, dict] = {}
+        self._verdicts: dict[str, str] = {}
         if self._run_missing:
             records.check_writable(self._results)
         plt.style.use(STYLE)
@@ -129,12 +133,49 @@ class Study:
         path.write_text(text, encoding="utf-8")
         return frame.style.format(formats, na_rep="–")
 
+    def trade_offs(self, *, memory: pd.Series, time: pd.Series, quality_lost: pd.Series) -> pd.DataFrame:
+        """Write what each technique saves and costs, measured, for the report's synthesis over studies.
+
+        Parameters
+        ----------
+        memory, time : pd.Series
+            By technique: peak and time of a step, the baseline's being 1; where one is missing there is no row.
+        quality_lost : pd.Series
+            [%]: by how much perplexity rises or a score falls; missing where it was not measured.
+        """
+        rows = pd.DataFrame({"memory": memory, "time": time, "quality_lost": quality_lost}).astype(float)
+        rows = rows.dropna(subset=["memory", "time"]).rename_axis("technique")
+        rows.to_csv(self._file("report/tradeoffs", f"{self.stem}.csv"))
+        return rows
+
+    def claims(self, rows: Iterable[tuple[str, str, str, str, str]]) -> Styler:
+        """Write the sources' claims as table ``claims``, and for the report's ledger of all studies' claims.
+
+        A row has the claim, what is published, predicted and measured, "–" where nothing is, and the verdict, one of
+        ``VERDICTS``, by a rule that the notebook states. How many there are of each is among the values.
+
+        Raises
+        ------
+        ValueError
+            For another verdict.
+        """
+        frame = pd.DataFrame(rows, columns=["claim", "published", "predicted", "measured", "verdict"])
+        unknown = set(frame["verdict"]) - set(VERDICTS)
+        if unknown:
+            raise ValueError(f"verdict {min(unknown)!r}: one of {', '.join(VERDICTS)} is needed")
+        count = frame["verdict"].value_counts()
+        self._verdicts = {"n_claims": str(len(frame))} | {
+            f"n_{verdict.replace(' ', '_')}": str(count.get(verdict, 0)) for verdict in VERDICTS
+        }
+        styler = frame.style.hide(axis="index").format(escape="latex")
+        wide, narrow = (rf">{{\raggedright\arraybackslash}}p{{{mm}mm}}" for mm in (46, 24))
+        latex = styler.to_latex(environment="longtable", hrules=True, column_format=wide + 4 * narrow)
+        self._file("report/tables", f"{self.stem}_ledger.tex").write_text(latex, encoding="utf-8")
+        return self.table(frame.set_axis(range(1, len(frame) + 1)), "claims", "{}", wrap="claim")
+
     def figure(self, figure: Figure, label: str) -> None:
         """Write ``figure`` as ``figures/<stem>_<label>.pdf``, and as PNG beside it for web pages."""
-        path = self._file("figures", f"{self.stem}_{label}.pdf")
-        # Without a date, the same rows give the same file.
-        figure.savefig(path, metadata={"CreationDate": None})
-        figure.savefig(path.with_suffix(".png"), dpi=160)
+        write_figure(figure, self._file("figures", f"{self.stem}_{label}.pdf"))
 
     def values(self, values: dict[str, str]) -> None:
         """Write ``values`` for the report's ``\\val``, with what every caption says, and the provenance.
@@ -146,13 +187,14 @@ class Study:
         where = [record["provenance"] for record in used] or [{"device": "nothing was run", **records.git_state()}]
         sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
         commits = sorted({p["commit"][:7] + "+" * p["dirty"] for p in where})
-        every = values | {
+        said = {
             "parameters_hash": records.run_id(self._told_parameters())[:8],
             "commit": ", ".join(commits),
             "dataset": ", ".join(sources) or "random tokens",
             "device": "; ".join(sorted({p["device"] for p in where})),
             "n_runs": str(len(used)),
         }
+        every = values | self._verdicts | said
         lines = [f"\\defval{{{self.stem}.{key}}}{{{_escape(text)}}}" for key, text in every.items()]
         path = self._file("report/values", f"{self.stem}.tex")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -224,8 +266,19 @@ class Study:
                 for record in used
             ]
         )
-        styler = table.style.hide(axis="index").format(escape="latex")
-        return text + "\n\n" + "{\\scriptsize\n" + styler.to_latex(environment="longtable", hrules=True) + "}\n"
+        # Combinations are long: they may break wherever a name ends.
+        breakable = {"experiment": lambda text: re.sub(r"(\\_|[+,])", r"\1\\allowbreak{}", _escape(text))}
+        styler = table.style.hide(axis="index").format(escape="latex").format(breakable, subset=["experiment"])
+        columns = r"l>{\raggedright\arraybackslash}p{42mm}rrllll"
+        latex = styler.to_latex(environment="longtable", hrules=True, column_format=columns)
+        return text + "\n\n" + "{\\scriptsize\n" + latex + "}\n"
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as PDF to ``path``, and as PNG beside it for web pages."""
+    # Without a date, the same rows give the same file.
+    figure.savefig(path, metadata={"CreationDate": None})
+    figure.savefig(path.with_suffix(".png"), dpi=160)
 
 
 def _row(record: dict) -> dict:

@@ -1,4 +1,4 @@
-"""`memstudy predict` and `memstudy fit`: what they print, their JSON, and bad input told in one line."""
+"""`memstudy predict`, `fit` and `advise`: what they print, their JSON, and bad input told in one line."""
 
 import json
 import re
@@ -8,10 +8,10 @@ from test_cli import assert_one_line, invoke
 from tiny_models import config_file
 from tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
 
-from memstudy import memory
-from memstudy.forecast import CHEAPEST_FIRST
+from memstudy import advice, memory
+from memstudy.attention import Unavailable
 from memstudy.hub_configs import HubModelRun, hub_models
-from memstudy.techniques import TECHNIQUES
+from memstudy.techniques import TECHNIQUES, check_available, parse
 from memstudy.trainers import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,9 +49,14 @@ def fit(model, *arguments, seq_len=16):
 
 
 def answer(result):
-    """Return the JSON that a command has printed; nothing else may be."""
-    assert (result.exit_code, result.stderr) == (0, "")
+    """Return the JSON that a command has printed; nothing else may be, but for what is not installed."""
+    assert (result.exit_code, noted(result)) == (0, [])
     return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def noted(result):
+    """Return the lines on stderr but for those about levers whose package is not installed here."""
+    return [line for line in result.stderr.splitlines() if not line.startswith("not advised: ")]
 
 
 def table(result) -> dict[str, int]:
@@ -229,46 +234,113 @@ def advised(model, *arguments):
     return answer(fit(model, "--advise", "--json", *arguments, seq_len=4))
 
 
+def there(text):
+    try:
+        check_available(parse((text,)))
+    except Unavailable:
+        return False
+    return True
+
+
+def rungs(model, *, start=(), without=(), **choices):
+    """The ladder by the reference rows, of levers that are installed, without those that do not suit."""
+    levers = [text for text in advice.advised() if there(text) and text not in without]
+    found = advice.reference_ladder(advice.reference(), levers, start=start)
+    assert len(found) > 3
+    return found
+
+
 def test_advice_is_the_cheapest_that_fits(models):
-    """Of a batch of 1 that fits nowhere before, the gradients are the most that can be spared."""
-    three = "bf16,chunked_loss,optimizer_in_backward"
-    peak = answer(predict(models["gpt2"], "--technique", three, "--json", batch=1, seq_len=4))["peak_allocated_mib"]
-    result = fit(models["gpt2"], "--advise", "--budget-mib", peak + 0.01, seq_len=4)
-    assert (result.exit_code, result.stderr) == (0, "")
-    first, second, third, fourth, *rest = result.stdout.splitlines()
-    assert first.startswith("no technique: nothing fits: a batch of 1 needs")
-    assert second.startswith("bf16: nothing fits")
-    assert third.startswith("bf16, chunked_loss: nothing fits")
-    assert fourth.startswith("bf16, chunked_loss, optimizer_in_backward: largest batch 1 (predicted), 0.")
-    assert "training step on cpu, predicted" in rest[0]
+    """The first rung of the ladder that takes less than the ones before, with a budget of just what it takes."""
+    plan = rungs(models["gpt2"], without={"accumulation=4"})
+    needs = [
+        answer(predict(models["gpt2"], "--technique", ",".join(rung), "--json", batch=1, seq_len=4))[
+            "peak_allocated_mib"
+        ]
+        for rung in plan
+    ]
+    wanted = needs.index(min(needs))
+    assert wanted > 0
+    result = fit(models["gpt2"], "--advise", "--budget-mib", needs[wanted] + 0.001, seq_len=4)
+    assert (result.exit_code, noted(result)) == (0, [])
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("no technique: nothing fits: a batch of 1 needs")
+    for rung, line in zip(plan[1:wanted], lines[1:], strict=False):
+        assert line.startswith(f"{', '.join(rung)}: nothing fits")
+    assert lines[wanted].startswith(f"{', '.join(plan[wanted])}: largest batch 1 (predicted), 0.")
+    assert "training step on cpu, predicted" in lines[wanted + 1]
 
 
 @pytest.mark.parametrize(
     ("model", "arguments", "left_out"),
     [
-        ("gpt2", (), set()),
-        ("bert", ("--optimizer", "adafactor"), {"chunked_loss", "adamw_8bit"}),
-        ("gpt2", ("--effective-batch", 4), {"optimizer_in_backward"}),
+        ("gpt2", (), {"accumulation=4"}),
+        (
+            "bert",
+            ("--optimizer", "adafactor"),
+            {"accumulation=4", "chunked_loss", "adamw_8bit", "adamw_8bit_torchao"},
+        ),
+        ("gpt2", ("--effective-batch", 4), {"accumulation=4", "optimizer_in_backward"}),
     ],
     ids=["all", "bert-adafactor", "accumulated"],
 )
 def test_what_does_not_suit_is_not_advised(model, arguments, left_out, models):
     rows = advised(models[model], "--budget-mib", 0.1, *arguments)
     assert all(row["batch_size"] == 0 for row in rows)
-    expected = [technique for technique in CHEAPEST_FIRST if technique not in left_out]
-    *steps, last = [row["techniques"] for row in rows]
-    assert steps == [expected[:number] for number in range(len(expected))]
-    assert last == [technique for technique in expected if technique != "selective_checkpointing=0.5"]
+    assert [tuple(row["techniques"]) for row in rows] == rungs(models[model], without=left_out)
 
 
 def test_advice_takes_nothing_away_that_was_chosen(models):
     rows = advised(models["bert"], "--budget-mib", 0.1, "--technique", "checkpointing")
-    assert [row["techniques"] for row in rows] == [
-        ["checkpointing"],
-        ["checkpointing", "bf16"],
-        ["checkpointing", "bf16", "optimizer_in_backward"],
-        ["checkpointing", "bf16", "optimizer_in_backward", "adamw_8bit"],
+    assert [tuple(row["techniques"]) for row in rows] == rungs(
+        models["bert"], start=("checkpointing",), without={"accumulation=4", "chunked_loss"}
+    )
+    assert all(row["techniques"][0] == "checkpointing" for row in rows)
+
+
+# --- advise
+
+
+def advise(model, *arguments, batch=4, seq_len=16):
+    return invoke("advise", "--model", model, "--batch", batch, "--seq-len", seq_len, *arguments)
+
+
+def test_the_ladder_is_climbed_until_the_batch_fits(models):
+    plan = [*rungs(models["gpt2"])]
+    needs = [
+        answer(predict(models["gpt2"], "--technique", ",".join(rung), "--json", batch=4))["peak_allocated_mib"]
+        for rung in plan
     ]
+    wanted = next(number for number, need in enumerate(needs) if need < 0.8 * needs[0])
+    rows = answer(advise(models["gpt2"], "--budget-mib", needs[wanted], "--json"))
+    assert [tuple(row["techniques"]) for row in rows] == plan[: wanted + 1]
+    assert [row["needed_mib"] for row in rows] == needs[: wanted + 1]
+    assert [row["fits"] for row in rows] == [False] * wanted + [True]
+    assert rows[0]["time"] == 1
+    assert rows[0]["exact"] is True
+    result = advise(models["gpt2"], "--budget-mib", needs[wanted])
+    assert f"fits: --technique {','.join(plan[wanted])}" in result.stdout
+    assert "measured on" in result.stdout
+
+
+def test_what_fits_needs_no_advice(models, small_gpu):
+    assert "fits as it is" in advise(models["gpt2"], "--gpu", small_gpu).stdout
+
+
+def test_a_batch_that_fits_in_no_parts_is_told(models):
+    rows = answer(advise(models["bert"], "--budget-mib", 0.1, "--json", batch=12))
+    assert not any(row["fits"] for row in rows)
+    assert "accumulation=12" in rows[-1]["techniques"]
+    said = advise(models["bert"], "--budget-mib", 0.1, batch=12).stdout
+    assert "nothing fits: take a shorter sequence" in said
+
+
+def test_parts_make_a_batch_fit(models, small_gpu):
+    """A batch whose activations alone are far more than the GPU has."""
+    rows = answer(advise(models["large bert"], "--gpu", small_gpu, "--json", batch=512, seq_len=64))
+    assert rows[-1]["fits"] is True
+    assert rows[-1]["needed_mib"] <= 1024
+    assert any(text.startswith("accumulation=") for text in rows[-1]["techniques"])
 
 
 def test_a_verified_batch_has_been_run(models, monkeypatch):
@@ -321,6 +393,7 @@ def test_the_list_of_gpus_has_their_memory():
     ("command", "taught"),
     [
         ("predict", ["--gpu T4", "nothing is run", "memstudy list models", "config.json", ".yaml file", "--json"]),
+        ("advise", ["--batch 64", "reference rows", "Exit status 0"]),
         (
             "fit",
             ["--effective-batch 64 --advise", "needed without --gpu", "cheapest in step time first", "Exit status 0"],
@@ -337,6 +410,7 @@ def test_help_teaches(command, taught):
 
 PREDICT = ["predict", "--batch", 2, "--seq-len", 16, "--model"]
 FIT = ["fit", "--seq-len", 16, "--model"]
+ADVISE = ["advise", "--batch", 4, "--seq-len", 16, "--model"]
 
 
 @pytest.mark.parametrize(
@@ -364,6 +438,11 @@ FIT = ["fit", "--seq-len", 16, "--model"]
         ([*PREDICT, "t5-small", "--batch", 2**31, "--seq-len", 2**31], ["more than 2^63 bytes", "smaller batch"]),
         ([*FIT, "gpt3", "--gpu", "T4"], ["unknown model 'gpt3'"]),
         ([*FIT, "gpt3", "--gpu", "T4", "--advise"], ["unknown model 'gpt3'"]),
+        ([*ADVISE, "gpt2"], ["advise needs one budget: give --gpu, or --budget-mib"]),
+        ([*ADVISE, "gpt2", "--gpu", "T4", "--budget-mib", 1], ["advise needs one budget"]),
+        ([*ADVISE, "gpt2", "--budget-mib", "nan"], ["budget_mib=nan: a budget above 0 MiB is needed"]),
+        ([*ADVISE, "gpt3", "--gpu", "T4"], ["unknown model 'gpt3'"]),
+        ([*ADVISE, "gpt2", "--gpu", "T4", "--technique", "accumulation=3"], ["accumulation=3 does not divide"]),
         ([*FIT, "gpt2"], ["give --gpu, or --budget-mib"]),
         ([*FIT, "gpt2", "--verify"], ["give --gpu, or --budget-mib"]),
         ([*FIT, "gpt2", "--gpu", "T4", "--verify"], ["--verify runs on this CPU", "--budget-mib"]),

@@ -80,6 +80,7 @@ LAYERS = {
     "fresh": ({"trainers", "cli"}, set()),
     "runs": ({"fresh"}, set()),
     "study": ({"runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
+    "synthesis": ({"study"}, {"pandas", "matplotlib"}),
     "advice": ({"hub_configs", "parameters", "runs", "techniques"}, set()),
     "bad_input": (set(), {"typer", "pydantic"}),
     "forecast": (

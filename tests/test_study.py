@@ -210,6 +210,36 @@ def printed(swept, folder):
     return folder
 
 
+def test_claims_are_counted_and_their_rows_are_in_table_and_ledger(tmp_path):
+    study = make_study(tmp_path)
+    rows = [
+        ("saves 50 %", "50 %", "49 %", "48 %", "reproduced"),
+        ("is faster", "2 ×", "–", "1 ×", "not reproduced"),
+        ("is better & cheaper", "yes", "–", "–", "not testable here"),
+        ("is cheaper", "yes", "–", "no", "not reproduced"),
+    ]
+    study.claims(rows)
+    study.values({})
+    (values,) = tmp_path.rglob("report/values/lab4_grid.tex")
+    told = read_values(values.parents[2])
+    counts = {"claims": 4, "reproduced": 1, "partly": 0, "not_reproduced": 2, "not_testable_here": 1}
+    assert {name: told[f"lab4_grid.n_{name}"] for name in counts} == {
+        name: str(count) for name, count in counts.items()
+    }
+    for name in ("claims", "ledger"):
+        text = (values.parents[1] / "tables" / f"lab4_grid_{name}.tex").read_text("utf-8")
+        assert r"saves 50 \%" in text
+        assert r"is better \& cheaper" in text
+        assert text.count("not reproduced") == 2
+
+
+def test_a_verdict_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="verdict 'maybe': one of reproduced, partly, not reproduced, not testable here"
+    ):
+        make_study(tmp_path).claims([("saves", "–", "–", "–", "maybe")])
+
+
 def read_values(folder: Path) -> dict[str, str]:
     lines = (folder / "report/values/lab4_grid.tex").read_text("utf-8").splitlines()
     return dict(re.fullmatch(r"\\defval\{(.+?)\}\{(.*)\}", line).groups() for line in lines)

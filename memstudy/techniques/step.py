@@ -42,14 +42,18 @@ class ChunkedLoss(Technique):
         def forward(input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
             if labels is None or not model.training:
                 return native(input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
-            output = model.base_model(input_ids, **kwargs)
-            head = model.get_output_embeddings()
+            head, targets = model.get_output_embeddings(), labels[:, 1:]
+            bias, tokens = head.bias, slice(-1)
+            if model.config.is_encoder_decoder:  # Marian's
+                kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+                targets, bias, tokens = labels, model.final_logits_bias.flatten(), slice(None)
+            hidden_states = model.base_model(input_ids, **kwargs).last_hidden_state[:, tokens]
             mean = num_items_in_batch is None
             loss = F.linear_cross_entropy(
-                output.last_hidden_state[:, :-1].flatten(0, 1).to(head.weight.dtype),
+                hidden_states.flatten(0, 1).to(head.weight.dtype),
                 head.weight,
-                labels[:, 1:].flatten(),
-                linear_bias=head.bias,
+                targets.flatten(),
+                linear_bias=bias,
                 reduction="mean" if mean else "sum",
                 options=torch.nn.LinearCrossEntropyOptions(),
             )

@@ -1,0 +1,100 @@
+"""The ladder of levers: its order, what it may not hold, and the rows that it comes from."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memstudy import advice, runs, techniques
+from memstudy.hub_configs import HubModelRun
+from memstudy.parameters import read_parameters
+
+LEVERS = [
+    "bf16", "bf16_weights", "checkpointing", "selective_checkpointing=0.5", "chunked_loss", "adamw_8bit",
+    "optimizer_in_backward", "accumulation=4", "muon",
+]  # fmt: skip
+NUMBERS = st.fixed_dictionaries({text: st.floats(0, 2, allow_nan=False) for text in LEVERS})
+
+
+def test_the_quickest_comes_first():
+    times = {"checkpointing": 1.3, "bf16": 0.6, "chunked_loss": 1.0}
+    assert advice.ladder(times, dict.fromkeys(times, 0.1)) == [
+        (),
+        ("bf16",),
+        ("bf16", "chunked_loss"),
+        ("bf16", "chunked_loss", "checkpointing"),
+    ]
+
+
+def test_what_saves_more_takes_the_place_of_what_it_excludes():
+    times = {"selective_checkpointing=0.5": 1.1, "bf16": 1.2, "checkpointing": 1.3}
+    savings = {"selective_checkpointing=0.5": 0.3, "bf16": 0.2, "checkpointing": 0.5}
+    assert advice.ladder(times, savings)[-1] == ("bf16", "checkpointing")
+    savings["checkpointing"] = 0.3
+    assert advice.ladder(times, savings)[-1] == ("selective_checkpointing=0.5", "bf16")
+
+
+def test_what_was_there_at_the_start_stays():
+    times, savings = {"checkpointing": 1.0, "bf16": 1.1}, {"checkpointing": 0.9, "bf16": 0.1}
+    start = ("selective_checkpointing=0.5",)
+    assert advice.ladder(times, savings, start=start) == [start, (*start, "bf16")]
+
+
+@given(NUMBERS, NUMBERS, st.sampled_from([(), ("checkpointing",), ("accumulation=2", "sgd")]))
+def test_every_rung_can_be_run_and_adds_one_lever(times, savings, start):
+    rungs = advice.ladder(times, savings, start=start)
+    assert rungs[0] == start
+    added = [rung[-1] for rung in rungs[1:]]
+    assert added == sorted(added, key=times.get)
+    for before, rung in itertools.pairwise(rungs):
+        techniques.parse(rung)
+        assert rung[: len(start)] == start
+        gone = set(before) - set(rung)
+        assert set(rung) - set(before) == {rung[-1]}
+        assert all(techniques.excluded((other, rung[-1])) and savings[rung[-1]] > savings[other] for other in gone)
+
+
+@pytest.mark.parametrize(
+    ("rung", "batch_size", "parts"),
+    [
+        ((), 1, []),
+        ((), 8, [2, 4, 8]),
+        (("accumulation=4", "bf16"), 8, [8]),
+        (("accumulation=8",), 8, []),
+        (("optimizer_in_backward", "bf16"), 12, [2, 4, 12]),
+        ((), 7, [7]),
+    ],
+)
+def test_a_batch_comes_down_to_single_sequences(rung, batch_size, parts):
+    lists = advice.in_more_parts(rung, batch_size)
+    assert [texts[-1] for texts in lists] == [f"accumulation={number}" for number in parts]
+    for texts in lists:
+        techniques.parse(texts)
+        assert set(texts) >= set(rung) - {"optimizer_in_backward", "accumulation=4"}
+
+
+def test_what_suits_a_model():
+    texts = ("bf16", "chunked_loss", "accumulation=4")
+    sizes = {"seq_len": 8, "batch_size": 8}
+    assert advice.suited(texts, model="gpt2", **sizes) == texts
+    assert advice.suited(texts, model="bert-base-uncased", **sizes) == ("bf16", "accumulation=4")
+    assert advice.suited(texts, model="gpt2", **sizes | {"batch_size": 6}) == ("bf16", "chunked_loss")
+
+
+def test_the_reference_is_the_studys_model_at_full_scale():
+    rows, size = advice.reference(), read_parameters("memory_ablation", "full")
+    assert len(rows) > 20
+    for levers, record in rows.items():
+        assert record["config"]["hidden_size"] == size["hidden_size"]
+        assert set(record["config"]["techniques"]) == levers
+    rungs = advice.reference_ladder(rows, advice.advised())
+    assert len(rungs) > 4
+    for rung in rungs:
+        HubModelRun(experiment="test", model="gpt2", seq_len=8, batch_size=8, techniques=rung)
+
+
+def test_without_reference_rows_it_is_said_how_to_make_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"no reference rows in .*: run memstudy report memory_ablation --scale full"):
+        advice.reference()
