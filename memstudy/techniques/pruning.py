@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from memstudy.attention.base import Unavailable
+from memstudy.attention.memsizer import MemSizerAttention
 from memstudy.projections import known_attentions
 from memstudy.techniques.base import Technique
 
@@ -42,6 +43,14 @@ class Masks(Pruning):
     """The mask is kept: all weights, a mask of their size, and the masked weights, made anew in every forward pass."""
 
     summary = "unstructured pruning with its mask (=0.5 of the weights): takes more memory, not less"
+
+    def prepare(self, model):
+        if any(isinstance(module, MemSizerAttention) for module in model.modules()):
+            raise ValueError(
+                f"masks={self.share:g}: MemSizer reads the weights of its projections past the hook that masks them; "
+                "take pruned or narrow"
+            )
+        super().prepare(model)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,11 @@ class FewerHeads(Pruning):
             op = attention.get_submodule(family.op)
             head_dim = getattr(op, family.head_dim)
             layers = {parts: attention.get_submodule(name) for parts, name in family.projections.items()}
+            if not all(isinstance(layer, (nn.Linear, Conv1D)) for layer in layers.values()):
+                raise ValueError(
+                    f"fewer_heads={self.share:g}: the projections of this {type(attention).__name__} are not one "
+                    "matrix each; take the attention as it was"
+                )
             by_head = [
                 _by_neuron(layer, reads=parts == "o").unflatten(0, (len(parts), -1, head_dim))
                 for parts, layer in layers.items()
