@@ -278,7 +278,7 @@ def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> Mem
 
     card = gpu and find_gpu(gpu)
     with Console(stderr=True).status(f"following two steps of {run.model} on tensors without bytes"):
-        return predict_memory(build(run, gpu=card), gpu=card, expandable_segments=expandable_segments)
+        return predict_memory(build(run, gpu=card, parts=2), gpu=card, expandable_segments=expandable_segments)
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def execute(run: Run, checkpoints: Path) -> dict:
 
 def _predict(run: PredictionRun) -> dict:
     gpu = run.gpu or None
-    report = predict(build(run.of, gpu=gpu), gpu=gpu, iterations=1 if isinstance(run.of, InferenceRun) else 2)
+    report = predict(build(run.of, gpu=gpu, parts=2), gpu=gpu, iterations=1 if isinstance(run.of, InferenceRun) else 2)
     metrics = report.scalars()
     if gpu:
         metrics |= {"whole_gpu_mib": report.whole_gpu_mib, "fits": report.out_of_memory is None}
