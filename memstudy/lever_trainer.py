@@ -92,7 +92,8 @@ class LeverTrainer(Trainer):
         Many models of transformers take ``num_items_in_batch`` and forget it, and the Trainer then adds up the means of
         the parts. Asked without it every model gives its part's mean.
         """
-        if num_items_in_batch is None or self.current_gradient_accumulation_steps == 1:
+        whole = return_outputs or self.current_gradient_accumulation_steps == 1  # outputs are for evaluation
+        if whole or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = self._get_num_items_in_batch([inputs], self.args.device) / num_items_in_batch
         return super().compute_loss(model, inputs) * share

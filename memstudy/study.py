@@ -168,7 +168,7 @@ class Study:
             f"n_{verdict.replace(' ', '_')}": str(count.get(verdict, 0)) for verdict in VERDICTS
         }
         styler = frame.style.hide(axis="index").format(escape="latex")
-        wide, narrow = (rf">{{\raggedright\arraybackslash}}p{{{mm}mm}}" for mm in (46, 24))
+        wide, narrow = (rf">{{\raggedright\arraybackslash}}p{{{mm}mm}}" for mm in (43, 23))
         latex = styler.to_latex(environment="longtable", hrules=True, column_format=wide + 4 * narrow)
         self._file("report/tables", f"{self.stem}_ledger.tex").write_text(latex, encoding="utf-8")
         return self.table(frame.set_axis(range(1, len(frame) + 1)), "claims", "{}", wrap="claim")
@@ -269,7 +269,7 @@ class Study:
         # Combinations are long: they may break wherever a name ends.
         breakable = {"experiment": lambda text: re.sub(r"(\\_|[+,])", r"\1\\allowbreak{}", _escape(text))}
         styler = table.style.hide(axis="index").format(escape="latex").format(breakable, subset=["experiment"])
-        columns = r"l>{\raggedright\arraybackslash}p{42mm}rrllll"
+        columns = r"l>{\raggedright\arraybackslash}p{34mm}rrllll"
         latex = styler.to_latex(environment="longtable", hrules=True, column_format=columns)
         return text + "\n\n" + "{\\scriptsize\n" + latex + "}\n"
 
