@@ -59,6 +59,9 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
     for axis, ticks in ((axes.xaxis, (0.25, 0.5, 1, 2, 4, 8)), (axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2))):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
+    axes.set(xlim=_around(rows["time"]), ylim=_around(rows["memory"]))
+    for row in rows.loc[rows.groupby("study")["memory"].idxmin()].itertuples():
+        axes.annotate(row.technique, (row.time, row.memory), xytext=(4, -8), textcoords="offset points", fontsize=6)
     shapes = [Line2D([], [], color="k", marker=m, linestyle="", label=s.replace("_", " ")) for s, m in markers.items()]
     hues = [Line2D([], [], color=c, marker="o", linestyle="", label=f"quality lost: {q}") for q, c in COLORS.items()]
     figure.legend(handles=[*shapes, *hues], loc="outside upper center", ncols=3, fontsize=7)
@@ -77,6 +80,11 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
     styler = (
         table.style.hide(axis="index").format(formats, na_rep="–", escape="latex").format_index(escape="latex", axis=1)
     )
-    latex = styler.to_latex(hrules=True, column_format=r"llp{58mm}rrr")
+    latex = styler.to_latex(hrules=True, column_format=r"llp{46mm}rrr")
     (generated / "report" / "tables" / "synthesis.tex").write_text(latex, encoding="utf-8")
     return True
+
+
+def _around(values: pd.Series) -> tuple[float, float]:
+    """Limits of a logarithmic axis that leave room for labels."""
+    return 0.8 * values.min(), 1.4 * values.max()

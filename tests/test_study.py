@@ -233,6 +233,16 @@ def test_claims_are_counted_and_their_rows_are_in_table_and_ledger(tmp_path):
         assert text.count("not reproduced") == 2
 
 
+def test_trade_offs_have_a_row_for_what_was_measured(tmp_path):
+    rows = make_study(tmp_path).trade_offs(
+        memory=pd.Series({"plain": 1.0, "lean": 0.5, "absent": None}), time=pd.Series({"plain": 1.0, "lean": 1.2}),
+        quality_lost=pd.Series({"plain": 0.0, "absent": 3.0}),
+    )  # fmt: skip
+    assert sorted(rows.index) == ["lean", "plain"]
+    (path,) = tmp_path.rglob("report/tradeoffs/lab4_grid.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(path, index_col="technique"), rows)
+
+
 def test_a_verdict_of_another_kind_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="verdict 'maybe': one of reproduced, partly, not reproduced, not testable here"
