@@ -1,6 +1,8 @@
 """What the notebooks make, the LaTeX uses, and what the parameter files set, the notebooks have."""
 
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -56,6 +58,15 @@ def test_a_notebook_tells_a_story_and_defines_nothing(stem):
     assert all(cell.outputs and cell.execution_count for cell in strict), (
         "a strict cell has no numbered output, so nothing to compare with: run the notebook"
     )
+
+
+def test_no_reference_row_was_made_by_code_that_is_not_committed():
+    listed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout, so which records are the reference's is not known")
+    records = [ROOT / line for line in listed.stdout.splitlines()]
+    assert len(records) > 900
+    assert [path.name for path in records if json.loads(path.read_text("utf-8"))["provenance"]["dirty"]] == []
 
 
 @pytest.mark.parametrize("stem", STEMS)

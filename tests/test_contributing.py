@@ -1,0 +1,45 @@
+"""The diffs in CONTRIBUTING.md: each applies to the repository as it is, and what it adds passes its tests."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DIFFS = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+CHECKS = {
+    "memstudy/attention/sigmoid.py": [["tests/test_attention.py", "-k", "sigmoid or every_variant"]],
+    "memstudy/techniques/optimizers.py": [
+        ["tests/test_techniques.py", "tests/test_levers_of_studies.py", "-k", "lion or every_technique"]
+    ],
+    "notebooks/batch_growth.ipynb": [
+        ["tests/test_report.py", "-k", "batch_growth"],
+        ["--nbval-lax", "--nbval-current-env", "notebooks/batch_growth.ipynb"],
+    ],
+}
+
+
+def test_a_variant_a_technique_and_a_study_are_shown():
+    assert len(DIFFS) == len(CHECKS)
+    assert all(any(f"b/{path}" in diff for diff in DIFFS) for path in CHECKS)
+
+
+@pytest.mark.parametrize("path", CHECKS)
+def test_what_a_diff_adds_passes_its_tests(path, tmp_path):
+    (diff,) = (diff for diff in DIFFS if f"b/{path}" in diff)
+    for part in ("memstudy", "tests", "notebooks", "params", "report"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "build"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    applied = subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, capture_output=True)
+    assert applied.returncode == 0, applied.stderr
+    for arguments in CHECKS[path]:
+        checked = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+            cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert checked.returncode == 0, checked.stdout[-3000:]
+        assert re.search(r"\d+ passed", checked.stdout)
