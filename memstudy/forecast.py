@@ -13,11 +13,13 @@ from memstudy.bad_input import one_line
 
 if TYPE_CHECKING:
     from memstudy.hub_configs import HubModelRun
-    from memstudy.memory import Fit, Gpu, MemoryReport
+    from memstudy.memory import Fit, MemoryReport
 
 Model = Annotated[str, typer.Option(help="A name of `memstudy list models`, or the path of a config.json.")]
+Batch = Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a sequence.", min=2, max=2**31)]
 GpuName = Annotated[str | None, typer.Option("--gpu", help="`memstudy list gpus`, or a .yaml file; else this CPU.")]
+Budget = Annotated[float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")]
 Techniques = Annotated[str, typer.Option("--technique", help="Comma-separated names of `memstudy list techniques`.")]
 Optimizer = Annotated[str, typer.Option(help="adamw (fused), adamw_torch (foreach), adafactor, sgd, ...")]
 Task = Annotated[str, typer.Option(help="lm (what the model was pretrained for) or classification.")]
@@ -28,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 def predict(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)],
+    batch: Batch,
     seq_len: SeqLen,
     gpu: GpuName = None,
     technique: Techniques = "",
@@ -60,9 +62,7 @@ def fit(
     model: Model,
     seq_len: SeqLen,
     gpu: GpuName = None,
-    budget_mib: Annotated[
-        float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")
-    ] = None,
+    budget_mib: Budget = None,
     effective_batch: Annotated[
         int | None,
         typer.Option(help="Sequences in one update; the batch divides it and is accumulated.", min=1, max=2**31),
@@ -84,8 +84,6 @@ def fit(
     advise` does that for a batch that shall stay. With --verify (without --gpu) the batch is run here, and the
     answer is a tested one. Exit status 0 whether one fits or not.
     """
-    from memstudy.memory import find_gpu
-
     with _one_line():
         if verify and gpu is not None:
             raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
@@ -99,7 +97,7 @@ def fit(
             "attention": attention,
         }  # fmt: skip
         steps: list[tuple[tuple[str, ...], Fit]] = []
-        for techniques in [chosen, *(_additions(plan, gpu and find_gpu(gpu), effective_batch) if advise else [])]:
+        for techniques in [chosen, *(_additions(plan, gpu, effective_batch) if advise else [])]:
             found = _fit(
                 plan | {"techniques": techniques}, gpu, budget_mib, effective_batch, expandable_segments, verify
             )
@@ -119,12 +117,10 @@ def fit(
 
 def advise(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)],
+    batch: Batch,
     seq_len: SeqLen,
     gpu: GpuName = None,
-    budget_mib: Annotated[
-        float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")
-    ] = None,
+    budget_mib: Budget = None,
     technique: Techniques = "",
     optimizer: Optimizer = "adamw",
     task: Task = "lm",
@@ -145,27 +141,26 @@ def advise(
     from rich.table import Table
 
     from memstudy import advice, techniques
-    from memstudy.memory import find_gpu
+    from memstudy.memory.fit import check_budget
 
     with _one_line():
         if (gpu is None) == (budget_mib is None):
             raise ValueError("advise needs one budget: give --gpu, or --budget-mib for this CPU")
-        if budget_mib is not None and not 0 < budget_mib < float("inf"):
-            raise ValueError(f"budget_mib={budget_mib}: a budget above 0 MiB is needed")
-        card = gpu and find_gpu(gpu)
+        if gpu is None:
+            check_budget(budget_mib)
         plan = {
             "model": model, "batch_size": batch, "seq_len": seq_len, "optimizer": optimizer, "task": task,
             "attention": attention,
         }  # fmt: skip
         _plan(**plan, techniques=_split(technique))
         rows = advice.reference()
-        rungs = advice.reference_ladder(rows, _levers(plan, card), start=_split(technique))
+        rungs = advice.reference_ladder(rows, _levers(plan, gpu), start=_split(technique))
         rungs += advice.in_more_parts(rungs[-1], batch)
         climbed = []
         for rung in rungs:
             report = _report(_plan(**plan, techniques=rung), gpu, expandable_segments)
-            needed = report.peak_allocated_mib if card is None else report.whole_gpu_mib
-            fits = needed <= budget_mib if card is None else report.out_of_memory is None
+            needed = report.peak_allocated_mib if gpu is None else report.whole_gpu_mib
+            fits = needed <= budget_mib if gpu is None else report.out_of_memory is None
             row = rows.get(frozenset(rung))
             time = row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"]
             exact = all(lever.exact for lever in techniques.parse(rung))
@@ -230,10 +225,13 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) ->
         )
 
 
-def _levers(plan: dict, card: Gpu | None) -> list[str]:
+def _levers(plan: dict, gpu: str | None) -> list[str]:
     """The levers that the memory ablation advises, those that suit the model and can be had."""
     from memstudy import advice, techniques
     from memstudy.attention import Unavailable
+    from memstudy.memory import find_gpu
+
+    card = gpu and find_gpu(gpu)
 
     def there(text: str) -> bool:
         try:
@@ -247,14 +245,14 @@ def _levers(plan: dict, card: Gpu | None) -> list[str]:
     return [text for text in advice.suited(advice.advised(), **choices) if there(text)]
 
 
-def _additions(plan: dict, card: Gpu | None, effective_batch: int | None) -> list[tuple[str, ...]]:
+def _additions(plan: dict, gpu: str | None, effective_batch: int | None) -> list[tuple[str, ...]]:
     """Ever longer lists of techniques, the quickest first."""
     from memstudy import advice
 
     # A batch of 1 shall do, and is accumulated to the effective batch.
     batch = effective_batch or 1
     parts = (f"accumulation={batch}",) if batch > 1 else ()
-    levers = _levers(plan | {"batch_size": batch, "seq_len": 2}, card)
+    levers = _levers(plan | {"batch_size": batch, "seq_len": 2}, gpu)
     rungs = advice.reference_ladder(advice.reference(), levers, start=(*plan["techniques"], *parts))
     return [tuple(text for text in rung if text not in parts) for rung in rungs[1:]]
 

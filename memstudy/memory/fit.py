@@ -51,6 +51,12 @@ class Fit:
         return 100 * (1 - self.needed_mib / self.budget_mib)
 
 
+def check_budget(budget_mib: float) -> None:
+    """Raise ValueError for a budget that is not above 0 and finite."""
+    if not 0 < budget_mib < math.inf:
+        raise ValueError(f"budget_mib={budget_mib}: a budget above 0 MiB is needed")
+
+
 def fit(
     build_for_batch: Callable[[int], Callable[[], Step]],
     *,
@@ -91,8 +97,7 @@ def fit(
     if budget_mib is None and card is None:
         raise ValueError("fit needs a GPU or budget_mib")
     budget = card.memory_mib if budget_mib is None else budget_mib
-    if not 0 < budget < math.inf:
-        raise ValueError(f"budget_mib={budget}: a budget above 0 MiB is needed")
+    check_budget(budget)
     if card is not None:
         card = card.model_copy(update={"memory_mib": budget})
     if effective_batch is not None and effective_batch < 1:
