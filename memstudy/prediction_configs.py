@@ -1,4 +1,4 @@
-"""A prediction as a run: a frozen description of another run's step, and of the machine that it is predicted for."""
+"""Predictions as runs: frozen descriptions of another run's step, and of the machine that it is predicted for."""
 
 from __future__ import annotations
 
@@ -42,3 +42,10 @@ class PredictionRun(BaseModel):
         if gpu:
             find_gpu(gpu)
         return gpu
+
+
+class LargestBatchRun(PredictionRun):
+    """The search for the largest batch of the step of the run ``of``, whose own batch does not matter, on ``gpu``."""
+
+    kind: Literal["largest_batch"] = "largest_batch"  # type: ignore[assignment]
+    gpu: str = Field(min_length=1)

@@ -3,7 +3,7 @@
 study = Study("lab4_grid", globals())
 rows = study.sweep(runs)                     # a tidy DataFrame, one row a run
 study.table(frame, "comparison", "{:.1f}")   # report/tables/lab4_grid_comparison.tex
-study.claims(rows)                           # its claims table, and its rows of the report's ledger
+study.claims(rows)                           # its rows of the report's ledger of claims
 study.figure(figure, "memory")               # figures/lab4_grid_memory.pdf
 study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib} in the LaTeX
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -149,7 +150,7 @@ class Study:
         return rows
 
     def claims(self, rows: Iterable[tuple[str, str, str, str, str]]) -> Styler:
-        """Write the sources' claims as table ``claims``, and for the report's ledger of all studies' claims.
+        """Write the sources' claims for the report's ledger of all studies' claims; give them back for display.
 
         A row has the claim, what is published, predicted and measured, "–" where nothing is, and the verdict, one of
         ``VERDICTS``, by a rule that the notebook states. How many there are of each is among the values.
@@ -167,11 +168,13 @@ class Study:
         self._verdicts = {"n_claims": str(len(frame))} | {
             f"n_{verdict.replace(' ', '_')}": str(count.get(verdict, 0)) for verdict in VERDICTS
         }
-        styler = frame.style.hide(axis="index").format(escape="latex")
+        styler = frame.style.hide(axis="index")
         wide, narrow = (rf">{{\raggedright\arraybackslash}}p{{{mm}mm}}" for mm in (43, 23))
-        latex = styler.to_latex(environment="longtable", hrules=True, column_format=wide + 4 * narrow)
+        latex = styler.format(escape="latex").to_latex(
+            environment="longtable", hrules=True, column_format=wide + 4 * narrow
+        )
         self._file("report/tables", f"{self.stem}_ledger.tex").write_text(latex, encoding="utf-8")
-        return self.table(frame.set_axis(range(1, len(frame) + 1)), "claims", "{}", wrap="claim")
+        return frame.style.hide(axis="index")
 
     def figure(self, figure: Figure, label: str) -> None:
         """Write ``figure`` as ``figures/<stem>_<label>.pdf``, and as PNG beside it for web pages."""
@@ -181,20 +184,27 @@ class Study:
         """Write ``values`` for the report's ``\\val``, with what every caption says, and the provenance.
 
         Call it last: device, commit and data are those of all rows that the study has used. Of a study that only
-        predicts they say that nothing was run, and name the commit that predicted.
+        predicts they say that nothing was run, and name the commit that predicted. Parameters that are a number or a
+        text are values too, by their own names.
         """
         used = list(self._used.values())
-        where = [record["provenance"] for record in used] or [{"device": "nothing was run", **records.git_state()}]
+        measured = [record for record in used if not _is_prediction(record)]
         sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
-        commits = sorted({p["commit"][:7] + "+" * p["dirty"] for p in where})
+        commits = sorted({_commit(record["provenance"]) for record in used}) or [_commit(records.git_state())]
         said = {
             "parameters_hash": records.run_id(self._told_parameters())[:8],
             "commit": ", ".join(commits),
             "dataset": ", ".join(sources) or "random tokens",
-            "device": "; ".join(sorted({p["device"] for p in where})),
-            "n_runs": str(len(used)),
+            "device": "; ".join(sorted({r["provenance"]["device"] for r in measured})) or "nothing was run",
+            "n_runs": str(len(measured)),
+            "n_predictions": str(len(used) - len(measured)),
         }
-        every = values | self._verdicts | said
+        scalars = {name: value for name, value in self._told_parameters().items() if type(value) in (int, float, str)}
+        given = {
+            name: f"{v:,}" if isinstance(v, int) else f"{v:g}" if isinstance(v, float) else v
+            for name, v in scalars.items()
+        }
+        every = given | values | self._verdicts | said
         lines = [f"\\defval{{{self.stem}.{key}}}{{{_escape(text)}}}" for key, text in every.items()]
         path = self._file("report/values", f"{self.stem}.tex")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -209,12 +219,24 @@ class Study:
         return pd.read_csv(path)
 
     def _known(self, configs: dict[str, dict]) -> dict[str, dict]:
-        """Records of ``configs`` that count: settled, and of this device unless nothing may be run."""
+        """Records of ``configs`` that count: settled ones of one machine, and predictions that it would make too.
+
+        The machine is this one; where nothing may be run, the one with most records, lest two machines' timings stand
+        in one table. A prediction for a GPU is the same on any machine with the same packages.
+        """
+        settled = [r for r in records.read_records(self._results) if r["status"] in records.SETTLED]
+        here = records.device()
+        count = Counter(r["provenance"]["device"] for r in settled if not _is_prediction(r))
+        machine = here if self._run_missing or not count else max(count, key=lambda name: (count[name], name == here))
+        versions = {name: version for name, version in records.versions().items() if version != "not installed"}
         known: dict[str, dict] = {}
-        for record in records.read_records(self._results):
-            here = record["provenance"]["device"] == records.device()
-            usable = record["status"] in records.SETTLED and (here or not self._run_missing)
-            if record["run_id"] in configs and usable and (here or record["run_id"] not in known):
+        for record in settled:
+            where = record["provenance"]
+            usable = where["device"] == machine
+            if _is_prediction(record) and not usable:
+                same = versions.items() <= where["packages"].items() and record["config"]["gpu"]
+                usable = record["status"] == "ok" and (same or not self._run_missing) and record["run_id"] not in known
+            if record["run_id"] in configs and usable:
                 known[record["run_id"]] = record
         return known
 
@@ -228,7 +250,7 @@ class Study:
         return path
 
     def _provenance(self) -> str:
-        """LaTeX: machines and versions, parameters, data, then one line a record."""
+        """LaTeX: machines and versions, data, parameters, then the run of every record, by commit and experiment."""
         used = list(self._used.values())
         machines = {
             (p["device"], p["threads"], p["platform"], tuple(p["packages"].items()))
@@ -246,32 +268,38 @@ class Study:
         if not used:
             versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
             lines.append(f"Nothing was run; predicted with {versions}.")
-        parameters = ", ".join(f"{k} = {v}" for k, v in self._told_parameters().items())
+        parameters = "; ".join(f"{k} = {v}" for k, v in self._told_parameters().items())
         lines.append(f"Parameters: {parameters}.")
-        text = "\n\n".join(rf"\noindent {_escape(line)}" for line in lines)
-        if not used:
-            return text + "\n"
-        table = pd.DataFrame(
-            [
-                {
-                    "run": record["run_id"],
-                    "experiment": record["config"].get("experiment", ""),
-                    "seed": record["config"].get("seed", ""),
-                    "batch": record["config"].get("batch_size", ""),
-                    "status": record["status"],
-                    "commit": record["provenance"]["commit"][:7] + "+" * record["provenance"]["dirty"],
-                    "started (UTC)": record["provenance"]["started"][:16].replace("T", " "),
-                    "data": record["data"].get("content_hash", "–")[:8],
-                }
-                for record in used
-            ]
-        )
-        # Combinations are long: they may break wherever a name ends.
-        breakable = {"experiment": lambda text: re.sub(r"(\\_|[+,])", r"\1\\allowbreak{}", _escape(text))}
-        styler = table.style.hide(axis="index").format(escape="latex").format(breakable, subset=["experiment"])
-        columns = r"l>{\raggedright\arraybackslash}p{34mm}rrllll"
-        latex = styler.to_latex(environment="longtable", hrules=True, column_format=columns)
-        return text + "\n\n" + "{\\scriptsize\n" + latex + "}\n"
+        text = "\n\n".join(rf"\noindent {_breakable(line)}" for line in lines)
+        by_commit: dict[str, dict[str, list[dict]]] = {}
+        for record in used:
+            state = [record["status"]] * (record["status"] != "ok") + ["predicted"] * _is_prediction(record)
+            name = str(record["config"].get("experiment", "run")) + f" ({', '.join(state)})" * bool(state)
+            by_commit.setdefault(_commit(record["provenance"]), {}).setdefault(name, []).append(record)
+        for commit, experiments in sorted(by_commit.items()):
+            dates = sorted(r["provenance"]["started"][:10] for of_it in experiments.values() for r in of_it)
+            days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+            listed = "; ".join(
+                f"{_breakable(name)}: " + " ".join(rf"\run{{{self.stem}}}{{{r['run_id']}}}" for r in of_it)
+                for name, of_it in experiments.items()
+            )
+            text += f"\n\n\\noindent Commit \\texttt{{{commit}}}, {days}: {listed}."
+        return text + "\n"
+
+
+def _is_prediction(record: dict) -> bool:
+    """Whether the record is of a prediction, which has the run that it is of among its choices."""
+    return "of" in record["config"]
+
+
+def _commit(state: dict) -> str:
+    """The commit's first seven digits, with a plus when what a run depends on differed from it."""
+    return state["commit"][:7] + "+" * state["dirty"]
+
+
+def _breakable(text: str) -> str:
+    """``text`` for LaTeX, to be broken after any underscore, plus sign or punctuation."""
+    return re.sub(r"(\\_|[+,;:=/\-])(?! )", r"\1\\allowbreak{}", _escape(text))
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -20,15 +20,15 @@ from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import MIB, Gpu, find_gpu, predict
+from memstudy.memory import MIB, Gpu, find_gpu, fit, predict
 from memstudy.memory.trace import Step
-from memstudy.prediction_configs import PredictionRun
+from memstudy.prediction_configs import LargestBatchRun, PredictionRun
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun
 
 __all__ = [
-    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LayerRun", "PredictionRun", "ReformerRun",
-    "Seq2SeqRun", "StepRun", "build", "execute", "load_data", "parse_run",
+    "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LargestBatchRun", "LayerRun", "PredictionRun",
+    "ReformerRun", "Seq2SeqRun", "StepRun", "build", "execute", "load_data", "parse_run",
 ]  # fmt: skip
 
 TIMELINE_POINTS = 400
@@ -42,6 +42,7 @@ RUNS: dict[str, type[Run]] = {
     "reformer": ReformerRun,
     "seq2seq": Seq2SeqRun,
     "prediction": PredictionRun,
+    "largest_batch": LargestBatchRun,
 }
 
 
@@ -165,6 +166,8 @@ def execute(run: Run, checkpoints: Path) -> dict:
     ValueError
         When the data set is not the one that the run names.
     """
+    if isinstance(run, LargestBatchRun):
+        return _fit(run)
     if isinstance(run, PredictionRun):
         return _predict(run)
     if isinstance(run, LayerRun):
@@ -194,6 +197,13 @@ def _predict(run: PredictionRun) -> dict:
     if gpu:
         metrics |= {"whole_gpu_mib": report.whole_gpu_mib, "fits": report.out_of_memory is None}
     return {"metrics": metrics, "curves": {"unverified_ops": list(report.unverified)}, "data": {}}
+
+
+def _fit(run: LargestBatchRun) -> dict:
+    found = fit(lambda size: build(run.of.model_copy(update={"batch_size": size}), gpu=run.gpu), gpu=run.gpu)
+    metrics = {"largest_batch": found.batch_size, "headroom_percent": found.headroom_percent} | found.report.scalars()
+    curves = {"unverified_ops": list(found.report.unverified)}
+    return {"metrics": metrics | {"whole_gpu_mib": found.needed_mib}, "curves": curves, "data": {}}
 
 
 def _measure(run: StepRun, result: dict) -> None:

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from tiny_run import tiny_run
 
 from memstudy import runs
-from memstudy.memory import MIB, predict
+from memstudy.memory import MIB, fit, predict
 from memstudy.techniques import parse
-from memstudy.trainers import InferenceRun, PredictionRun, ReformerRun, build, execute, parse_run
+from memstudy.trainers import InferenceRun, LargestBatchRun, PredictionRun, ReformerRun, build, execute, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 REFORMER = ReformerRun(
@@ -52,6 +52,17 @@ def test_for_a_gpu_it_says_the_whole_of_it_and_whether_it_fits(tmp_path):
     assert small["curves"]["unverified_ops"] == list(report.unverified)
     large = execute(PredictionRun(experiment="tiny", of=tiny_run(batch_size=2**21), gpu="T4"), tmp_path)
     assert large["metrics"]["fits"] is False
+
+
+def test_the_largest_batch_is_what_fit_finds_whatever_the_batch_of_the_run(tmp_path):
+    search = LargestBatchRun(experiment="tiny", of=tiny_run(batch_size=3), gpu="T4")
+    assert parse_run(json.loads(search.model_dump_json())) == search
+    metrics = execute(search, tmp_path)["metrics"]
+    found = fit(lambda size: build(tiny_run(batch_size=size), gpu="T4"), gpu="T4")
+    assert (metrics["largest_batch"], metrics["headroom_percent"]) == (found.batch_size, found.headroom_percent)
+    assert metrics["whole_gpu_mib"] == found.report.whole_gpu_mib
+    with pytest.raises(ValidationError, match="gpu"):
+        LargestBatchRun(experiment="tiny", of=tiny_run(), gpu="")
 
 
 @pytest.mark.parametrize(
