@@ -10,7 +10,7 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help report paper test lab clean
+.PHONY: help report paper test docs lab clean
 
 help:
 	@echo 'memstudy: which memory technique for which Transformer?'
@@ -19,7 +19,8 @@ help:
 	@echo '                  STUDIES="lab4_grid"   only these   (now: $(strip $(STUDIES)))'
 	@echo '                  SCALE=quick|full|gpu  the parameters in params/$$SCALE   (now: $(SCALE))'
 	@echo '  make paper    typeset the committed reference rows; runs no experiment'
-	@echo '  make test     ruff, the tests, and the notebooks against their stored outputs'
+	@echo '  make test     ruff, the tests, the notebooks against their stored outputs, make docs'
+	@echo '  make docs     the API reference, from the docstrings: build/docs/index.html'
 	@echo '  make lab      open the notebooks in JupyterLab'
 	@echo '  make clean    remove build/; results/ and $(VENV) stay'
 	@echo
@@ -35,12 +36,19 @@ paper: $(READY)
 	$(BIN)/memstudy report --scale full --reference
 
 test: $(READY)
-	@echo '== 1/3 ruff'
+	@echo '== 1/4 ruff'
 	$(BIN)/ruff check .
-	@echo '== 2/3 tests'
+	@echo '== 2/4 tests'
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
-	@echo '== 3/3 notebooks, run and compared with what they store'
+	@echo '== 3/4 notebooks, run and compared with what they store'
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --nbval-lax --nbval-current-env notebooks
+
+	@echo '== 4/4 API reference, warnings are errors'
+	@$(MAKE) --no-print-directory docs
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 lab: $(READY)
 	cd notebooks && ../$(BIN)/jupyter lab

@@ -1,7 +1,7 @@
 """Trained models, converted, trained on and judged: on sentences with labels (`glue`), or as masked language models.
 
 A language model is judged by its pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659, equation 4): with each token
-of the text masked in turn,
+of the text masked in turn::
 
     PPPL = exp(- 1/N Σ_t log P(w_t | all other tokens of the block))
 

@@ -1,6 +1,6 @@
 """Reformer (Kitaev et al. 2020, arXiv:2001.04451): a language model whose layers can be run backwards.
 
-A layer takes two streams and gives two (section 3; Gomez et al. 2017, arXiv:1707.04585),
+A layer takes two streams and gives two (section 3; Gomez et al. 2017, arXiv:1707.04585)::
 
     y1 = x1 + attention(x2)          y2 = x2 + feed_forward(y1)
 

@@ -3,7 +3,7 @@
 The interval is the percentile bootstrap's (Efron and Tibshirani 1993, chapter 13): examples are drawn with replacement,
 and so are seeds, the same for both models; with few seeds that errs to the wide side. The test is McNemar's for
 examples seen once a seed (Durkalski et al. 2003, doi:10.1002/sim.1438): with d_i how many more seeds are right on
-example i under one model than under the other,
+example i under one model than under the other::
 
     χ² = (Σ d_i)² / Σ d_i²        with one degree of freedom,
 

@@ -1,4 +1,4 @@
-"""Linformer: attention to a fixed number of mixtures of the keys (Wang et al. 2020, arXiv:2006.04768).
+"""Linformer: attention to a fixed number of mixtures of the keys (Wang et al. 2020, arXiv:2006.04768)::
 
     Attention(Q, K, V) = softmax(Q (E K)ᵀ / √d) (F V)                      (equation 7)
 

@@ -1,7 +1,7 @@
 """Low-rank projections around exact attention: W ≈ A B, from the truncated singular value decomposition.
 
 With the decomposition W = U S Vᵀ of a (d_out, d_in) weight, the best approximation of rank r (Eckart and Young 1936,
-doi:10.1007/BF02288367) keeps the r largest singular values:
+doi:10.1007/BF02288367) keeps the r largest singular values::
 
     W ≈ (U_r S_r^½) (S_r^½ V_rᵀ)
 

@@ -1,7 +1,7 @@
 """Attention among tokens that hash alike (Reformer; Kitaev et al. 2020, arXiv:2001.04451).
 
 Queries and keys are the same vectors, keys brought to one length, k_j = q_j / rms(q_j). Each of several rounds gives
-every token a bucket by random rotations R,
+every token a bucket by random rotations R::
 
     bucket(x) = argmax([x R; -x R])                                    (section 2; Andoni et al. 2015)
 

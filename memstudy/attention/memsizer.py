@@ -1,6 +1,6 @@
 """MemSizer: attention to a key-value memory of fixed size (Zhang & Cai 2022, arXiv:2203.12644).
 
-With k slots, r heads, and the mean over the heads of a softmax over the slots,
+With k slots, r heads, and the mean over the heads of a softmax over the slots::
 
     a_t = mean_r dropout(softmax(Φ x_t))                                      (slots,)
     k_s = LayerNorm(W_l x_s)    (slots,)       v_s = LayerNorm(W_r x_s)       (hidden,)

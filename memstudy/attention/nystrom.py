@@ -1,9 +1,9 @@
-"""Nyströmformer: softmax attention approximated through landmarks (Xiong et al. 2021, arXiv:2102.03902).
+"""Nyströmformer: softmax attention approximated through landmarks (Xiong et al. 2021, arXiv:2102.03902)::
 
     Attention(Q, K, V) = softmax(Q K̃ᵀ s) · softmax(Q̃ K̃ᵀ s)⁺ · softmax(Q̃ Kᵀ s) V          (equation 13)
 
 Q̃ and K̃ are the landmarks, the means of m segments of queries and keys; s is the scale. The pseudo-inverse A⁺ is
-approached by the paper's iteration (equation 11, section 3.2), from Z₀ = Aᵀ / (‖A‖₁ ‖A‖∞):
+approached by the paper's iteration (equation 11, section 3.2), from Z₀ = Aᵀ / (‖A‖₁ ‖A‖∞)::
 
     Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z)))
 

@@ -1,6 +1,6 @@
 """Performer: softmax attention by positive random features (Choromanski et al. 2021, arXiv:2009.14794).
 
-With m random vectors w_i and q, k scaled by the square root of the softmax's scale (FAVOR+, section 2.3-2.4),
+With m random vectors w_i and q, k scaled by the square root of the softmax's scale (FAVOR+, section 2.3-2.4)::
 
     φ(x)_i = exp(w_iᵀ x - |x|²/2) / √m,      E[φ(q)ᵀ φ(k)] = exp(qᵀ k)
     out_t  = φ(q_t)ᵀ Σ_s φ(k_s) v_sᵀ / φ(q_t)ᵀ Σ_s φ(k_s)
@@ -11,7 +11,7 @@ product, the values having a column of ones. In segments (see `scan`) memory bes
 that of a segment and a state before each.
 
 Features are float32 at least. A query's are divided by their largest, which cancels. A key's are
-left as they are, w·k - |k|²/2 <= |w|²/2 being bounded: a shift by the largest of all keys would let
+left as they are, `w·k - |k|²/2 <= |w|²/2` being bounded: a shift by the largest of all keys would let
 later keys into earlier outputs. Keys so long that all their features underflow are not seen.
 
 Not implemented: features redrawn while training, other kernels than the softmax.

@@ -1,6 +1,6 @@
 """Recurrences over the segments of a sequence that keep their input and little else.
 
-A variant whose output depends on the past through a state of fixed size runs as
+A variant whose output depends on the past through a state of fixed size runs as::
 
     y_i, state_i = function(x_i, state_{i-1}, parameters)        for segments i = 1, 2, ...
 

@@ -1,4 +1,4 @@
-"""Exact softmax attention (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+"""Exact softmax attention (Vaswani et al. 2017, arXiv:1706.03762, equation 1)::
 
     Attention(Q, K, V) = softmax(Q Kᵀ / √d) V
 

@@ -1,7 +1,7 @@
 """Sliding-window attention: a query sees only near keys.
 
 Bidirectional after Longformer (Beltagy et al. 2020, arXiv:2004.05150, section 3.1), causal after
-Mistral 7B (Jiang et al. 2023, arXiv:2310.06825, section 2). With window w, query i sees
+Mistral 7B (Jiang et al. 2023, arXiv:2310.06825, section 2). With window w, query i sees::
 
     causal         i - w < j <= i     (w keys, its own included)
     bidirectional  |i - j| < w        (2 w - 1 keys; Longformer counts both sides together)

@@ -4,14 +4,15 @@ Whoever knows what a step allocates (`trace` on a real device, `predict` on fake
 :class:`Event` s in the order in which they happened; :func:`account` turns them into a
 :class:`MemoryReport`. Both therefore mean the same by "activations".
 
-Categories of a block of memory
-    ``parameters``   storage of a registered ``nn.Parameter``
-    ``gradients``    storage of a parameter's ``.grad``
-    ``optimizer``    storage of a tensor in an optimizer's ``state``
-    ``activations``  allocated in a forward pass and still alive when its backward pass begins
-    ``temporary``    any other block allocated and freed within one step (recomputed activations,
-                     gradients of activations, scratch)
-    ``other``        the rest: inputs, buffers, what outlives the step
+Categories of a block of memory:
+
+- ``parameters``: storage of a registered ``nn.Parameter``
+- ``gradients``: storage of a parameter's ``.grad``
+- ``optimizer``: storage of a tensor in an optimizer's ``state``
+- ``activations``: allocated in a forward pass and still alive when its backward pass begins
+- ``temporary``: any other block allocated and freed within one step (recomputed activations, gradients of activations,
+  scratch)
+- ``other``: the rest: inputs, buffers, what outlives the step
 """
 
 from __future__ import annotations
