@@ -6,11 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from tqdm import tqdm
 
 from memstudy import forecast, parameters, runs
 from memstudy.bad_input import one_line
@@ -121,10 +123,7 @@ def report(
         if not reference:
             runs.check_writable(runs.ROOT / "results")
     generated = runs.ROOT if scale == "full" else runs.ROOT / "build" / scale
-    errors = {
-        stem: _execute(f"{number}/{len(chosen)}", stem, values, generated, reference)
-        for number, (stem, values) in enumerate(chosen.items(), 1)
-    }
+    errors = _execute_all(chosen, generated, reference)
     done = [stem for stem, error in errors.items() if not error]
     left_out = [stem for stem, error in errors.items() if error == runs.MissingRecords.__name__ and not studies]
     failed = [stem for stem in errors if stem not in done + left_out]
@@ -252,11 +251,28 @@ _LISTINGS = {
 }
 
 
-def _execute(position: str, stem: str, values: dict, generated: Path, reference: bool) -> str:
+def _execute_all(chosen: dict[str, dict], generated: Path, reference: bool) -> dict[str, str]:
+    """Execute each study's notebook; by study, the name of the error that ended it, empty when none did.
+
+    One after another, since timings suffer from company; two at once where nothing is run.
+    """
+    if not reference:
+        errors = {}
+        for number, (stem, values) in enumerate(chosen.items(), 1):
+            typer.echo(f"== study {number}/{len(chosen)}: {stem}", err=True)
+            errors[stem] = _execute(stem, values, generated, reference)
+        return errors
+    with ThreadPoolExecutor(2) as pool:
+        started = {pool.submit(_execute, stem, values, generated, reference): stem for stem, values in chosen.items()}
+        for _ in tqdm(as_completed(started), desc="studies", unit="study", total=len(started)):
+            pass
+    return {stem: future.result() for future, stem in started.items()}
+
+
+def _execute(stem: str, values: dict, generated: Path, reference: bool) -> str:
     """Execute one study's notebook with papermill; the name of the error that ended it, empty when none did."""
     import papermill
 
-    typer.echo(f"== study {position}: {stem}", err=True)
     places = {
         "results_dir": str(runs.ROOT / "results"),
         "out_dir": str(generated),
@@ -270,6 +286,7 @@ def _execute(position: str, stem: str, values: dict, generated: Path, reference:
             parameters=values | places,
             cwd=runs.ROOT / "notebooks",
             kernel_name="python3",
+            progress_bar=not reference,
             stderr_file=sys.stderr,
             extra_arguments=["--log-level=50"],
         )

@@ -17,8 +17,11 @@ from memstudy.study import STYLE, write_figure
 SAME = 1.0  # quality lost [%] up to which a technique counts as costing none, and time [%] likewise
 MUCH = 10.0
 COLORS = {
-    "none (≤ 1 %)": "C2", "some (≤ 10 %)": "C1", "much (> 10 %)": "C3", "not measured": "0.6",
-}  # fmt: skip
+    rf"none ($\leq${SAME:g} %)": "C2",
+    rf"some ($\leq${MUCH:g} %)": "C1",
+    f"much (> {MUCH:g} %)": "C3",
+    "not measured": "0.6",
+}
 
 
 def read(report: Path, stems: Sequence[str]) -> pd.DataFrame:
@@ -41,7 +44,7 @@ def price(rows: pd.DataFrame) -> pd.Series:
 
 
 def draw(generated: Path, stems: Sequence[str]) -> bool:
-    """Write figure and table ``synthesis`` below ``generated``; whether there is anything to draw."""
+    """Write figure, table and values ``synthesis`` below ``generated``; whether there is anything to draw."""
     rows = read(generated / "report", stems)
     if rows.empty:
         return False
@@ -82,6 +85,8 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
     )
     latex = styler.to_latex(hrules=True, column_format=r"llp{46mm}rrr")
     (generated / "report" / "tables" / "synthesis.tex").write_text(latex, encoding="utf-8")
+    said = f"\\defval{{synthesis.same}}{{{SAME:g}}}\n\\defval{{synthesis.n_rows}}{{{len(rows)}}}\n"
+    (generated / "report" / "values" / "synthesis.tex").write_text(said, encoding="utf-8")
     return True
 
 
