@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from memstudy.study import STYLE, write_figure
@@ -63,8 +64,7 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes.set(xlim=_around(rows["time"]), ylim=_around(rows["memory"]))
-    for row in rows.loc[rows.groupby("study")["memory"].idxmin()].itertuples():
-        axes.annotate(row.technique, (row.time, row.memory), xytext=(4, -8), textcoords="offset points", fontsize=6)
+    _name(axes, rows, rows.loc[rows.groupby("study")["memory"].idxmin()])
     shapes = [Line2D([], [], color="k", marker=m, linestyle="", label=s.replace("_", " ")) for s, m in markers.items()]
     hues = [Line2D([], [], color=c, marker="o", linestyle="", label=f"quality lost: {q}") for q, c in COLORS.items()]
     figure.legend(handles=[*shapes, *hues], loc="outside upper center", ncols=3, fontsize=7)
@@ -88,6 +88,20 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
     said = f"\\defval{{synthesis.same}}{{{SAME:g}}}\n\\defval{{synthesis.n_rows}}{{{len(rows)}}}\n"
     (generated / "report" / "values" / "synthesis.tex").write_text(said, encoding="utf-8")
     return True
+
+
+def _name(axes: Axes, rows: pd.DataFrame, named: pd.DataFrame) -> None:
+    """Write the techniques of ``named`` to the right of their points, above or below: where fewer of ``rows`` are."""
+    place = axes.transData.transform
+    points = place(rows[["time", "memory"]].to_numpy()) * 72 / axes.figure.dpi
+    for row in named.itertuples():
+        x, y = place((row.time, row.memory)) * 72 / axes.figure.dpi
+        beside = (points[:, 0] > x) & (points[:, 0] < x + 4 * len(row.technique))
+        above, below = (
+            int((beside & ((points[:, 1] - y) * way > 2) & ((points[:, 1] - y) * way < 12)).sum()) for way in (1, -1)
+        )
+        offset = (4, 4 if above < below else -8)
+        axes.annotate(row.technique, (row.time, row.memory), xytext=offset, textcoords="offset points", fontsize=6)
 
 
 def _around(values: pd.Series) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """What several test files need around all their tests; a file asks for it with `pytest.mark.usefixtures`."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -19,3 +21,20 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMSTUDY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, Debian's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium here: apt-get install chromium")
+    options = (
+        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --disable-dev-shm-usage"
+    )
+    with playwright.sync_playwright() as started:
+        made = started.chromium.launch(executable_path=path, args=options.split())
+        yield made
+        made.close()

@@ -240,23 +240,6 @@ def test_the_quick_runs_are_runs():
     assert [answers.name_of(run) for run in quick_runs("0" * 16)] == ["Transformer", "MemSizer"]
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, Debian's own."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    options = (
-        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage"
-    )
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=path, args=options.split())
-        yield made
-        made.close()
-
-
 @pytest.mark.parametrize("width", [360, 1280], ids=["phone", "desk"])
 def test_a_visitor_with_a_keyboard(browser, server, width):
     page = browser.new_page(viewport={"width": width, "height": 740})

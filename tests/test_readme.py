@@ -1,0 +1,84 @@
+"""What the README says of rows is in the rows, and what it tells to type works."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from memstudy.cli import app
+from memstudy.techniques import parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+SHOWN = (
+    "accumulation=4", "checkpointing", "bf16_weights", "selective_checkpointing=0.5", "chunked_loss", "adafactor",
+    "bf16", "adamw_8bit", "optimizer_in_backward", "masks=0.5",
+)  # fmt: skip
+
+
+def headline() -> list[str]:
+    """The table's lines, from the committed records: each lever alone on the ablation's model."""
+    measured, predicted, trained = {}, {}, {}
+    for path in sorted((ROOT / "results" / "memory_ablation").glob("*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        config = record["config"]
+        of = config.get("of", config)
+        single = of["kind"] == "language_model" and of["seed"] == 0 and len(of["techniques"]) <= 1
+        if record["status"] != "ok" or not single or of["experiment"] != "".join(of["techniques"] or ["baseline"]):
+            continue
+        if of["train_steps"] and "of" not in config:
+            trained[of["experiment"]] = record["metrics"]
+        elif of["batch_size"] == 4 and of["seq_len"] == 512 and not of["train_steps"]:
+            kept = measured if "of" not in config else predicted if config["gpu"] == "A100-40GB" else {}
+            kept[of["experiment"]] = record["metrics"]
+    lines = [
+        "| technique, alone | memory saved: measured | on an A100, predicted | time of a step: measured "
+        "| change of the loss: measured | exact |",
+        "|---|---|---|---|---|---|",
+    ]
+    for lever in SHOWN:
+        here, there = (
+            100 * (1 - rows[lever]["peak_allocated_mib"] / rows["baseline"]["peak_allocated_mib"])
+            for rows in (measured, predicted)
+        )
+        time = measured[lever]["step_time_ms"] / measured["baseline"]["step_time_ms"]
+        change = trained[lever]["validation_loss"] - trained["baseline"]["validation_loss"]
+        loss = f"{round(change, 3) + 0:+.3f}"  # no minus before a zero
+        exact = "yes" if parse([lever])[0].exact else "no"
+        lines.append(f"| `{lever}` | {here:.0f} % | {there:.0f} % | × {time:.2f} | {loss} | {exact} |")
+    return lines
+
+
+def test_the_headline_table_is_that_of_the_committed_rows():
+    assert "\n".join(headline()) in README
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\.venv/bin/memstudy (\w+.*)$", README, re.MULTILINE))
+def test_a_command_does_what_it_says(command):
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    assert "GiB" in result.output or "MiB" in result.output
+
+
+def test_the_loop_of_ones_own_runs_as_printed():
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    on_gpu, here, by_category = done.stdout.strip().splitlines()
+    assert float(on_gpu) > float(here) > 0
+    assert "'activations'" in by_category
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)", README))))
+def test_every_target_of_make_is_there(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+
+
+def test_what_it_links_to_is_there():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
