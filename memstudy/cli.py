@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
@@ -105,8 +107,13 @@ def run(
 def report(
     studies: Annotated[list[str] | None, typer.Argument(help="Studies; all when left out.")] = None,
     scale: Annotated[str, typer.Option(help="Parameters: a folder of params/.")] = "quick",
+    results: Annotated[Path, typer.Option(help="Folder of the records; a study's are in its own below it.")] = runs.ROOT
+    / "results",
     reference: Annotated[
         bool, typer.Option("--reference", help="Use the committed records only; run nothing.")
+    ] = False,
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="Use the records that memstudy plan asked for; run nothing.")
     ] = False,
 ) -> None:
     """Run studies and typeset build/report.pdf.
@@ -121,9 +128,13 @@ def report(
             raise ValueError(f"no study has parameters at scale {scale!r}")
         chosen = {stem: parameters.read_parameters(stem, scale) for stem in stems}
         if not reference:
-            runs.check_writable(runs.ROOT / "results")
+            runs.check_writable(results)
     generated = runs.ROOT if scale == "full" else runs.ROOT / "build" / scale
-    errors = _execute_all(chosen, generated, reference)
+    places = {"results_dir": str(results.resolve()), "out_dir": str(generated), "run_missing": not reference}
+    with tempfile.TemporaryDirectory() as scratch:
+        if no_run:
+            os.environ[runs.PLAN] = scratch  # and nothing runs
+        errors = _execute_all(chosen, places, at_once=2 if reference or no_run else 1)
     done = [stem for stem, error in errors.items() if not error]
     left_out = [stem for stem, error in errors.items() if error == runs.MissingRecords.__name__ and not studies]
     failed = [stem for stem in errors if stem not in done + left_out]
@@ -142,6 +153,36 @@ def report(
     if (runs.ROOT / "build" / "report.pdf").exists() and done:
         typer.echo(str(runs.ROOT / "build" / "report.pdf"))
     raise typer.Exit(status)
+
+
+@app.command()
+def plan(
+    study: Annotated[str, typer.Argument(help="A study; memstudy list studies shows them.")],
+    into: Annotated[Path, typer.Argument(help="Folder for one JSON file a run, and for needs.json.")],
+    scale: Annotated[str, typer.Option(help="A folder of params/.")] = "quick",
+    results: Annotated[Path, typer.Option(help="Folder of the records; a study's are in its own below it.")] = runs.ROOT
+    / "results",
+    gpu: Annotated[str, typer.Option(help="The jobs' GPU, a name of memstudy list gpus; empty: none.")] = "",
+) -> None:
+    """Write the runs that a study lacks now, and what memory each job must ask for, by prediction.
+
+    For a workflow engine (see the Snakefile): run them with memstudy run, then plan again, until none is missing; then
+    memstudy report --no-run.
+    """
+    with one_line():
+        from memstudy import jobs
+        from memstudy.trainers import parse_run
+
+        configs = jobs.missing(study, scale, results)
+        into.mkdir(parents=True, exist_ok=True)
+        needs = {
+            run_id: jobs.needs(parse_run(config), gpu=gpu)
+            for run_id, config in tqdm(configs.items(), desc=f"{study}: memory of its runs", unit="run")
+        }
+        for run_id, config in configs.items():
+            (into / f"{run_id}.json").write_text(json.dumps(config), encoding="utf-8")
+        (into / "needs.json").write_text(json.dumps(needs, indent=1), encoding="utf-8")
+    typer.echo(f"{study}: {len(configs)} runs are missing")
 
 
 app.command()(forecast.predict)
@@ -251,42 +292,39 @@ _LISTINGS = {
 }
 
 
-def _execute_all(chosen: dict[str, dict], generated: Path, reference: bool) -> dict[str, str]:
+def _execute_all(chosen: dict[str, dict], places: dict, *, at_once: int) -> dict[str, str]:
     """Execute each study's notebook; by study, the name of the error that ended it, empty when none did.
 
-    One after another, since timings suffer from company; two at once where nothing is run.
+    Two may go ``at_once`` only where nothing is run: timings suffer from company.
     """
-    if not reference:
+    if at_once == 1:
         errors = {}
         for number, (stem, values) in enumerate(chosen.items(), 1):
             typer.echo(f"== study {number}/{len(chosen)}: {stem}", err=True)
-            errors[stem] = _execute(stem, values, generated, reference)
+            errors[stem] = _execute(stem, values | places, progress=True)
         return errors
-    with ThreadPoolExecutor(2) as pool:
-        started = {pool.submit(_execute, stem, values, generated, reference): stem for stem, values in chosen.items()}
+    with ThreadPoolExecutor(at_once) as pool:
+        started = {
+            pool.submit(_execute, stem, values | places, progress=False): stem for stem, values in chosen.items()
+        }
         for _ in tqdm(as_completed(started), desc="studies", unit="study", total=len(started)):
             pass
     return {stem: future.result() for future, stem in started.items()}
 
 
-def _execute(stem: str, values: dict, generated: Path, reference: bool) -> str:
+def _execute(stem: str, values: dict, *, progress: bool) -> str:
     """Execute one study's notebook with papermill; the name of the error that ended it, empty when none did."""
     import papermill
 
-    places = {
-        "results_dir": str(runs.ROOT / "results"),
-        "out_dir": str(generated),
-        "run_missing": not reference,
-    }
     (runs.ROOT / "build").mkdir(exist_ok=True)
     try:
         papermill.execute_notebook(
             runs.ROOT / "notebooks" / f"{stem}.ipynb",
             runs.ROOT / "build" / f"{stem}.ipynb",
-            parameters=values | places,
+            parameters=values,
             cwd=runs.ROOT / "notebooks",
             kernel_name="python3",
-            progress_bar=not reference,
+            progress_bar=progress,
             stderr_file=sys.stderr,
             extra_arguments=["--log-level=50"],
         )

@@ -9,6 +9,7 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOKE = "smoke"  # a notebook's own defaults: a minute, offline
 
 
 def notebook_parameters(stem: str) -> dict[str, object]:
@@ -35,12 +36,12 @@ def studies() -> list[str]:
 
 
 def scales(stem: str) -> list[str]:
-    """The scales at which study ``stem`` has parameters."""
-    return sorted(path.parent.name for path in (ROOT / "params").glob(f"*/{stem}.yaml"))
+    """The scales at which study ``stem`` can be run: those with a file of parameters, and its notebook's defaults."""
+    return [*sorted(path.parent.name for path in (ROOT / "params").glob(f"*/{stem}.yaml")), SMOKE]
 
 
 def read_parameters(stem: str, scale: str) -> dict[str, object]:
-    """The parameters that ``params/<scale>/<stem>.yaml`` sets, checked against the notebook's.
+    """The parameters that ``params/<scale>/<stem>.yaml`` sets, checked against the notebook's; at ``smoke`` scale none.
 
     Raises
     ------
@@ -49,8 +50,10 @@ def read_parameters(stem: str, scale: str) -> dict[str, object]:
         for a value of another type than the default's.
     """
     defaults = notebook_parameters(stem)
+    if scale == SMOKE:
+        return {}
     path = ROOT / "params" / scale / f"{stem}.yaml"
-    if not path.exists():
+    if scale not in scales(stem):
         raise ValueError(f"study {stem} has no scale {scale!r}; there are: {', '.join(scales(stem))}")
     return check_parameters(path.read_bytes(), defaults, where=f"{scale}/{path.name}")
 

@@ -34,6 +34,9 @@ PROVENANCE = {
     "device", "cpu", "threads", "platform", "packages", "commit", "dirty", "started", "ended", "command",
 }  # fmt: skip
 SETTLED = ("ok", "oom", "unavailable")  # a "failed" run is tried again
+# Environment variables. What is missing is written below the folder PLAN instead of being run; the records that count
+# are those of the device MACHINE instead of this one.
+PLAN, MACHINE = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE"
 PACKAGES = (
     "memstudy",
     "torch",
@@ -192,9 +195,9 @@ def perform(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other run writes to ``folder``, such as one that outlived its sweep: two would spoil each
-    other's timings."""
-    with open(folder / ".lock", "w") as lock:
+    """Wait until no other run of this machine writes to ``folder``, such as one that outlived its sweep: two would
+    spoil each other's timings. Other machines share the folder, but not their time."""
+    with open(folder / f".lock-{platform.node()}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -10,6 +10,8 @@ study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
 import warnings
@@ -63,6 +65,7 @@ class Study:
         self._results = (base / self.parameters["results_dir"] / stem).resolve()
         self._out = (base / self.parameters["out_dir"]).resolve()
         self._run_missing = self.parameters["run_missing"]
+        self._plan = os.environ.get(records.PLAN)
         self._used: dict[str, dict] = {}
         self._verdicts: dict[str, str] = {}
         if self._run_missing:
@@ -79,12 +82,15 @@ class Study:
         Raises
         ------
         MissingRecords
-            When ``run_missing`` is false and rows are missing.
+            When rows are missing and ``run_missing`` is false, or they are only to be planned (``runs.PLAN``).
         """
         configs = {records.run_id(c): c for c in (run.model_dump(mode="json") for run in runs)}
         known = self._known(configs)
         missing = [name for name in configs if name not in known]
-        if missing and not self._run_missing:
+        if missing and self._plan:
+            for name in missing:
+                Path(self._plan, f"{name}.json").write_text(json.dumps(configs[name]), encoding="utf-8")
+        if missing and (self._plan or not self._run_missing):
             first = configs[missing[0]]
             raise records.MissingRecords(
                 f"{len(missing)} of {len(configs)} runs have no record in {self._results} (first: "
@@ -225,7 +231,7 @@ class Study:
         in one table. A prediction for a GPU is the same on any machine with the same packages.
         """
         settled = [r for r in records.read_records(self._results) if r["status"] in records.SETTLED]
-        here = records.device()
+        here = os.environ.get(records.MACHINE) or records.device()
         count = Counter(r["provenance"]["device"] for r in settled if not _is_prediction(r))
         machine = here if self._run_missing or not count else max(count, key=lambda name: (count[name], name == here))
         versions = {name: version for name, version in records.versions().items() if version != "not installed"}

@@ -1,0 +1,127 @@
+"""Runs as a cluster's jobs: what a study lacks, what a job must ask for, and Snakemake, here and on a real Slurm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_run
+from typer.testing import CliRunner
+
+from memstudy import jobs, runs
+from memstudy.cli import app
+from memstudy.memory import MIB, predict
+from memstudy.trainers import LayerRun, PredictionRun, build, parse_run
+
+ROOT = Path(__file__).parents[1]
+STUDY = "what_fits"  # the quickest to plan
+
+
+def snakemake(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """Run the Snakefile on the smoke grid, all that it writes going below ``folder``."""
+    pytest.importorskip("snakemake", reason="snakemake is not installed: pip install -e '.[cluster]'")
+    config = [f"studies={STUDY}", "scale=smoke", f"work={folder}"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "records", *options]
+    return subprocess.run(
+        [*command, "--config", *config],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def records_in(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in (folder / "results" / STUDY).glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The smoke grid's plan, with no record there."""
+    into = tmp_path_factory.mktemp("plan")
+    done = CliRunner().invoke(app, ["plan", STUDY, str(into), "--scale", "smoke", "--results", str(into / "results")])
+    assert done.exit_code == 0, done.output
+    return into
+
+
+@pytest.mark.slow
+def test_a_plan_has_every_missing_run_and_what_it_needs(planned):
+    needs = json.loads((planned / "needs.json").read_text())
+    configs = {path.stem: json.loads(path.read_text()) for path in planned.glob("????????????????.json")}
+    assert configs
+    assert configs.keys() == needs.keys()
+    for name, config in configs.items():
+        assert runs.run_id(parse_run(config).model_dump(mode="json")) == name
+        assert needs[name]["mem_mb"] > 1000
+
+
+def test_a_plan_of_an_unknown_study_says_so_in_one_line(tmp_path):
+    done = CliRunner().invoke(app, ["plan", "lab5", str(tmp_path / "plan")])
+    assert done.exit_code == 2
+    assert "unknown study 'lab5'" in done.output
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_job_asks_for_what_is_predicted():
+    run = tiny_run()
+    peak = predict(build(run)).peak_allocated_mib
+    asked = jobs.needs(run)
+    assert asked == {"mem_mb": pytest.approx((jobs.PROCESS_MIB + jobs.SLACK * peak) * MIB / 1e6, abs=1)}
+    on_gpu = jobs.needs(run, gpu="T4")
+    whole = predict(build(run, gpu="T4"), gpu="T4").whole_gpu_mib
+    assert (on_gpu["gpu"], on_gpu["gpu_mem_mb"]) == (1, pytest.approx(whole * MIB / 1e6, abs=1))
+    assert "gpu" not in jobs.needs(PredictionRun(experiment="tiny", of=run, gpu="T4"), gpu="T4")
+    layer = LayerRun(experiment="layer", attention={"variant": "softmax"}, seq_len=4096, is_causal=True)
+    assert jobs.needs(layer)["mem_mb"] > jobs.needs(layer.model_copy(update={"seq_len": 16}))["mem_mb"]
+
+
+@pytest.mark.slow
+def test_snakemake_gives_record_for_record_what_report_gives(tmp_path):
+    done = snakemake(tmp_path, "-j2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_snakemake = records_in(tmp_path)
+    reported = CliRunner().invoke(
+        app, ["report", STUDY, "--scale", "smoke", "--results", str(tmp_path / "b" / "results")]
+    )
+    by_report = records_in(tmp_path / "b")
+    assert by_report, reported.output
+    assert by_snakemake.keys() == by_report.keys()
+    for name, record in by_report.items():
+        assert record["metrics"] == by_snakemake[name]["metrics"]
+        assert record["status"] == by_snakemake[name]["status"] == "ok"
+    again = snakemake(tmp_path, "-j2")
+    assert "Nothing to be done" in again.stderr + again.stdout
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm of one node, started for this test."""
+    lacks = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
+    if lacks or os.geteuid() != 0:
+        pytest.skip(
+            f"Slurm needs root and Debian's packages slurmctld slurmd slurm-client munge; missing: {lacks or 'root'}"
+        )
+    place = tmp_path / "slurm"
+    started = subprocess.run([ROOT / "tests/slurm/start.sh", place], capture_output=True, text=True)
+    try:
+        assert started.returncode == 0, started.stderr
+        yield place
+    finally:
+        subprocess.run([ROOT / "tests/slurm/stop.sh", place], check=True)
+
+
+@pytest.mark.slow
+def test_slurm_runs_the_smoke_grid(slurm, tmp_path):
+    done = snakemake(
+        tmp_path, "--executor", "slurm", "--jobs", "4", "--slurm-no-account", "--slurm-status-command", "squeue",
+        "--slurm-init-seconds-before-status-checks", "1", "--default-resources", "slurm_partition=local", "mem_mb=3000",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = records_in(tmp_path)
+    assert records
+    assert {record["status"] for record in records.values()} == {"ok"}
+    assert len(re.findall(r"has been submitted with SLURM jobid", done.stderr + done.stdout)) >= len(records)
