@@ -4,11 +4,13 @@ One is tried here. All of them: pytest -m by_hand tests/test_jupyterlab.py
 """
 
 import os
-import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import nbformat
@@ -27,18 +29,27 @@ def lab(tmp_path_factory):
     place = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", place / "notebooks")
     (place / "benchmarks").symlink_to(ROOT / "benchmarks")
-    log = place / "log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0",
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
         "--IdentityProvider.token=token", f"--ServerApp.root_dir={place}", "--LabApp.extension_manager=readonly",
     ]  # fmt: skip
+    log = place / "log"
     with log.open("w") as written:
         server = subprocess.Popen(command, stdout=written, stderr=written, env=os.environ | {"HOME": str(place)})
+    address = f"http://127.0.0.1:{port}"
     try:
-        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab", log.read_text())):
-            assert server.poll() is None, log.read_text()
-        address = f"http://127.0.0.1:{found[1]}"
-        urlopen(f"{address}/api/status?token=token").close()
+        until = time.monotonic() + 60
+        while True:
+            try:
+                urlopen(f"{address}/api/status?token=token").close()
+                break
+            except URLError:
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.2)
         yield address
     finally:
         server.terminate()

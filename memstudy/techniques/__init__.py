@@ -116,7 +116,7 @@ def check_available(techniques: Sequence[Technique], *, capability: tuple[int, i
         name = next(name for name, lever in TECHNIQUES.items() if lever is type(technique))
         for package in technique.packages:
             if importlib.util.find_spec(package) is None:
-                raise Unavailable(f"{name} needs {package}, which is not installed: pip install 'memstudy[levers]'")
+                raise Unavailable(f"{name} needs {package}, which is not installed: pip install -e '.[levers]'")
         if technique.requires == "cuda" and capability is None:
             raise Unavailable(f"{name} needs a CUDA device, and there is none")
         if capability is not None and technique.capability > capability:
