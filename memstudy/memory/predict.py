@@ -98,6 +98,9 @@ def predict(
 
 def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tuple[_Recorder, Step]:
     """Run everything on fake tensors under a recorder; also gives the step."""
+    if "transformers" in sys.modules:
+        # It imports its models when they are asked for, and must not look for flash-attn while a stand-in is there.
+        import transformers.modeling_utils  # noqa: F401
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder(fake, card)
     roles = Roles(mark=lambda: recorder.mark(roles.told[-1]), key=_key)
