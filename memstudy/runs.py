@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -135,8 +135,14 @@ def write_record(folder: Path, record: dict) -> Path:
 
 def read_records(folder: Path) -> list[dict]:
     """Every whole record in ``folder``; a corrupt one is renamed to ``*.corrupt`` with a warning."""
-    records = []
+    return [record for _, record in iterate_records(folder)]
+
+
+def iterate_records(folder: Path, run_ids: Container[str] | None = None) -> Iterator[tuple[Path, dict]]:
+    """One after another, as `read_records`, with its file; of the runs ``run_ids`` alone where they are given."""
     for path in sorted(folder.glob("*.json")):
+        if run_ids is not None and path.stem.partition("-")[0] not in run_ids:
+            continue
         record = _parse(path)
         if record is None:
             aside = path.with_suffix(".json.corrupt")
@@ -146,8 +152,26 @@ def read_records(folder: Path) -> list[dict]:
                 stacklevel=2,
             )
         else:
-            records.append(record)
-    return records
+            yield path, record
+
+
+class Curves(Mapping):
+    """A record's curves, read from its file each time they are asked for: those of ten thousand fill the memory."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def _read(self) -> dict:
+        return json.loads(self._path.read_text(encoding="utf-8"))["curves"]
+
+    def __getitem__(self, name: str) -> object:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
 
 
 def _parse(path: Path) -> dict | None:
@@ -204,7 +228,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
     started = _now()
-    checkpoints = ROOT / "build" / "checkpoints" / run_id(config)
+    checkpoints = checkpoints_of(config)
     result: dict = {"metrics": {}, "curves": {}, "data": {}}
     status, reason = "ok", ""
     try:
@@ -228,8 +252,13 @@ def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
     return record
 
 
+def checkpoints_of(config: dict) -> Path:
+    """Where the checkpoints of a run go while it trains."""
+    return ROOT / "build" / "checkpoints" / run_id(config)
+
+
 def spawn(config: dict, folder: Path) -> dict:
-    """Carry out a run in a fresh process (``memstudy run``) and return its record.
+    """Carry out a run in a fresh process (``memstudy run``) and return its record, the curves left on disk.
 
     A process that dies without a record leaves one all the same: ``oom`` when the kernel killed it for memory,
     ``failed`` otherwise, with the signal and its last words.
@@ -242,9 +271,10 @@ def spawn(config: dict, folder: Path) -> dict:
         log.touch()  # the process may be killed before it has opened it
         code = forker().run(["run", str(file), "--results", str(folder)], log)
         said = log.read_text(errors="replace").strip().splitlines()
-    here = [r for r in _of_run(folder, config) if r["provenance"]["started"] >= started]
-    if here:
-        return here[0]
+    for path in folder.glob(f"{run_id(config)}*.json"):
+        record = _parse(path)
+        if record and record["provenance"]["device"] == device() and record["provenance"]["started"] >= started:
+            return record | {"curves": Curves(path)}
     status, reason = "failed", f"exit status {code}"
     if code < 0:
         reason = f"killed by {signal.Signals(-code).name}"
@@ -253,11 +283,6 @@ def spawn(config: dict, folder: Path) -> dict:
     record = _record(config, status, f"{reason}; {said[-1] if said else 'no output'}", started)
     write_record(folder, record)
     return record
-
-
-def _of_run(folder: Path, config: dict) -> list[dict]:
-    records = (_parse(path) for path in folder.glob(f"{run_id(config)}*.json"))
-    return [r for r in records if r and r["provenance"]["device"] == device()]
 
 
 def _record(config: dict, status: str, reason: str, started: str) -> dict:

@@ -66,6 +66,7 @@ class Study:
         self._out = (base / self.parameters["out_dir"]).resolve()
         self._run_missing = self.parameters["run_missing"]
         self._plan = os.environ.get(records.PLAN)
+        self._machine = ""  # whose measurements count
         self._used: dict[str, dict] = {}
         self._verdicts: dict[str, str] = {}
         if self._run_missing:
@@ -76,7 +77,7 @@ class Study:
         """One row a run, in the order given; runs without a record here are run now, one after another.
 
         A run that is killed, runs out of memory or raises is a row with that ``status``; the others go on. Columns:
-        ``run_id``, ``status``, ``reason``, the run's fields, its metrics, ``curves`` (a dict), ``data_source``,
+        ``run_id``, ``status``, ``reason``, the run's fields, its metrics, ``curves`` (a mapping), ``data_source``,
         ``device``, ``commit``.
 
         Raises
@@ -227,22 +228,28 @@ class Study:
     def _known(self, configs: dict[str, dict]) -> dict[str, dict]:
         """Records of ``configs`` that count: settled ones of one machine, and predictions that it would make too.
 
-        The machine is this one; where nothing may be run, the one with most records, lest two machines' timings stand
-        in one table. A prediction for a GPU is the same on any machine with the same packages.
+        The machine is this one; where nothing may be run, the one with most records of those first asked for, lest two
+        machines' timings stand in one table. A prediction for a GPU is the same on any machine with the same packages.
         """
-        settled = [r for r in records.read_records(self._results) if r["status"] in records.SETTLED]
+        settled = []
+        for path, record in records.iterate_records(self._results, configs):
+            if record["status"] in records.SETTLED:
+                settled.append(record | {"curves": records.Curves(path)})
         here = os.environ.get(records.MACHINE) or records.device()
-        count = Counter(r["provenance"]["device"] for r in settled if not _is_prediction(r))
-        machine = here if self._run_missing or not count else max(count, key=lambda name: (count[name], name == here))
+        if self._run_missing:
+            self._machine = here
+        elif not self._machine:
+            count = Counter(r["provenance"]["device"] for r in settled if not _is_prediction(r))
+            self._machine = max(count, key=lambda name: (count[name], name == here), default="")
         versions = {name: version for name, version in records.versions().items() if version != "not installed"}
         known: dict[str, dict] = {}
         for record in settled:
             where = record["provenance"]
-            usable = where["device"] == machine
+            usable = where["device"] == self._machine
             if _is_prediction(record) and not usable:
                 same = versions.items() <= where["packages"].items() and record["config"]["gpu"]
                 usable = record["status"] == "ok" and (same or not self._run_missing) and record["run_id"] not in known
-            if record["run_id"] in configs and usable:
+            if usable:
                 known[record["run_id"]] = record
         return known
 

@@ -39,8 +39,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(folder):
-    """The record of a run that succeeded, as `spawn` returned it."""
-    return runs.spawn(tiny_config(), folder)
+    """The record of a run that succeeded, as `spawn` returned it, its curves read in."""
+    record = runs.spawn(tiny_config(), folder)
+    return record | {"curves": dict(record["curves"])}
 
 
 def imported_by_python(code: str, *, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -242,6 +243,22 @@ def test_a_record_cut_off_anywhere_is_not_a_whole_one(tmp_path_factory, record, 
     (place / f"{record['run_id']}.json").write_bytes(text[: int(share * len(text))])
     with pytest.warns(UserWarning, match="is not a whole record"):
         assert runs.read_records(place) == []
+
+
+def test_of_many_records_those_asked_for_are_read_alone_and_curves_when_wanted(tmp_path, record):
+    path = runs.write_record(tmp_path, record | {"curves": {"losses": [3.0, 2.0], "labels": []}})
+    (tmp_path / f"{'0' * 16}.json").write_text("{")  # another run's, of no concern
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ((found, read),) = runs.iterate_records(tmp_path, {record["run_id"]})
+    assert (found, read["run_id"]) == (path, record["run_id"])
+    curves = runs.Curves(path)
+    assert curves == {"losses": [3.0, 2.0], "labels": []}
+    assert curves["losses"] == [3.0, 2.0]
+    assert "steps" not in curves
+    assert len(curves) == 2
+    with pytest.raises(KeyError, match="steps"):
+        curves["steps"]
 
 
 def test_a_record_from_another_device_keeps_its_place(tmp_path, record):

@@ -1,0 +1,109 @@
+"""What planning, resuming and tabulating a study costs as its records grow: seconds and MiB, with generated records.
+
+    python benchmarks/records.py                     # 1,000 and 10,000; targets: 5 s and 500 MiB for 10,000
+    python benchmarks/records.py --counts 100000
+
+Each generated record is a committed one of the ablation under another seed, so sizes are real. *Plan*: how many
+runs are missing, none having a record; *resume*: half of them have; *tabulate*: all have, and their table is made and
+printed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+TARGET_S, TARGET_MIB = 5, 500
+
+
+def generate(folder: Path, count: int) -> list[dict]:
+    """Write ``count`` records below ``folder``; their configs."""
+    from memstudy import runs
+
+    found = [json.loads(p.read_text("utf-8")) for p in sorted((ROOT / "results" / "memory_ablation").glob("*.json"))]
+    models = [record for record in found if record["status"] == "ok" and "of" not in record["config"]]
+    configs = []
+    for number in range(count):
+        record = models[number % len(models)]
+        config = record["config"] | {"seed": 1000 + number}
+        configs.append(config)
+        record = record | {"config": config, "run_id": runs.run_id(config)}
+        (folder / f"{record['run_id']}.json").write_text(json.dumps(record), encoding="utf-8")
+    return configs
+
+
+class Planned:
+    """A run of which only the choices matter."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    def model_dump(self, *, mode: str) -> dict:
+        return self.config
+
+
+def measure(stage: str, folder: Path) -> dict:
+    """In this process: seconds and MiB of one stage."""
+    import os
+
+    from memstudy import runs
+    from memstudy.parameters import notebook_parameters
+    from memstudy.study import Study
+
+    configs = json.loads((folder / "configs.json").read_text())
+    os.environ[runs.PLAN] = str(folder / "plan")
+    (folder / "plan").mkdir(exist_ok=True)
+    process = psutil.Process()
+    before, began = process.memory_info().rss, time.perf_counter()
+    places = {"results_dir": str(folder), "out_dir": str(folder / "out"), "run_missing": False}
+    study = Study("memory_ablation", notebook_parameters("memory_ablation") | places)
+    try:
+        rows = study.sweep(map(Planned, configs))
+    except runs.MissingRecords:
+        pass
+    else:
+        study.table(rows.groupby("experiment")[["peak_allocated_mib", "step_time_ms"]].median(), "all", "{:.1f}")
+        study.values({})
+    return {"seconds": time.perf_counter() - began, "mib": (process.memory_info().rss - before) / 2**20}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000])
+    arguments.add_argument("--stage", help=argparse.SUPPRESS)
+    arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.stage:
+        print(json.dumps(measure(given.stage, given.folder)))
+        return
+    for count in given.counts:
+        with tempfile.TemporaryDirectory() as scratch:
+            records = Path(scratch, "memory_ablation")
+            records.mkdir()
+            Path(scratch, "configs.json").write_text(json.dumps(generate(records, count)))
+            files = sorted(records.glob("*.json"))
+            for stage, kept in (("tabulate", count), ("resume", count // 2), ("plan", 0)):
+                for path in files[kept:]:
+                    path.unlink(missing_ok=True)
+                command = [sys.executable, __file__, "--stage", stage, "--folder", scratch]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                met = (
+                    ""
+                    if count != 10_000
+                    else f"  {found['seconds'] / TARGET_S:.2f} and {found['mib'] / TARGET_MIB:.2f} of the target"
+                )
+                print(
+                    f"{count:>9,} records, {stage:8}: {found['seconds']:6.2f} s, {found['mib']:5.0f} MiB{met}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
