@@ -87,9 +87,20 @@ def run(
         from memstudy.attention import Unavailable
 
         planned = trainers.parse_run(given)
+        processes = getattr(planned, "processes", 1)
+        together = int(os.environ.get("WORLD_SIZE", 1))
+        if "RANK" in os.environ and together != processes:
+            raise ValueError(f"{config}: processes={processes}, but {together} were started; start as many, or none")
+        if processes > 1 and "RANK" not in os.environ:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command = [*launch, "-m", "memstudy.cli", "run", str(config), "--results", str(results)]
+            raise typer.Exit(subprocess.run(command).returncode)
         trains = getattr(planned, "train_steps", 0)
         if trains or isinstance(planned, trainers.FineTuneRun):
             trainers.load_data(planned)
+        if int(os.environ.get("RANK", 0)):  # the first process writes the record
+            trainers.execute(planned, runs.checkpoints_of(planned.model_dump(mode="json")))
+            return
         record = runs.perform(
             planned.model_dump(mode="json"),
             results.resolve(),

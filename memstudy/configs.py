@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_serializer, model_validator
 
 from memstudy import techniques
 from memstudy.attention import ATTENTION, AttentionConfig
@@ -72,7 +72,8 @@ class StepRun(BaseModel):
 class LanguageModelRun(StepRun):
     """Every choice of one run of the studies' decoder language model.
 
-    ``train_steps`` updates are taken on ``dataset``; they or ``measure_steps`` may be 0.
+    ``train_steps`` updates are taken on ``dataset``; they or ``measure_steps`` may be 0. Several ``processes``, each
+    with a GPU where there are any, share every batch; a run in one is named without the field.
     """
 
     kind: Literal["language_model"] = "language_model"
@@ -86,9 +87,19 @@ class LanguageModelRun(StepRun):
     eval_blocks: PositiveInt = 32
     dataset: str = ""
     data_hash: str = ""
+    processes: PositiveInt = 1
+
+    @model_serializer(mode="wrap")
+    def _named_as_ever(self, dump):
+        return {name: value for name, value in dump(self).items() if name != "processes" or value > 1}
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.batch_size % (self.accumulation * self.processes):
+            raise ValueError(
+                f"processes={self.processes} do not share batch_size={self.batch_size} "
+                f"in {self.accumulation} parts evenly"
+            )
         if self.hidden_size % self.n_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
         if self.train_steps and not self.dataset:

@@ -175,7 +175,7 @@ def make_trainer(
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=train_steps,
-        per_device_train_batch_size=run.batch_size // run.accumulation,
+        per_device_train_batch_size=run.batch_size // run.accumulation // getattr(run, "processes", 1),
         per_device_eval_batch_size=run.batch_size,
         learning_rate=run.learning_rate,
         seed=run.seed,

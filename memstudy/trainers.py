@@ -126,8 +126,9 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
         trainer.current_gradient_accumulation_steps = run.accumulation
         batch = run.make_batch()
         size = run.batch_size // run.accumulation
+        own = slice(trainer.args.process_index, None, trainer.args.world_size)  # of each part
         split = [
-            {name: tensor[start : start + size] for name, tensor in batch.items()}
+            {name: tensor[start : start + size][own] for name, tensor in batch.items()}
             for start in range(0, run.batch_size, size)[:parts]
         ]
 

@@ -266,7 +266,7 @@ def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say()
     for path in RECORDS:
         record = json.loads(path.read_text(encoding="utf-8"))
         run = parse_run(record["config"])
-        assert isinstance(run, LanguageModelRun)
+        assert isinstance(getattr(run, "of", run), LanguageModelRun)
         assert runs.run_id(run.model_dump(mode="json")) == record["run_id"]
         assert path.stem.startswith(record["run_id"])
 
