@@ -86,6 +86,7 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
     latex = styler.to_latex(hrules=True, column_format=r"llp{46mm}rrr")
     (generated / "report" / "tables" / "synthesis.tex").write_text(latex, encoding="utf-8")
     said = f"\\defval{{synthesis.same}}{{{SAME:g}}}\n\\defval{{synthesis.n_rows}}{{{len(rows)}}}\n"
+    (generated / "report" / "values").mkdir(exist_ok=True)
     (generated / "report" / "values" / "synthesis.tex").write_text(said, encoding="utf-8")
     return True
 

@@ -87,6 +87,20 @@ LAYERS = {
         {"advice", "attention", "bad_input", "hub_configs", "memory", "techniques", "trainers"},
         {"rich", "typer"},
     ),
+    "jobs": (
+        {
+            "attention",
+            "configs",
+            "hub_configs",
+            "layers",
+            "memory",
+            "parameters",
+            "prediction_configs",
+            "runs",
+            "trainers",
+        },
+        {"nbclient", "papermill"},
+    ),
     "cli": (ANY, ANY),
     "qa": (ANY, ANY),
     "notebooks": (

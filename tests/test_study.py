@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import tiny_config, tiny_run
+from tiny_run import SWEEP, tiny_config, tiny_run
 
 from memstudy import runs
 from memstudy.parameters import notebook_parameters
@@ -24,23 +24,6 @@ from memstudy.study import Study, _escape
 from memstudy.trainers import PredictionRun, execute
 
 ROOT = Path(__file__).parents[1]
-
-# A notebook's kernel in small: a study, four runs, one sweep.
-DRIVER = """
-import json, sys
-from memstudy.parameters import notebook_parameters
-from memstudy.study import Study
-
-class Planned(dict):
-    def model_dump(self, *, mode):
-        return dict(self)
-
-folder, planned = sys.argv[1:]
-places = {"results_dir": folder, "out_dir": folder, "run_missing": True}
-study = Study("lab4_grid", notebook_parameters("lab4_grid") | places)
-rows = study.sweep(Planned(config) for config in json.loads(planned))
-print(rows[["seed", "status"]].to_json(orient="values"))
-"""
 
 
 def make_study(folder: Path, *, run_missing: bool = True) -> Study:
@@ -57,7 +40,7 @@ def started(records: dict[str, dict]) -> dict[str, str]:
 
 
 def test_a_sweep_killed_half_way_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, "-c", DRIVER, tmp_path, json.dumps([tiny_config(seed=n) for n in range(4)])]
+    command = [sys.executable, "-c", SWEEP, tmp_path, json.dumps([tiny_config(seed=n) for n in range(4)])]
     driver = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     for _ in range(600):
         if len(list(tmp_path.glob("lab4_grid/*.json"))) >= 2:

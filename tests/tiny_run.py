@@ -26,3 +26,21 @@ def tiny_run(**changes) -> LanguageModelRun:
 def tiny_config(**changes) -> dict:
     """Return the same as the JSON values of a record's ``config``."""
     return tiny_run(**changes).model_dump(mode="json")
+
+
+# A notebook's kernel in small: a study and one sweep; its arguments are the results' folder and the configs as JSON.
+SWEEP = """
+import json, sys
+from memstudy.parameters import notebook_parameters
+from memstudy.study import Study
+
+class Planned(dict):
+    def model_dump(self, *, mode):
+        return dict(self)
+
+folder, planned = sys.argv[1:]
+places = {"results_dir": folder, "out_dir": folder, "run_missing": True}
+study = Study("lab4_grid", notebook_parameters("lab4_grid") | places)
+rows = study.sweep(Planned(config) for config in json.loads(planned))
+print(rows[["seed", "status"]].to_json(orient="values"))
+"""
