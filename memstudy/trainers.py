@@ -54,8 +54,8 @@ def parse_run(given: object) -> Run:
     ValueError
         For an unknown kind or field, a value out of range, choices that contradict each other.
     """
-    if not isinstance(given, dict) or given.get("kind") not in RUNS:
-        kind = given.get("kind") if isinstance(given, dict) else given
+    kind = given.get("kind") if isinstance(given, dict) else given
+    if not isinstance(given, dict) or not isinstance(kind, str) or kind not in RUNS:
         raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(RUNS)}")
     known = RUNS[given["kind"]].model_fields
     for name in given:

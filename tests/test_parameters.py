@@ -24,7 +24,7 @@ tagged = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.text() | yaml_like | tagged | documents.map(yaml.safe_dump) | st.binary())
 @example("n_layers: !!bool 3")  # PyYAML raises KeyError,
 @example("n_layers: !!timestamp x")  # AttributeError,

@@ -1,8 +1,11 @@
 """The page: what it answers, what it refuses, that it survives; in a real browser too."""
 
+import contextlib
 import http.client
+import random
 import re
 import shutil
+import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -238,6 +241,34 @@ def test_serve_without_models_asks_first(tmp_path):
 
 def test_the_quick_runs_are_runs():
     assert [answers.name_of(run) for run in quick_runs("0" * 16)] == ["Transformer", "MemSizer"]
+
+
+def test_two_thousand_senseless_requests_do_not_end_it(server):
+    address = server.removeprefix("http://").split(":")
+    chance = random.Random(0)
+
+    def request(number: int) -> bytes:
+        noise = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 200)))
+        path = quote(noise[:60])
+        return [
+            noise,
+            b"GET /?question=" + noise.replace(b" ", b"+") + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+            f"GET /{path}?{path}={path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(),
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n" + noise,
+            f"GET /?question={path}&model={path} HTTP/1.0\r\n\r\n".encode(),
+        ][number % 5]
+
+    def send(content: bytes) -> None:
+        with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # hung up on
+                connection.recv(100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send, map(request, range(2000))))
+    with urlopen(f"{server}/?{urlencode({'question': QUESTION})}") as page:
+        assert said(page.read().decode())
 
 
 @pytest.mark.parametrize("width", [360, 1280], ids=["phone", "desk"])
