@@ -25,8 +25,10 @@ pytestmark = pytest.mark.slow
 
 def sweeping(folder: Path, configs: list[dict], **options) -> subprocess.Popen:
     command = [sys.executable, "-c", SWEEP, str(folder), json.dumps(configs)]
+    # A shell that starts these tests in the background has ctrl-C ignored, and that would be handed down.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heard, **options)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
