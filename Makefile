@@ -42,7 +42,6 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 	@echo '== 3/4 notebooks, run and compared with what they store'
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --nbval-lax --nbval-current-env notebooks
-
 	@echo '== 4/4 API reference, warnings are errors'
 	@$(MAKE) --no-print-directory docs
 

@@ -10,6 +10,7 @@ printed.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,10 +49,8 @@ class Planned:
         return self.config
 
 
-def measure(stage: str, folder: Path) -> dict:
-    """In this process: seconds and MiB of one stage."""
-    import os
-
+def measure(folder: Path) -> dict:
+    """In this process: seconds and MiB of what is left to do, given the records that are there."""
     from memstudy import runs
     from memstudy.parameters import notebook_parameters
     from memstudy.study import Study
@@ -76,11 +75,10 @@ def measure(stage: str, folder: Path) -> dict:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000])
-    arguments.add_argument("--stage", help=argparse.SUPPRESS)
     arguments.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = arguments.parse_args()
-    if given.stage:
-        print(json.dumps(measure(given.stage, given.folder)))
+    if given.folder:
+        print(json.dumps(measure(given.folder)))
         return
     for count in given.counts:
         with tempfile.TemporaryDirectory() as scratch:
@@ -91,18 +89,12 @@ def main() -> None:
             for stage, kept in (("tabulate", count), ("resume", count // 2), ("plan", 0)):
                 for path in files[kept:]:
                     path.unlink(missing_ok=True)
-                command = [sys.executable, __file__, "--stage", stage, "--folder", scratch]
+                command = [sys.executable, __file__, "--folder", scratch]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
-                met = (
-                    ""
-                    if count != 10_000
-                    else f"  {found['seconds'] / TARGET_S:.2f} and {found['mib'] / TARGET_MIB:.2f} of the target"
-                )
-                print(
-                    f"{count:>9,} records, {stage:8}: {found['seconds']:6.2f} s, {found['mib']:5.0f} MiB{met}",
-                    flush=True,
-                )
+                told = f"{count:>9,} records, {stage:8}: {found['seconds']:6.2f} s, {found['mib']:5.0f} MiB"
+                of_target = f"  {found['seconds'] / TARGET_S:.2f} and {found['mib'] / TARGET_MIB:.2f} of the target"
+                print(told + of_target * (count == 10_000), flush=True)
 
 
 if __name__ == "__main__":

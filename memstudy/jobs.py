@@ -19,11 +19,10 @@ from papermill.parameterize import parameterize_notebook
 from memstudy import layers, runs
 from memstudy.attention import Unavailable
 from memstudy.configs import LayerRun
-from memstudy.hub_configs import InferenceRun
 from memstudy.memory import MIB, predict
 from memstudy.parameters import read_parameters
 from memstudy.prediction_configs import PredictionRun
-from memstudy.trainers import Run, build
+from memstudy.trainers import Run, foretell
 
 PROCESS_MIB = 1500  # what a process holds before its first tensor, and what it reads in: Python, PyTorch, data
 SLACK = 1.3  # over the predicted peak, for what an allocator keeps and for evaluation
@@ -76,9 +75,7 @@ def needs(run: Run, *, gpu: str = "") -> dict[str, int]:
         if isinstance(run, LayerRun):
             peak = layers.peak_bytes(run, predict) / MIB
             return {"mem_mb": _mb(PROCESS_MIB + SLACK * peak)}
-        report = predict(
-            build(run, gpu=gpu or None, parts=2), gpu=gpu or None, iterations=1 if isinstance(run, InferenceRun) else 2
-        )
+        report = foretell(run, gpu)
     except Unavailable:  # the run will say so itself
         return {"mem_mb": _mb(PROCESS_MIB)}
     if gpu:

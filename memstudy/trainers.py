@@ -20,7 +20,7 @@ from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import MIB, Gpu, find_gpu, fit, predict
+from memstudy.memory import MIB, Gpu, MemoryReport, find_gpu, fit, predict
 from memstudy.memory.trace import Step
 from memstudy.prediction_configs import LargestBatchRun, PredictionRun
 from memstudy.reformer_configs import ReformerRun
@@ -28,7 +28,7 @@ from memstudy.seq2seq_configs import Seq2SeqRun
 
 __all__ = [
     "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LargestBatchRun", "LayerRun", "PredictionRun",
-    "ReformerRun", "Seq2SeqRun", "StepRun", "build", "execute", "load_data", "parse_run",
+    "ReformerRun", "Seq2SeqRun", "StepRun", "build", "execute", "foretell", "load_data", "parse_run",
 ]  # fmt: skip
 
 TIMELINE_POINTS = 400
@@ -191,11 +191,16 @@ def execute(run: Run, checkpoints: Path) -> dict:
     return result
 
 
+def foretell(run: StepRun, gpu: str) -> MemoryReport:
+    """The step of ``run``, predicted for ``gpu``, or for this CPU where that is empty; raises as `build`."""
+    once = isinstance(run, InferenceRun)
+    return predict(build(run, gpu=gpu or None, parts=2), gpu=gpu or None, iterations=1 if once else 2)
+
+
 def _predict(run: PredictionRun) -> dict:
-    gpu = run.gpu or None
-    report = predict(build(run.of, gpu=gpu, parts=2), gpu=gpu, iterations=1 if isinstance(run.of, InferenceRun) else 2)
+    report = foretell(run.of, run.gpu)
     metrics = report.scalars()
-    if gpu:
+    if run.gpu:
         metrics |= {"whole_gpu_mib": report.whole_gpu_mib, "fits": report.out_of_memory is None}
     return {"metrics": metrics, "curves": {"unverified_ops": list(report.unverified)}, "data": {}}
 

@@ -15,6 +15,7 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubHandler
 
 from memstudy import data
 
@@ -47,7 +48,7 @@ def serve():
     servers = []
 
     def start(folder):
-        handler = functools.partial(QuietHandler, directory=str(folder))
+        handler = functools.partial(HubHandler, directory=str(folder))
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -57,17 +58,6 @@ def serve():
     for server in servers:
         server.shutdown()
         server.server_close()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def end_headers(self):
-        # What the hub says of a file, without which its client takes none.
-        self.send_header("ETag", Path(self.path.split("?")[0]).name)
-        self.send_header("X-Repo-Commit", data.WIKITEXT[1])
-        super().end_headers()
 
 
 def write_set(folder, **splits):

@@ -91,7 +91,6 @@ LAYERS = {
         {
             "attention",
             "configs",
-            "hub_configs",
             "layers",
             "memory",
             "parameters",
