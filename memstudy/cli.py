@@ -98,16 +98,20 @@ def run(
         trains = getattr(planned, "train_steps", 0)
         if trains or isinstance(planned, trainers.FineTuneRun):
             trainers.load_data(planned)
-        if int(os.environ.get("RANK", 0)):  # the first process writes the record
-            trainers.execute(planned, runs.checkpoints_of(planned.model_dump(mode="json")))
-            return
-        record = runs.perform(
-            planned.model_dump(mode="json"),
-            results.resolve(),
-            lambda checkpoints: trainers.execute(planned, checkpoints),
-            out_of_memory=(MemoryError, torch.OutOfMemoryError),
-            unavailable=(Unavailable,),
-        )
+        try:
+            if int(os.environ.get("RANK", 0)):  # the first process writes the record
+                trainers.execute(planned, runs.checkpoints_of(planned.model_dump(mode="json")))
+                return
+            record = runs.perform(
+                planned.model_dump(mode="json"),
+                results.resolve(),
+                lambda checkpoints: trainers.execute(planned, checkpoints),
+                out_of_memory=(MemoryError, torch.OutOfMemoryError),
+                unavailable=(Unavailable,),
+            )
+        finally:
+            if torch.distributed.is_initialized():  # else its threads may crash a process that ends
+                torch.distributed.destroy_process_group()
     typer.echo(f"{record['run_id']}: {record['status']} {record['reason']}".strip())
     for name, value in record["metrics"].items():
         typer.echo(f"  {name} = {value:,.3f}" if isinstance(value, float) else f"  {name} = {value}")

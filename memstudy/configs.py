@@ -18,12 +18,15 @@ from memstudy.attention import ATTENTION, AttentionConfig
 from memstudy.models import DecoderLM, decoder
 from memstudy.peers import PEERS
 
+TAKE_SHARDS = ("adamw_torch_fused", "adamw_torch", "sgd")  # of the Trainer's optimizers, see Technique.takes_shards
+
 
 class StepRun(BaseModel):
     """What every run of a training step chooses; sizes in tokens and sequences, memory in MiB.
 
     ``measure_steps`` timed steps are taken on random tokens. With ``budget_mib`` the measured step is refused when
-    its peak passes the budget.
+    its peak passes the budget. Several ``processes``, each with a GPU where there are any, share every batch; a run in
+    one is named without the field.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,12 +39,23 @@ class StepRun(BaseModel):
     measure_steps: NonNegativeInt = 0
     budget_mib: Annotated[float, Field(gt=0)] | None = None
     seed: NonNegativeInt = 0
+    processes: PositiveInt = 1
+
+    @model_serializer(mode="wrap")
+    def _named_as_ever(self, dump):
+        return {name: value for name, value in dump(self).items() if name != "processes" or value > 1}
 
     @model_validator(mode="after")
     def _techniques_are_for_this(self):
         for text, lever in zip(self.techniques, self.levers(), strict=True):
             if not self._takes(lever):
                 raise ValueError(f"technique {text!r} is for {'training' if lever.in_training else 'inference'} alone")
+            if lever.several_processes and self.processes == 1:
+                raise ValueError(f"technique {text!r} is for several processes, and processes=1")
+        if "fsdp" in self.techniques and self.flags().get("optim", "sgd") not in TAKE_SHARDS:
+            raise ValueError(f"optimizer {self.flags()['optim']!r} needs whole parameters and so excludes fsdp")
+        if "optimizer_in_backward" in self.techniques and self.processes > 1 and "fsdp" not in self.techniques:
+            raise ValueError("optimizer_in_backward updates before processes have exchanged gradients: add fsdp")
         return self
 
     @staticmethod
@@ -52,6 +66,11 @@ class StepRun(BaseModel):
     def _parts_are_equal(self):
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        if self.batch_size % (self.accumulation * self.processes):
+            raise ValueError(
+                f"processes={self.processes} do not share batch_size={self.batch_size} "
+                f"in {self.accumulation} parts evenly"
+            )
         return self
 
     def levers(self) -> tuple[techniques.Technique, ...]:
@@ -72,8 +91,7 @@ class StepRun(BaseModel):
 class LanguageModelRun(StepRun):
     """Every choice of one run of the studies' decoder language model.
 
-    ``train_steps`` updates are taken on ``dataset``; they or ``measure_steps`` may be 0. Several ``processes``, each
-    with a GPU where there are any, share every batch; a run in one is named without the field.
+    ``train_steps`` updates are taken on ``dataset``; they or ``measure_steps`` may be 0.
     """
 
     kind: Literal["language_model"] = "language_model"
@@ -87,19 +105,9 @@ class LanguageModelRun(StepRun):
     eval_blocks: PositiveInt = 32
     dataset: str = ""
     data_hash: str = ""
-    processes: PositiveInt = 1
-
-    @model_serializer(mode="wrap")
-    def _named_as_ever(self, dump):
-        return {name: value for name, value in dump(self).items() if name != "processes" or value > 1}
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.batch_size % (self.accumulation * self.processes):
-            raise ValueError(
-                f"processes={self.processes} do not share batch_size={self.batch_size} "
-                f"in {self.accumulation} parts evenly"
-            )
         if self.hidden_size % self.n_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
         if self.train_steps and not self.dataset:

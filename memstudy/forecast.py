@@ -25,6 +25,9 @@ Optimizer = Annotated[str, typer.Option(help="adamw (fused), adamw_torch (foreac
 Task = Annotated[str, typer.Option(help="lm (what the model was pretrained for) or classification.")]
 Attention = Annotated[str, typer.Option(help="sdpa (PyTorch's fused kernels) or eager.")]
 Expandable = Annotated[bool, typer.Option("--expandable-segments", help="As PYTORCH_ALLOC_CONF sets it.")]
+Processes = Annotated[
+    int, typer.Option(help="GPUs that share the batch, by DDP or by technique fsdp.", min=1, max=4096)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -38,24 +41,26 @@ def predict(
     task: Task = "lm",
     attention: Attention = "sdpa",
     expandable_segments: Expandable = False,
+    processes: Processes = 1,
     as_json: Json = False,
 ) -> None:
     """Say what training a model takes, and whether it fits; nothing is run.
 
-    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4
+    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4\n
+    memstudy predict --model gpt2-xl --batch 32 --seq-len 1024 --technique fsdp,bf16 --processes 8 --gpu RTX4090
 
     The step is Hugging Face Trainer's own, followed on tensors without bytes. Exit status 0 whether it fits or not.
     """
     with _one_line():
         run = _plan(
             model=model, batch_size=batch, seq_len=seq_len, techniques=_split(technique), optimizer=optimizer,
-            task=task, attention=attention,
+            task=task, attention=attention, processes=processes,
         )  # fmt: skip
         report = _report(run, gpu, expandable_segments)
     if as_json:
         typer.echo(json.dumps(_as_dict(report, run), indent=2))
     else:
-        _show(report)
+        _show(report, processes)
 
 
 def fit(
@@ -72,6 +77,7 @@ def fit(
     task: Task = "lm",
     attention: Attention = "sdpa",
     expandable_segments: Expandable = False,
+    processes: Processes = 1,
     advise: Annotated[bool, typer.Option("--advise", help="When nothing fits, say what to add.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Run the batch that is found, here on this CPU.")] = False,
     as_json: Json = False,
@@ -87,6 +93,8 @@ def fit(
     with _one_line():
         if verify and gpu is not None:
             raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
+        if verify and processes > 1:
+            raise ValueError("--verify runs in one process: leave --processes out")
         if gpu is None and budget_mib is None:
             raise ValueError("fit needs a budget: give --gpu, or --budget-mib for this CPU")
         chosen = _split(technique)
@@ -94,7 +102,7 @@ def fit(
             raise ValueError("accumulation follows from the batch that fits: give --effective-batch instead")
         plan = {
             "model": model, "seq_len": seq_len, "techniques": chosen, "optimizer": optimizer, "task": task,
-            "attention": attention,
+            "attention": attention, "processes": processes,
         }  # fmt: skip
         steps: list[tuple[tuple[str, ...], Fit]] = []
         for techniques in [chosen, *(_additions(plan, gpu, effective_batch) if advise else [])]:
@@ -110,7 +118,7 @@ def fit(
     for techniques, found in steps:
         typer.echo(f"{', '.join(techniques) or 'no technique'}: {_verdict(found)}")
     if steps[-1][1].batch_size:
-        _show(steps[-1][1].report)
+        _show(steps[-1][1].report, processes)
     elif not advise:
         typer.echo("--advise says which techniques to add")
 
@@ -126,6 +134,7 @@ def advise(
     task: Task = "lm",
     attention: Attention = "sdpa",
     expandable_segments: Expandable = False,
+    processes: Processes = 1,
     as_json: Json = False,
 ) -> None:
     """Say which techniques make a batch fit, the quickest that do.
@@ -150,7 +159,7 @@ def advise(
             check_budget(budget_mib)
         plan = {
             "model": model, "batch_size": batch, "seq_len": seq_len, "optimizer": optimizer, "task": task,
-            "attention": attention,
+            "attention": attention, "processes": processes,
         }  # fmt: skip
         _plan(**plan, techniques=_split(technique))
         rows = advice.reference()
@@ -221,6 +230,7 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) ->
             budget_mib=budget_mib,
             effective_batch=effective_batch,
             expandable_segments=expandable_segments,
+            processes=plan["processes"],
             run=run_batch if verify else None,
         )
 
@@ -271,12 +281,11 @@ def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> Mem
     from rich.console import Console
 
     from memstudy.memory import find_gpu
-    from memstudy.memory import predict as predict_memory
-    from memstudy.trainers import build
+    from memstudy.trainers import foretell
 
     card = gpu and find_gpu(gpu)
     with Console(stderr=True).status(f"following two steps of {run.model} on tensors without bytes"):
-        return predict_memory(build(run, gpu=card, parts=2), gpu=card, expandable_segments=expandable_segments)
+        return foretell(run, card, expandable_segments=expandable_segments)
 
 
 @contextmanager
@@ -337,13 +346,14 @@ def _size(mib: float) -> str:
     return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
-def _show(report: MemoryReport) -> None:
+def _show(report: MemoryReport, processes: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
     parts = report.waterfall_mib()
     whole = sum(parts.values())
-    table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {report.device}, predicted")
+    where = report.device if processes == 1 else f"each of {processes} × {report.device}"
+    table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {where}, predicted")
     for column in (1, 2):
         table.columns[column].justify = "right"
     for name, size in parts.items():
@@ -359,4 +369,6 @@ def _show(report: MemoryReport) -> None:
             said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} there; {report.out_of_memory}"
             console.print(said, soft_wrap=True)
     if report.unverified:
-        console.print(f"not checked against CUDA, taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True)
+        console.print(
+            f"not checked against CUDA, ops taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True
+        )

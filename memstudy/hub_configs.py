@@ -183,6 +183,7 @@ class InferenceRun(HubModelRun):
 
     kind: Literal["inference"] = "inference"
     measure_steps: PositiveInt = 20
+    processes: Literal[1] = 1
 
     @staticmethod
     def _takes(lever):
@@ -208,6 +209,7 @@ class FineTuneRun(HubModelRun):
     eval_rows: PositiveInt = 10_000
     epochs: PositiveInt = 1
     measure_steps: Literal[0] = 0
+    processes: Literal[1] = 1
 
     @model_validator(mode="after")
     def _clips(self):

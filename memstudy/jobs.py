@@ -66,8 +66,8 @@ def needs(run: Run, *, gpu: str = "") -> dict[str, int]:
     Returns
     -------
     dict
-        ``mem_mb``, of the host; with ``gpu``, unless the run is itself a prediction, ``gpu`` (how many) and
-        ``gpu_mem_mb`` too.
+        ``mem_mb``, of the host, of all processes; with ``gpu``, unless the run is itself a prediction, ``gpu`` (how
+        many) and ``gpu_mem_mb`` (of each) too.
     """
     if isinstance(run, PredictionRun):
         return {"mem_mb": _mb(2 * PROCESS_MIB)}  # of what is followed, millions of small objects
@@ -79,8 +79,9 @@ def needs(run: Run, *, gpu: str = "") -> dict[str, int]:
     except Unavailable:  # the run will say so itself
         return {"mem_mb": _mb(PROCESS_MIB)}
     if gpu:
-        return {"mem_mb": _mb(2 * PROCESS_MIB), "gpu": 1, "gpu_mem_mb": _mb(report.whole_gpu_mib)}
-    return {"mem_mb": _mb(PROCESS_MIB + SLACK * report.peak_allocated_mib)}
+        gpus = {"gpu": run.processes, "gpu_mem_mb": _mb(report.whole_gpu_mib)}
+        return {"mem_mb": run.processes * _mb(2 * PROCESS_MIB), **gpus}
+    return {"mem_mb": run.processes * _mb(PROCESS_MIB + SLACK * report.peak_allocated_mib)}
 
 
 def _mb(mib: float) -> int:

@@ -171,16 +171,16 @@ def make_trainer(
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,  # clipping needs all gradients at once, which optimizer_in_backward never has
         "prediction_loss_only": True,
+        "save_strategy": "steps" if train_steps > SAVE_STEPS else "no",
     }
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=train_steps,
-        per_device_train_batch_size=run.batch_size // run.accumulation // getattr(run, "processes", 1),
+        per_device_train_batch_size=run.batch_size // run.accumulation // run.processes,
         per_device_eval_batch_size=run.batch_size,
         learning_rate=run.learning_rate,
         seed=run.seed,
         logging_steps=logging_steps,
-        save_strategy="steps" if train_steps > SAVE_STEPS else "no",
         # Where a loss is logged, the mean of those since the last: one cut in two by a kill would be another mean.
         save_steps=-(-SAVE_STEPS // logging_steps) * logging_steps,
         save_total_limit=1,

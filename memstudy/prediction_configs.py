@@ -31,8 +31,6 @@ class PredictionRun(BaseModel):
     @field_validator("of")
     @classmethod
     def _of_pytorch(cls, of: Predictable) -> Predictable:
-        if getattr(of, "processes", 1) > 1:
-            raise ValueError(f"processes={of.processes}: what each of several processes takes is not predicted")
         for text, lever in zip(of.techniques, of.levers(), strict=True):
             if lever.group == "engine":
                 raise ValueError(f"what {text} takes is its own to say and not predicted: leave it out, for PyTorch's")

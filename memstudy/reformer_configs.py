@@ -34,6 +34,7 @@ class ReformerRun(LanguageModelRun):
     vocabulary: str = ""
     vocabulary_hash: str = ""
     validations: NonNegativeInt = 0
+    processes: Literal[1] = 1  # DDP and FSDP follow no layers that are run backwards
 
     @model_validator(mode="after")
     def _suits_the_layers(self):

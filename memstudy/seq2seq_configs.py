@@ -45,6 +45,7 @@ class Seq2SeqRun(StepRun):
     num_beams: PositiveInt = 1
     validations: NonNegativeInt = 0
     generated: NonNegativeInt = 0
+    processes: Literal[1] = 1
 
     @model_validator(mode="after")
     def _consistent(self):

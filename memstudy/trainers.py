@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,22 +121,26 @@ def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = Non
             trainer.create_optimizer()
         except ImportError as error:
             raise Unavailable(" ".join(str(error).split())) from None
-        # The model is on its device already; under fake tensors it could not be moved again.
-        model, optimizer = trainer.accelerator.prepare(
-            trainer.model, trainer.optimizer, device_placement=[False, False]
-        )
+        # As the Trainer does it. The model is on its device already; under fake tensors it could not be moved again.
+        accelerator = trainer.accelerator
+        if trainer.is_distributed_loading_by_transformers:
+            model = accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)
+            optimizer = accelerator.prepare(trainer.optimizer, device_placement=[False])
+            keep = trainer._defer_fsdp_gradient_reduction
+        else:
+            model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer, device_placement=[False, False])
+            keep = partial(accelerator.no_sync, model)
         trainer.current_gradient_accumulation_steps = run.accumulation
         batch = run.make_batch()
         size = run.batch_size // run.accumulation
-        own = slice(trainer.args.process_index, None, trainer.args.world_size)  # of each part
-        split = [
-            {name: tensor[start : start + size][own] for name, tensor in batch.items()}
-            for start in range(0, run.batch_size, size)[:parts]
-        ]
+        share, place = size // run.processes, trainer.args.process_index  # of each part
+        starts = range(place * share, run.batch_size, size)[:parts]
+        split = [{name: tensor[start : start + share] for name, tensor in batch.items()} for start in starts]
 
         def step():
-            for part in split:
-                trainer.training_step(model, part)
+            for number, part in enumerate(split, start=1):
+                with nullcontext() if number == len(split) else keep():  # the last part's go to the other processes
+                    trainer.training_step(model, part)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -191,10 +197,21 @@ def execute(run: Run, checkpoints: Path) -> dict:
     return result
 
 
-def foretell(run: StepRun, gpu: str) -> MemoryReport:
+def foretell(run: StepRun, gpu: str | Gpu | None, *, expandable_segments: bool = False) -> MemoryReport:
     """The step of ``run``, predicted for ``gpu``, or for this CPU where that is empty; raises as `build`."""
-    once = isinstance(run, InferenceRun)
-    return predict(build(run, gpu=gpu or None, parts=2), gpu=gpu or None, iterations=1 if once else 2)
+    return predict(
+        build(run, gpu=gpu or None, parts=2),
+        gpu=gpu or None,
+        iterations=_iterations(run),
+        expandable_segments=expandable_segments,
+        processes=run.processes,
+    )
+
+
+def _iterations(run: StepRun) -> int:
+    """After how many steps nothing changes any more: the first has no optimizer state before its end, and after it DDP
+    puts its buckets together anew."""
+    return 1 if isinstance(run, InferenceRun) else 2 if run.processes == 1 else 3
 
 
 def _predict(run: PredictionRun) -> dict:
@@ -206,7 +223,11 @@ def _predict(run: PredictionRun) -> dict:
 
 
 def _fit(run: LargestBatchRun) -> dict:
-    found = fit(lambda size: build(run.of.model_copy(update={"batch_size": size}), gpu=run.gpu), gpu=run.gpu)
+    found = fit(
+        lambda size: build(run.of.model_copy(update={"batch_size": size}), gpu=run.gpu),
+        gpu=run.gpu,
+        processes=run.of.processes,
+    )
     metrics = {"largest_batch": found.batch_size, "headroom_percent": found.headroom_percent} | found.report.scalars()
     curves = {"unverified_ops": list(found.report.unverified)}
     return {"metrics": metrics | {"whole_gpu_mib": found.needed_mib}, "curves": curves, "data": {}}
@@ -216,7 +237,7 @@ def _measure(run: StepRun, result: dict) -> None:
     if run.budget_mib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, run.budget_mib * MIB / total))
-    report, step = layers.measured(build(run), iterations=2)
+    report, step = layers.measured(build(run), iterations=_iterations(run))
     if run.budget_mib and report.peak_allocated_mib > run.budget_mib:
         raise MemoryError(f"peak {report.peak_allocated_mib:.1f} MiB passes the budget of {run.budget_mib:g} MiB")
     times = [layers.timed(step) for _ in range(run.measure_steps)]

@@ -23,6 +23,31 @@ def reserved_for(*sizes, expandable=False):
     return allocator.reserved
 
 
+# --- streams
+
+
+@both
+def test_what_is_freed_serves_its_own_stream_alone(expandable):
+    allocator = CachingAllocator(expandable_segments=expandable)
+    allocator.free(allocator.malloc(12 * MIB))
+    reserved = allocator.reserved
+    allocator.malloc(12 * MIB, stream=7)
+    assert allocator.reserved == 2 * reserved
+    allocator.malloc(12 * MIB)
+    assert allocator.reserved == 2 * reserved
+    allocator.malloc(1)
+    allocator.malloc(1, stream=7)
+    assert allocator.reserved == 2 * reserved + 2 * 2 * MIB
+
+
+def test_an_event_says_on_which_stream():
+    events = [Event("alloc", 0, block, 12 * MIB, stream=block % 2) for block in range(4)]
+    events += [Event("free", 0, block) for block in range(4)]
+    assert replay([*events, *events[:4]]).peak_reserved == replay(events[:4]).peak_reserved
+    moved = [Event("alloc", 0, block, 12 * MIB, stream=5) for block in range(4)]
+    assert replay([*events, *moved]).peak_reserved == 2 * replay(events[:4]).peak_reserved
+
+
 # --- blocks and segments
 
 

@@ -128,6 +128,20 @@ def test_the_json_of_a_prediction_is_the_librarys_report(batch, models, small_gp
     assert given["out_of_memory"] == (str(report.out_of_memory) if batch == 20_000 else None)
 
 
+def test_each_of_several_gpus_takes_its_share(models, small_gpu):
+    one, ddp, fsdp = (
+        answer(predict(models["gpt2"], "--gpu", small_gpu, "--json", *options, batch=8))
+        for options in ((), ("--processes", 4), ("--processes", 4, "--technique", "fsdp"))
+    )
+    parameters = [given["waterfall_mib"]["parameters"] for given in (one, ddp, fsdp)]
+    assert parameters[0] == parameters[1]
+    assert parameters[2] == pytest.approx(parameters[0] / 4, rel=0.05)
+    assert ddp["waterfall_mib"]["activations"] < 0.4 * one["waterfall_mib"]["activations"]
+    shown = predict(models["gpt2"], "--gpu", small_gpu, "--processes", 4, "--technique", "fsdp", batch=8).stdout
+    assert "training step on each of 4 × small, predicted" in shown
+    assert "NCCL's buffers (not counted)" in shown
+
+
 def test_the_json_of_a_prediction_for_this_cpu(models):
     given = answer(predict(models["t5"], "--json"))
     assert given.keys() == PREDICTED
@@ -428,6 +442,10 @@ ADVISE = ["advise", "--batch", 4, "--seq-len", 16, "--model"]
         ([*PREDICT, "gpt2", "--technique", "tf32"], ["tf32 needs a CUDA device"]),
         ([*PREDICT, "gpt2", "--technique", "offload_activations"], ["offload_activations needs a CUDA device"]),
         ([*PREDICT, "bert-base-uncased", "--technique", "chunked_loss"], ["chunked_loss is for causal", "bert-base"]),
+        ([*PREDICT, "gpt2", "--technique", "fsdp"], ["'fsdp' is for several processes, and processes=1"]),
+        ([*PREDICT, "gpt2", "--processes", 3], ["processes=3 do not share batch_size=2 in 1 parts evenly"]),
+        ([*FIT, "gpt2", "--gpu", "T4", "--processes", 2, "--effective-batch", 5], ["do not share it evenly"]),
+        ([*FIT, "gpt2", "--budget-mib", 9, "--processes", 2, "--verify"], ["--verify runs in one process"]),
         ([*PREDICT, "gpt2", "--seq-len", 1025], ["seq_len=1025 is more than the 1024 positions of gpt2"]),
         ([*PREDICT, "gpt2", "--optimizer", "adam"], ["unknown optimizer 'adam'", "adamw_torch"]),
         ([*PREDICT, "gpt2", "--optimizer", "lomo"], ["lomo", "install"]),

@@ -163,6 +163,24 @@ def test_an_address_used_again_is_another_block():
     assert max(live["temporary"] for _, _, live in report.timeline) == 7
 
 
+def test_an_address_that_another_thread_has_freed_is_another_block():
+    report = account(
+        events(("iteration",), ("phase", "forward"), ("alloc", 1, 100), ("alloc", 1, 7), ("free", 1)),
+        device="cpu",
+        kind="measured",
+    )
+    assert totals(report) == [0, 100, 7, 0]
+    assert report.peak_by_category["temporary"] == 100
+
+
+def test_what_outlives_its_step_is_no_activation():
+    step = (("iteration",), ("phase", "forward"), ("alloc", 1, 100), ("phase", "backward"))
+    once = account(events(*step), device="cpu", kind="measured")
+    assert once.peak_by_category["activations"] == 100
+    twice = account(events(*step, ("iteration",), ("phase", "forward"), ("free", 1)), device="cpu", kind="measured")
+    assert (twice.peak_by_category["activations"], twice.peak_by_category["other"]) == (0, 100)
+
+
 def test_memory_from_before_is_ignored():
     report = account(
         events(("iteration",), ("free", 9), ("is", 9, "parameters"), ("alloc", 1, 5)), device="cpu", kind="measured"

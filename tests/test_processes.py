@@ -1,19 +1,34 @@
-"""A run in several processes that share each batch: the same losses as in one, and one record, the first process's."""
+"""A run in several processes that share each batch: the losses of one, and memory predicted for each process."""
 
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from pydantic import ValidationError
+from test_levers_of_studies import classifier, masked
+from test_techniques import HERE
+from tiny_models import config_file
 from tiny_run import tiny_config, tiny_run
 
-from memstudy import data, runs
-from memstudy.trainers import PredictionRun, parse_run
+from memstudy import data, jobs, runs
+from memstudy.memory import MIB, fit, measure, predict
+from memstudy.memory.processes import first_of
+from memstudy.techniques import TECHNIQUES
+from memstudy.trainers import HubModelRun, build, foretell, parse_run
 
 ROOT = Path(__file__).parents[1]
+MESH_BYTES = 64  # the indices of the processes that shards are spread over; in a prediction they are made beside it
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- by torchrun, with gloo
 
 
 def memstudy_run(config: dict, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -25,52 +40,41 @@ def memstudy_run(config: dict, folder: Path, **environment: str) -> subprocess.C
     )  # fmt: skip
 
 
+def trained(folder: Path, **changes) -> dict:
+    """The record of a training of six updates."""
+    learn = {"dataset": "miniature", "data_hash": data.load("miniature").content_hash, "train_steps": 6}
+    config = tiny_config(batch_size=4, eval_blocks=8, **learn, **changes)
+    done = memstudy_run(config, folder)
+    assert done.returncode == 0, done.stderr
+    (record,) = (r for r in runs.read_records(folder / "results") if r["config"] == config)
+    assert record["status"] == "ok"
+    return record
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The training in one process."""
+    record = trained(tmp_path_factory.mktemp("alone"))
+    assert "processes" not in record["config"]
+    return record
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("techniques", [[], ["accumulation=2"]], ids=["whole", "in parts"])
-def test_two_processes_learn_what_one_does(techniques, tmp_path):
-    trained = {
-        "dataset": "miniature", "data_hash": data.load("miniature").content_hash, "train_steps": 6, "eval_blocks": 8,
-        "batch_size": 4, "techniques": techniques, "measure_steps": 1,
-    }  # fmt: skip
-    for processes in (1, 2):
-        done = memstudy_run(tiny_config(processes=processes, **trained), tmp_path)
-        assert done.returncode == 0, done.stderr
-    records = {r["config"].get("processes", 1): r for r in runs.read_records(tmp_path / "results")}
-    assert records.keys() == {1, 2}
-    one, two = (records[n] for n in (1, 2))
-    assert one["status"] == two["status"] == "ok"
-    assert "processes" not in one["config"]
-    assert [loss for _, loss in two["curves"]["train_loss"]] == pytest.approx(
-        [loss for _, loss in one["curves"]["train_loss"]], abs=2e-4
-    )
+@pytest.mark.parametrize(
+    "techniques",
+    [(), ("accumulation=2",), ("fsdp",), ("fsdp", "accumulation=2", "checkpointing")],
+    ids=lambda texts: "+".join(texts) or "none",
+)
+def test_two_processes_learn_what_one_does(techniques, alone, tmp_path):
+    record = trained(tmp_path, techniques=techniques, processes=2, measure_steps=1)
+    losses = [[loss for _, loss in each["curves"]["train_loss"]] for each in (record, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     for name in ("train_loss", "validation_loss", "test_loss"):
-        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5)
-    # Each has half of the batch's activations, all parameters, and the buckets in which gradients are exchanged.
-    sizes = {name: (one["metrics"][f"most_{name}_mib"], two["metrics"][f"most_{name}_mib"]) for name in
-             ("parameters", "activations", "other")}  # fmt: skip
-    assert sizes["parameters"][0] == sizes["parameters"][1]
-    assert sizes["activations"][1] < 0.6 * sizes["activations"][0]
-    assert sizes["other"][1] - sizes["other"][0] == pytest.approx(sizes["parameters"][0], rel=0.05)
-
-
-@pytest.mark.parametrize("study", ["lab4_grid", "reformer_seqlen"])
-def test_runs_in_one_process_are_named_as_ever(study):
-    kinds = ("language_model", "reformer")
-    records = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results" / study).glob("*.json")]
-    configs = [record["config"] for record in records if record["config"]["kind"] in kinds]
-    assert configs
-    for config in configs:
-        assert parse_run(config).model_dump(mode="json") == config
-
-
-def test_a_batch_that_cannot_be_shared_evenly_is_refused():
-    with pytest.raises(ValidationError, match="processes=2 do not share batch_size=2 in 2 parts evenly"):
-        tiny_run(batch_size=2, techniques=("accumulation=2",), processes=2)
-
-
-def test_what_several_processes_take_is_not_predicted():
-    with pytest.raises(ValidationError, match="processes=2: what each of several processes takes is not predicted"):
-        PredictionRun(experiment="tiny", of=tiny_run(batch_size=2, processes=2))
+        assert record["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5)
+    predicted = foretell(parse_run(record["config"]), None)
+    assert record["metrics"]["most_parameters_mib"] == predicted.most_by_category["parameters"] / MIB
+    # Gloo's threads let go of what was sent a moment late, unseen by the profiler; how late is chance.
+    assert 0.999 < record["metrics"]["peak_allocated_mib"] / predicted.peak_allocated_mib < 1.5
 
 
 def test_another_number_of_processes_than_the_runs_is_refused(tmp_path):
@@ -78,3 +82,200 @@ def test_another_number_of_processes_than_the_runs_is_refused(tmp_path):
     assert done.returncode == 2
     assert "processes=2, but 3 were started" in done.stderr
     assert not (tmp_path / "results").exists() or not any((tmp_path / "results").glob("*.json"))
+
+
+# --- what each process takes
+
+
+def first(run, processes=2):
+    """Measure the first process's step, the others' part of the work left out."""
+    with first_of(processes):
+        return measure(build(run), iterations=3)
+
+
+SIZES = {"batch_size": 12, "seq_len": 24, "vocab_size": 301}
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if name != "optimizer_in_backward"])
+def test_with_ddp_a_process_takes_what_is_predicted(name):
+    text = {"accumulation": "accumulation=2"}.get(name, name)
+    run = tiny_run(techniques=(text,), processes=3, **SIZES)
+    measured, predicted = first(run, 3), foretell(run, None)
+    if TECHNIQUES[name].packages and name != "lora":  # their kernels have scratch of their own, which is not predicted
+        assert predicted.peak_bytes <= measured.peak_bytes
+        return
+    assert predicted.iteration_peaks == measured.iteration_peaks
+    assert predicted.peak_by_category == measured.peak_by_category
+
+
+def takes_shards(name: str) -> bool:
+    lever = TECHNIQUES[name]
+    return name != "muon" and (lever.takes_shards or lever.group != "optimizer")  # muon talks to the others itself
+
+
+@pytest.mark.parametrize("name", [None, *filter(takes_shards, HERE)])
+def test_with_fsdp_a_process_takes_what_is_predicted(name):
+    text = {None: (), "accumulation": ("accumulation=2",)}.get(name, (name,))
+    run = tiny_run(techniques=(*text, "fsdp"), processes=3, **SIZES)  # who share no matrix evenly
+    predicted, measured = foretell(run, None), first(run, 3)
+    bytes_off = 512 if name == "bf16_weights" else MESH_BYTES
+    assert 0 <= measured.peak_bytes - predicted.peak_bytes <= bytes_off
+    assert predicted.most_by_category["parameters"] == measured.most_by_category["parameters"]
+
+
+@pytest.mark.parametrize("techniques", [(), ("fsdp",), ("fsdp", "checkpointing")], ids="+".join)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "t5", classifier, masked])
+def test_a_process_of_another_models_takes_what_is_predicted(family, techniques, tmp_path):
+    choices = {"techniques": techniques, "processes": 2}
+    if callable(family):
+        run = family(tmp_path, **choices)
+    else:
+        model = config_file(tmp_path, family)
+        run = HubModelRun(experiment="tiny", model=model, seq_len=32, batch_size=4, **choices)
+    assert 0 <= first(run).peak_bytes - foretell(run, None).peak_bytes <= MESH_BYTES
+
+
+def test_the_processes_divide_all_state_and_ddp_none():
+    sizes = {"hidden_size": 128, "feed_forward": 512, "n_layers": 4, "batch_size": 8}
+    of = {
+        (processes, sharded): foretell(tiny_run(processes=processes, techniques=sharded, **sizes), None)
+        for processes, sharded in [(1, ()), (4, ()), (2, ("fsdp",)), (4, ("fsdp",)), (8, ("fsdp",))]
+    }
+    plain = of[1, ()].most_by_category
+    for name in ("parameters", "gradients", "optimizer"):
+        assert of[4, ()].most_by_category[name] == plain[name]
+        for processes in (2, 4, 8):
+            share = of[processes, ("fsdp",)].most_by_category[name] * processes
+            assert plain[name] <= share < 1.01 * plain[name]
+    # DDP's buckets are as large as the gradients, and are kept.
+    assert of[4, ()].most_by_category["other"] - of[1, ()].most_by_category["other"] == pytest.approx(
+        plain["gradients"], rel=0.01
+    )
+
+
+def test_a_loop_of_ones_own_is_predicted_for_each_of_its_processes():
+    def made(wrap):
+        def make():
+            assert (dist.get_rank(), dist.get_world_size(), os.environ["WORLD_SIZE"]) == (0, 4, "4")
+            model = wrap(torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4))))
+            updates, rows = torch.optim.AdamW(model.parameters()), torch.randn(8, 64)
+
+            def step():
+                model(rows).square().mean().backward()
+                updates.step()
+                updates.zero_grad()
+
+            return step
+
+        return make
+
+    def sharded(model):
+        for layer in model:
+            torch.distributed.fsdp.fully_shard(layer)
+        torch.distributed.fsdp.fully_shard(model)
+        return model
+
+    for wrap in (torch.nn.parallel.DistributedDataParallel, sharded):
+        with first_of(4):
+            measured = measure(made(wrap), iterations=3)
+        predicted = predict(made(wrap), iterations=3, processes=4)
+        assert 0 <= measured.peak_bytes - predicted.peak_bytes <= MESH_BYTES
+
+
+def test_a_gpu_is_predicted_with_fsdps_streams_and_what_is_not_counted_is_said():
+    report = foretell(tiny_run(processes=4, batch_size=4, techniques=("fsdp",)), "A100-80GB")
+    alone = foretell(tiny_run(batch_size=1), "A100-80GB")
+    assert "NCCL's buffers (not counted)" in report.unverified
+    assert not [name for name in alone.unverified if "NCCL" in name]
+    # What is gathered and what is reduced comes from segments of their own streams: 2 MiB each here.
+    assert report.peak_bytes < alone.peak_bytes
+    assert report.peak_reserved_bytes > alone.peak_reserved_bytes
+
+
+def test_nothing_is_left_behind():
+    state = dict(os.environ), torch.get_num_threads(), sys.excepthook, threading.active_count()
+    for techniques in ((), ("fsdp",)):
+        foretell(tiny_run(processes=2, techniques=techniques), None)
+    assert (dict(os.environ), torch.get_num_threads(), sys.excepthook, threading.active_count()) == state
+    assert not dist.is_initialized()
+    once = foretell(tiny_run(), None)
+    assert once.peak_bytes == measure(build(tiny_run())).peak_bytes
+
+
+def test_a_process_that_is_one_of_several_predicts_for_no_other_number():
+    with first_of(2), pytest.raises(ValueError, match="processes=3: this process is one of 2 already"):
+        predict(build(tiny_run()), processes=3)
+
+
+# --- the largest batch, and a cluster's job
+
+
+def test_the_largest_batch_is_one_that_the_processes_share():
+    def made(batch):
+        return build(tiny_run(batch_size=batch, processes=4, techniques=("fsdp",)), parts=2)
+
+    found = fit(made, budget_mib=1.0, processes=4)
+    assert found.batch_size % 4 == found.refused_at % 4 == 0
+    assert found.batch_size > 4
+    for batch, fits in ((found.batch_size, True), (found.refused_at, False)):
+        run = tiny_run(batch_size=batch, processes=4, techniques=("fsdp",))
+        assert (foretell(run, None).peak_allocated_mib <= 1.0) is fits
+    with pytest.raises(ValueError, match="effective_batch=6: processes=4 do not share it evenly"):
+        fit(made, budget_mib=1.0, effective_batch=6, processes=4)
+
+
+def test_a_job_asks_for_every_process():
+    run = tiny_run(processes=2)
+    asked = jobs.needs(run, gpu="T4")
+    assert asked["gpu"] == 2
+    assert asked["gpu_mem_mb"] == pytest.approx(foretell(run, "T4").whole_gpu_mib * MIB / 1e6, abs=1)
+    assert jobs.needs(run)["mem_mb"] > 1.9 * jobs.needs(tiny_run())["mem_mb"]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("study", ["lab4_grid", "reformer_seqlen", "memory_ablation", "memsizer"])
+def test_runs_in_one_process_are_named_as_ever(study):
+    records = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results" / study).glob("*.json")]
+    assert records
+    for record in records:
+        config = parse_run(record["config"]).model_dump(mode="json")
+        assert config == record["config"]
+        assert runs.run_id(config) == record["run_id"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"techniques": ("accumulation=2",)}, "processes=2 do not share batch_size=2 in 2 parts evenly"),
+        ({"techniques": ("fsdp",), "processes": 1}, "technique 'fsdp' is for several processes, and processes=1"),
+        ({"techniques": ("optimizer_in_backward",)}, "before processes have exchanged gradients: add fsdp"),
+        ({"processes": 0}, "greater than 0"),
+    ],
+    ids=lambda value: "",
+)
+def test_what_several_processes_cannot_do_is_refused(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        tiny_run(**{"batch_size": 2, "processes": 2} | changes)
+
+
+def test_an_optimizer_that_needs_whole_parameters_is_refused(tmp_path):
+    choices = {"experiment": "tiny", "model": config_file(tmp_path, "gpt2"), "seq_len": 16, "batch_size": 2}
+    with pytest.raises(ValidationError, match="optimizer 'adafactor' needs whole parameters and so excludes fsdp"):
+        HubModelRun(optimizer="adafactor", techniques=("fsdp",), processes=2, **choices)
+
+
+@pytest.mark.parametrize("kind", ["reformer", "seq2seq", "inference", "fine_tune"])
+def test_runs_that_go_in_one_process_alone_say_so(kind):
+    with pytest.raises(ValidationError) as refusal:
+        parse_run({"kind": kind, "experiment": "tiny", "seq_len": 16, "batch_size": 2, "processes": 2})
+    assert any(error["loc"] == ("processes",) for error in refusal.value.errors())
+
+
+def test_a_model_without_blocks_is_refused():
+    from transformers import AutoConfig, AutoModel
+
+    model = AutoModel.from_config(AutoConfig.for_model("resnet"))
+    with first_of(2), pytest.raises(ValueError, match="fsdp: ResNetModel has no blocks that can be sharded one by one"):
+        TECHNIQUES["fsdp"]().prepare(model)

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 STEPS = 20
 INSTALLED = {name for name, t in TECHNIQUES.items() if all(map(importlib.util.find_spec, t.packages))}
-HERE = sorted(name for name in INSTALLED if TECHNIQUES[name].in_training and not TECHNIQUES[name].requires)
+ALONE = {name for name in INSTALLED if TECHNIQUES[name].in_training and not TECHNIQUES[name].several_processes}
+HERE = sorted(name for name in ALONE if not TECHNIQUES[name].requires)  # in one process; test_processes has the rest
 EXACT = [
     "accumulation=2",
     "accumulation=4",
@@ -461,7 +462,7 @@ def test_optimizer_in_backward_has_few_gradients_at_once(plain):
     assert report.peak_by_category["optimizer"] == plain.peak_by_category["optimizer"]
 
 
-@pytest.mark.parametrize("name", sorted(name for name in INSTALLED if TECHNIQUES[name].in_training))
+@pytest.mark.parametrize("name", sorted(ALONE))
 def test_each_can_be_predicted_for_a_gpu(name):
     reports = [predict(build(lm(texts), gpu="A100-40GB"), gpu="A100-40GB") for texts in ((), (name,))]
     assert reports[0].peak_bytes != reports[1].peak_bytes or name in ("tf32", "pruned", "optimizer_in_backward")
@@ -540,6 +541,8 @@ def test_excluded_pairs_are_refused(pair):
         (["lora=0.5"], "a rank is needed, a whole number from 1"),
         (["muon", "optimizer_in_backward"], "muon counts steps for all parameters together"),
         (["bf16_weights", "sgd"], "sgd does not round stochastically"),
+        (["fsdp", "adafactor"], "adafactor needs whole parameters and so excludes fsdp"),
+        (["galore", "fsdp"], "galore needs whole parameters and so excludes fsdp"),
         (["sgd", "muon"], "only one of kind 'optimizer'"),
         (["bf16", "bf16_weights"], "only one of kind 'precision'"),
         (["selective_checkpointing=1.1"], "a share, 0 to 1"),

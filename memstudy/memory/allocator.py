@@ -1,10 +1,10 @@
 """PyTorch's CUDA caching allocator, replayed: what a stream of requests takes from the device.
 
 The allocator asks the device for *segments*, cuts *blocks* from them and keeps what is freed
-(c10/cuda/CUDACachingAllocator.cpp, torch 2.13; one stream, no garbage collection, default settings or
-``expandable_segments``). ``max_memory_allocated`` counts blocks, which are rounded up and whose tail is sometimes
-not worth cutting off, and ``max_memory_reserved`` counts segments; both therefore come out of this replay and not
-out of the requested bytes.
+(c10/cuda/CUDACachingAllocator.cpp, torch 2.13; no garbage collection, default settings or ``expandable_segments``); a
+segment's blocks serve one stream alone. ``max_memory_allocated`` counts blocks, which are rounded up and whose tail is
+sometimes not worth cutting off, and ``max_memory_reserved`` counts segments; both therefore come out of this replay and
+not out of the requested bytes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class _Pool:
 
 
 class CachingAllocator:
-    """The allocator of one device and stream; all sizes in bytes.
+    """The allocator of one device; all sizes in bytes.
 
     Parameters
     ----------
@@ -94,8 +94,8 @@ class CachingAllocator:
         What the device has for segments. A request that does not fit first gives back every wholly free segment; when
         it still does not fit it is granted all the same, and ``first_refusal`` says which it was.
     expandable_segments : bool
-        As with ``PYTORCH_ALLOC_CONF=expandable_segments:True``: one segment a pool, of which memory is mapped where
-        it is needed. Its addresses have no end here; PyTorch sets aside 1 1/8 of the device's memory.
+        As with ``PYTORCH_ALLOC_CONF=expandable_segments:True``: one segment a stream and pool, of which memory is
+        mapped where it is needed. Its addresses have no end here; PyTorch sets aside 1 1/8 of the device's memory.
 
     Attributes
     ----------
@@ -111,16 +111,13 @@ class CachingAllocator:
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.first_refusal: int | None = None
         self._capacity, self._expandable = capacity, expandable_segments
-        self._pools = _Pool(small=True), _Pool(small=False)
+        self._pools: dict[tuple[int, bool], _Pool] = {}
         self._next_address = 0
-        if expandable_segments:
-            for pool in self._pools:
-                pool.add(_Block(ENDLESS * pool.granule, 0, pool, mapped=False))
 
-    def malloc(self, size: int) -> _Block:
-        """Give a block of at least ``size`` > 0 bytes, whose ``size`` says how many it has."""
+    def malloc(self, size: int, stream: int = 0) -> _Block:
+        """Give a block of at least ``size`` > 0 bytes, whose ``size`` says how many it has, for use on ``stream``."""
         size = -(-size // ROUND) * ROUND
-        pool = self._pools[0 if size <= SMALL else 1]
+        pool = self._pool(stream, small=size <= SMALL)
         block = pool.best_fit(size)
         if block is None:
             block = self._map(pool, size) if self._expandable else self._segment(pool, size)
@@ -142,13 +139,20 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give every wholly free segment back to the device, as ``torch.cuda.empty_cache()`` does."""
-        for pool in self._pools:
+        for pool in self._pools.values():
             for block in list(pool.blocks.values()):
                 if self._expandable:
                     self._unmap(block)
                 elif block.before is None and block.after is None:
                     pool.remove(block)
                     self.reserved -= block.size
+
+    def _pool(self, stream: int, *, small: bool) -> _Pool:
+        if (stream, small) not in self._pools:
+            pool = self._pools[stream, small] = _Pool(small)
+            if self._expandable:
+                pool.add(_Block(ENDLESS * pool.granule, 0, pool, mapped=False))
+        return self._pools[stream, small]
 
     def _segment(self, pool: _Pool, size: int) -> _Block:
         # get_allocation_size
@@ -269,7 +273,7 @@ def replay(events: Iterable[Event], *, capacity: int | None = None, expandable_s
     phase, iteration, out_of_memory = "build", 0, None
     for event in events:
         if event.kind == "alloc" and event.bytes:  # nothing is asked for a tensor without elements
-            block = blocks[event.block] = allocator.malloc(event.bytes)
+            block = blocks[event.block] = allocator.malloc(event.bytes, event.stream)
             if allocator.first_refusal is not None and out_of_memory is None:
                 out_of_memory = OutOfMemory(allocator.first_refusal, phase, iteration, event.label)
             event = replace(event, bytes=block.size)

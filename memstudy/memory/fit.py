@@ -23,7 +23,7 @@ class Fit:
     Attributes
     ----------
     batch_size : int
-        The largest batch that fits; 0 when a batch of 1 does not.
+        The largest batch that fits, over all processes; 0 when a batch of 1 for each does not.
     accumulation : int
         How many such batches make the effective batch; 1 when none was asked for.
     budget_mib, needed_mib : float
@@ -64,6 +64,7 @@ def fit(
     budget_mib: float | None = None,
     effective_batch: int | None = None,
     expandable_segments: bool = False,
+    processes: int = 1,
     run: Callable[[int], float | None] | None = None,
 ) -> Fit:
     """Find the largest batch that fits a GPU, or a budget on this CPU.
@@ -82,8 +83,8 @@ def fit(
         The budget [MiB]; needed without a GPU. A GPU is then taken to have so much memory.
     effective_batch : int, optional
         Sequences in one update: the batch must divide it, and is accumulated up to it.
-    expandable_segments : bool
-        As in :func:`~memstudy.memory.predict`.
+    expandable_segments, processes
+        As in :func:`~memstudy.memory.predict`; the processes share the batch, and the budget is each one's.
     run : callable, optional
         Runs a batch for real: its measured peak [MiB], or None when it did not fit. The batch that prediction gives is
         then run, and smaller ones until one fits.
@@ -91,7 +92,8 @@ def fit(
     Raises
     ------
     ValueError
-        Without a budget, for one that is not above 0 and finite, and for an effective batch below 1.
+        Without a budget, for one that is not above 0 and finite, and for an effective batch that is below 1 or that the
+        processes do not share evenly.
     """
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if budget_mib is None and card is None:
@@ -102,14 +104,22 @@ def fit(
         card = card.model_copy(update={"memory_mib": budget})
     if effective_batch is not None and effective_batch < 1:
         raise ValueError(f"effective_batch={effective_batch}: at least 1 sequence is needed")
-    sizes: Sequence[int] = range(1, LIMIT + 1)
+    if effective_batch is not None and effective_batch % processes:
+        raise ValueError(f"effective_batch={effective_batch}: processes={processes} do not share it evenly")
+    sizes: Sequence[int] = range(processes, LIMIT + 1, processes)
     if effective_batch is not None:
-        sizes = [size for size in range(1, min(effective_batch, LIMIT) + 1) if effective_batch % size == 0]
+        sizes = [size for size in sizes[: effective_batch // processes] if effective_batch % size == 0]
     reports: dict[int, MemoryReport] = {}
 
     def needed(size: int) -> float:
         if size not in reports:
-            reports[size] = predict(build_for_batch(size), gpu=card, expandable_segments=expandable_segments)
+            reports[size] = predict(
+                build_for_batch(size),
+                gpu=card,
+                iterations=2 if processes == 1 else 3,
+                expandable_segments=expandable_segments,
+                processes=processes,
+            )
         report = reports[size]
         return report.peak_allocated_mib if card is None else report.whole_gpu_mib
 

@@ -23,6 +23,7 @@ import torch
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 from memstudy.memory import cpu, cuda
 from memstudy.memory.allocator import replay
 from memstudy.memory.gpus import Gpu, find_gpu
+from memstudy.memory.processes import first_of, on_fake_tensors
 from memstudy.memory.report import MIB, Event, MemoryReport, account
 from memstudy.memory.trace import Roles, Step, watch_modules
 from memstudy.memory.values import Values
@@ -48,6 +50,7 @@ def predict(
     gpu: str | Gpu | None = None,
     iterations: int = 2,
     expandable_segments: bool = False,
+    processes: int = 1,
 ) -> MemoryReport:
     """Predict what :func:`~memstudy.memory.measure` would report, without running the step.
 
@@ -63,6 +66,9 @@ def predict(
         How many steps to follow; at least 1.
     expandable_segments : bool
         Whether the GPU's allocator runs with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
+    processes : int
+        How many processes share the step, each with such a GPU. ``torch.distributed`` is set up in ``build``, as
+        ``torchrun`` and ``init_process_group`` leave it in the first of them, which is the one that is predicted.
 
     Returns
     -------
@@ -73,13 +79,15 @@ def predict(
     Raises
     ------
     ValueError
-        When ``iterations`` is below 1, the GPU is unknown, the step trains what ``build`` has not made, or ``build``
-        asks for a CUDA device.
+        When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains what ``build`` has not
+        made, ``build`` asks for a CUDA device, or this process is one of several already.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least 1 step must run")
+    if processes < 1:
+        raise ValueError(f"processes={processes}: at least 1 process must run the step")
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    recorder, _step = _follow(build, iterations, card)  # when the step goes, so does what it holds
+    recorder, _step = _follow(build, iterations, card, processes)  # when the step goes, so does what it holds
     if card is None:
         return account(recorder.events, device="cpu", kind="predicted")
     replayed = replay(recorder.events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
@@ -92,11 +100,11 @@ def predict(
         context_bytes=int(card.context_mib * MIB),
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
-        unverified=tuple(sorted(recorder.below.unverified)),
+        unverified=(*sorted(recorder.below.unverified), *["NCCL's buffers (not counted)"] * (processes > 1)),
     )
 
 
-def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tuple[_Recorder, Step]:
+def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None, processes: int) -> tuple[_Recorder, Step]:
     """Run everything on fake tensors under a recorder; also gives the step."""
     if "transformers" in sys.modules:
         # It imports its models when they are asked for, and must not look for flash-attn while a stand-in is there.
@@ -124,6 +132,10 @@ def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None) -> tup
         stack.enter_context(patch("torch.utils.swap_tensors", partial(_swap, fake)))
         stack.enter_context(fake)
         stack.enter_context(recorder)
+        if processes > 1:
+            stack.enter_context(first_of(processes))
+            stack.enter_context(on_fake_tensors())
+            stack.enter_context(patch("torch.UntypedStorage.resize_", recorder.resizing(torch.UntypedStorage.resize_)))
         if "transformers" in sys.modules:
             # Told that it traces a graph, it would make every mask that data might call for.
             stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
@@ -247,6 +259,19 @@ class _Recorder(TorchDispatchMode):
 
         return noted
 
+    def resizing(self, resize: Callable[[torch.UntypedStorage, int], None]) -> Callable:
+        """``resize``, after which a storage has other memory: FSDP takes and gives back whole layers so."""
+
+        def resized(storage, size):
+            known = self._alive.pop(storage._cdata, None)
+            if known is not None and storage.nbytes():
+                self._release(storage._cdata, storage.nbytes())
+            resize(storage, size)
+            if size:
+                self._note(storage)
+
+        return resized
+
     def compiled(self, function: Callable | None = None, **options) -> Callable:
         """Stands for ``torch.compile``, which follows no fake tensors: of what it makes the results alone count.
 
@@ -272,6 +297,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it asks for the same of its part
         real = any(not isinstance(tensor, FakeTensor) for tensor in _tensors((*args, *kwargs.values())))
         if real and func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
             args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
@@ -333,7 +360,14 @@ class _Recorder(TorchDispatchMode):
         known = self._alive.get(key)
         if known is None or known() is None:
             self._alive[key] = weakref.ref(storage, lambda _: self._release(key, size))
-            self._tell("alloc", block=key, size=size, label=self.modules[-1] if self.modules else "")
+            stream = torch.cpu.current_stream()  # FSDP's code runs on streams on a CPU too, where they are idle objects
+            self._tell(
+                "alloc",
+                block=key,
+                size=size,
+                label=self.modules[-1] if self.modules else "",
+                stream=0 if stream is torch.cpu._default_cpu_stream else id(stream),
+            )
             self._live_bytes += size
             self.requested_bytes = max(self.requested_bytes, self._live_bytes)
 
@@ -346,5 +380,5 @@ class _Recorder(TorchDispatchMode):
             self._phase = phase
             self._tell("phase", label=phase)
 
-    def _tell(self, kind: str, *, block: int = 0, size: int = 0, label: str = "") -> None:
-        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label))
+    def _tell(self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0) -> None:
+        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label, stream))

@@ -30,9 +30,9 @@ WORKSPACE = "cuBLAS workspace"  # in an event's place for the module
 class Event:
     """One thing that happened: ``kind`` says which of the other fields count.
 
-    ``alloc`` (block, bytes, module) · ``free`` (block) · ``is`` (block has been seen to be of category
-    ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) · ``empty_cache`` (a caching
-    allocator gives back what it does not use).
+    ``alloc`` (block, bytes, module, CUDA stream, of which 0 computes) · ``free`` (block) · ``is`` (block has been seen
+    to be of category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) · ``empty_cache``
+    (a caching allocator gives back what it does not use).
     """
 
     kind: str
@@ -40,6 +40,7 @@ class Event:
     block: int = 0
     bytes: int = 0
     label: str = ""
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class MemoryReport:
     out_of_memory : OutOfMemory or None
         On a predicted GPU: the request that would fail there; None when the step fits.
     unverified : tuple of str
-        On a predicted GPU: ops that no rule covers and that are predicted as their CPU kernels.
+        On a predicted GPU: ops that no rule covers, predicted as their CPU kernels, and what is not counted.
     """
 
     device: str
@@ -197,7 +198,8 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
     Parameters
     ----------
     events : iterable of Event
-        In order. A ``free`` of a block that was never allocated is of memory from before: ignored.
+        In order. A ``free`` of a block that was never allocated is of memory from before: ignored. An ``alloc`` of one
+        that is in use says that it has been freed by another thread, such as a communication library's.
     device, kind, others
         Passed on to :class:`MemoryReport`.
 
@@ -217,6 +219,11 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
     timeline: list[tuple[float, str, dict[str, int]]] = []
     alive: dict[int, _Block] = {}
     phase, step_began = "build", 0.0
+
+    def release(key: int) -> None:
+        block = alive.pop(key)
+        live[block.category] -= block.bytes
+
     for index, event in enumerate(events):
         if event.kind == "iteration":
             iteration_peaks.append(sum(live.values()))
@@ -226,12 +233,13 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
                 forward_end, modules = dict(live), _by_module(alive)
             phase = event.label
         elif event.kind == "alloc":
+            if event.block in alive:
+                release(event.block)
             block = alive[event.block] = blocks[index]
             live[block.category] += block.bytes
             workspaces += block.bytes if block.module == WORKSPACE else 0  # which is kept for good
         elif event.kind == "free" and event.block in alive:
-            block = alive.pop(event.block)
-            live[block.category] -= block.bytes
+            release(event.block)
         else:
             continue
         total = sum(live.values())
@@ -263,20 +271,29 @@ def _categorise(events: list[Event]) -> dict[int, _Block]:
     made: dict[int, _Block] = {}
     alive: dict[int, _Block] = {}
     iteration, phase = 0, "build"
+
+    def release(key: int) -> None:
+        block = alive.pop(key)
+        if not block.category:
+            within = block.iteration == iteration and iteration > 0
+            block.category = "temporary" if within else "other"
+
     for index, event in enumerate(events):
         if event.kind == "alloc":
+            if event.block in alive:
+                release(event.block)
             category = "other" if event.label == WORKSPACE else ""
             block = _Block(event.bytes, event.label, iteration, phase == "forward", category)
             made[index] = alive[event.block] = block
         elif event.kind == "free" and event.block in alive:
-            block = alive.pop(event.block)
-            if not block.category:
-                within = block.iteration == iteration and iteration > 0
-                block.category = "temporary" if within else "other"
+            release(event.block)
         elif event.kind == "is" and event.block in alive:
             alive[event.block].category = event.label
         elif event.kind == "iteration":
             iteration += 1
+            for block in alive.values():
+                if block.category == "activations":  # no activation outlives its step
+                    block.category = "other"
         elif event.kind == "phase":
             if phase == "forward" and event.label == "backward":
                 for block in alive.values():

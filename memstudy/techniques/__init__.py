@@ -33,6 +33,7 @@ from memstudy.techniques.optimizers import (
 )
 from memstudy.techniques.precision import Bf16, Bf16Weights, Fp16, Tf32
 from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, Pruned, SemiStructured, Sparse
+from memstudy.techniques.sharding import Fsdp
 from memstudy.techniques.step import Accumulation, ChunkedLoss, OffloadActivations, OptimizerInBackward
 
 TECHNIQUES: dict[str, type[Technique]] = {
@@ -54,6 +55,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "apollo": Apollo,
     "offload_activations": OffloadActivations,
     "optimizer_in_backward": OptimizerInBackward,
+    "fsdp": Fsdp,
     "lora": Lora,
     "masks": Masks,
     "pruned": Pruned,
@@ -87,6 +89,8 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
     for name, technique in zip(texts, techniques, strict=True):
         if technique.one_count_of_steps and OptimizerInBackward in kinds:
             raise ValueError(f"{name} counts steps for all parameters together and so excludes optimizer_in_backward")
+        if technique.group == "optimizer" and not technique.takes_shards and Fsdp in kinds:
+            raise ValueError(f"{name} needs whole parameters and so excludes fsdp; AdamW, sgd and muon do not")
         if technique.group == "optimizer" and not technique.rounds_stochastically and Bf16Weights in kinds:
             raise ValueError(f"{name} does not round stochastically and so excludes bf16_weights; torchao's AdamW does")
     return techniques

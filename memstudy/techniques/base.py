@@ -31,8 +31,12 @@ class Technique:
         Of an optimizer: whether it can, as bf16 weights need it.
     one_count_of_steps : bool
         Of an optimizer: whether it counts steps for all parameters together, so that it cannot update them one by one.
+    takes_shards : bool
+        Of an optimizer: whether parameters may be divided among processes.
     prepared_last : bool
         Whether it wants the model as the others have left it.
+    several_processes : bool
+        Whether it is for runs in several processes alone.
     in_pytorch : bool
         Whether PyTorch's allocator sees all that it takes.
     packages : tuple of str
@@ -48,7 +52,9 @@ class Technique:
     at_inference = False
     rounds_stochastically = False
     one_count_of_steps = False
+    takes_shards = False
     prepared_last = False
+    several_processes = False
     in_pytorch = True
     packages = ()
 

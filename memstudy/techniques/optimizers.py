@@ -66,6 +66,7 @@ class Sgd(Optimizer):
     """Stochastic gradient descent without momentum: no state at all; the least that an optimizer can take."""
 
     summary = "SGD without momentum: no state; wants another learning rate"
+    takes_shards = True
 
     def flags(self):
         return {"optim": "sgd"}
@@ -81,6 +82,7 @@ class Muon(Optimizer):
 
     summary = "Muon for the blocks' matrices: one moment in the place of two; AdamW for the rest"
     one_count_of_steps = True
+    takes_shards = True
     packages = ("pytorch_optimizer",)
 
     def optimizer(self, model):
