@@ -8,6 +8,7 @@ Which runs there are depends on what earlier ones say, so plans are checkpoints:
 before it asked for has a record. What a job asks of a scheduler (`mem_mb`, `gpu`, `gpu_mem_mb`) is predicted with the plan.
 """
 
+import itertools
 import json
 import os
 import shlex
@@ -52,13 +53,20 @@ def records_of(stem):
     return found
 
 
-def config_of(wildcards):
-    return next(Path(WORK, "plans", wildcards.stem).glob(f"*/{wildcards.run_id}.json"))
+def results_of(wildcards, input):
+    """Where the job finds the records that it gets, which may be copies of those in a store."""
+    return Path(input[0]).parents[1] if input else RESULTS
+
+
+def plan_of(wildcards):
+    """Of the first round that asked for the run."""
+    rounds = itertools.count()
+    return f"{WORK}/plans/{wildcards.stem}/{next(n for n in rounds if wildcards.run_id in planned(wildcards.stem, n))}"
 
 
 def need(name):
     def of(wildcards, attempt):
-        asked = json.loads((config_of(wildcards).parent / "needs.json").read_text())[wildcards.run_id]
+        asked = planned(wildcards.stem, plan_of(wildcards).rpartition("/")[2])[wildcards.run_id]
         return asked.get(name, 0) * attempt if name.endswith("mem_mb") else asked.get(name, 0)
 
     return of
@@ -78,8 +86,10 @@ rule report:
         every_record,
     output:
         f"{WORK}/report.pdf",
+    params:
+        results=results_of,
     shell:
-        f"{MEMSTUDY} report {' '.join(STUDIES)} --scale {SCALE} --results {RESULTS} --no-run && cp build/report.pdf {{output}}"
+        f"{MEMSTUDY} report {' '.join(STUDIES)} --scale {SCALE} --results {{params.results}} --no-run && cp build/report.pdf {{output}}"
 
 
 rule records:  # all but notebooks and PDF
@@ -92,21 +102,23 @@ checkpoint plan:
         records_before,
     output:
         directory(f"{WORK}/plans/{{stem}}/{{round}}"),
+    params:
+        results=results_of,
     resources:
         mem_mb=4000,
     shell:
-        f"{MEMSTUDY} plan {{wildcards.stem}} {{output}} --scale {SCALE} --results {RESULTS}" + f" --gpu {GPU}" * bool(GPU)
+        f"{MEMSTUDY} plan {{wildcards.stem}} {{output}} --scale {SCALE} --results {{params.results}}" + f" --gpu {GPU}" * bool(GPU)
 
 
 rule run:
+    input:
+        plan=plan_of,
     output:
         f"{RESULTS}/{{stem}}/{{run_id}}.json",
-    params:
-        config=config_of,
     resources:
         mem_mb=need("mem_mb"),
         gpu=need("gpu"),
         gpu_mem_mb=need("gpu_mem_mb"),
     retries: 2
     shell:
-        f"{MEMSTUDY} run {{params.config}} --results {RESULTS}/{{wildcards.stem}}"
+        f"{MEMSTUDY} run {{input.plan}}/{{wildcards.run_id}}.json --results $(dirname {{output}})"

@@ -47,7 +47,7 @@ def predict(
     """Say what training a model takes, and whether it fits; nothing is run.
 
     memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4\n
-    memstudy predict --model gpt2-xl --batch 32 --seq-len 1024 --technique fsdp,bf16 --processes 8 --gpu RTX4090
+    memstudy predict --model gpt2-xl --batch 32 --seq-len 512 --technique fsdp,bf16 --processes 8 --gpu RTX4090
 
     The step is Hugging Face Trainer's own, followed on tensors without bytes. Exit status 0 whether it fits or not.
     """

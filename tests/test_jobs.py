@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_run import tiny_run
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 STUDY = "what_fits"  # the quickest to plan
 
 
-def snakemake(folder: Path, *options: str) -> subprocess.CompletedProcess:
+def snakemake(folder: Path | str, *options: str | Path) -> subprocess.CompletedProcess:
     """Run the Snakefile on the smoke grid, all that it writes going below ``folder``."""
     pytest.importorskip("snakemake", reason="snakemake is not installed: pip install -e '.[cluster]'")
     config = [f"studies={STUDY}", "scale=smoke", f"work={folder}"]
@@ -105,6 +106,36 @@ def test_snakemake_gives_record_for_record_what_report_gives(by_report, tmp_path
     assert "Nothing to be done" in again.stderr + again.stdout
 
 
+@pytest.mark.by_hand  # pip install snakemake-storage-plugin-fs, which wants rsync
+def test_where_jobs_share_no_file_system_a_store_hands_the_files_on(by_report, tmp_path):
+    """As on Kubernetes, with a folder in the place of a bucket."""
+    pytest.importorskip("snakemake_storage_plugin_fs")
+    work = f"build/{tmp_path.name}"
+    store = ["--default-storage-provider", "fs", "--default-storage-prefix", tmp_path, "--shared-fs-usage", "none"]
+    done = snakemake(work, "-j2", *store)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(records_in(tmp_path / work), by_report)
+    assert not (ROOT / work).exists()
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm", "kubernetes"])
+def test_a_profile_is_one_that_snakemake_takes(profile, tmp_path, monkeypatch):
+    settings = yaml.safe_load((ROOT / "profiles" / profile / "config.yaml").read_text())
+    plugin = settings.get("executor", "local")
+    if plugin != "local":
+        pytest.importorskip(
+            f"snakemake_executor_plugin_{plugin}", reason=f"pip install snakemake-executor-plugin-{plugin}"
+        )
+    store = settings.get("default-storage-provider")
+    if store:
+        pytest.importorskip(f"snakemake_storage_plugin_{store}", reason=f"pip install snakemake-storage-plugin-{store}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    done = snakemake(tmp_path, "--dry-run", "--profile", ROOT / "profiles" / profile)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint plan" in done.stdout + done.stderr
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """A Slurm of one node, started for this test."""
@@ -123,7 +154,13 @@ def slurm(tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_gives_record_for_record_what_report_gives(slurm, by_report, tmp_path):
+def test_slurm_gives_record_for_record_what_report_gives(slurm, planned, by_report, tmp_path):
+    """Also of a run that Slurm kills for memory at first: it is tried again with more."""
+    first_round = shutil.copytree(planned, tmp_path / "plans" / STUDY / "0")
+    needs = json.loads((first_round / "needs.json").read_text())
+    too_little = needs[next(iter(needs))]
+    too_little["mem_mb"] = 500  # what a Python with PyTorch takes before it has done anything
+    (first_round / "needs.json").write_text(json.dumps(needs))
     done = snakemake(
         tmp_path, "--executor", "slurm", "--jobs", "4", "--slurm-no-account", "--slurm-status-command", "squeue",
         "--slurm-init-seconds-before-status-checks", "1", "--default-resources", "slurm_partition=local", "mem_mb=3000",
@@ -131,4 +168,8 @@ def test_slurm_gives_record_for_record_what_report_gives(slurm, by_report, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     records = records_in(tmp_path)
     assert_same(records, by_report)
-    assert len(re.findall(r"has been submitted with SLURM jobid", done.stderr + done.stdout)) >= len(records)
+    said = done.stderr + done.stdout
+    assert len(re.findall(r"has been submitted with SLURM jobid", said)) > len(records)
+    assert "Trying to restart job" in said
+    logs = "".join(path.read_text(errors="replace") for path in (slurm / "log").iterdir())
+    assert re.search("exceeded memory limit|OverMemoryKill|Memory limit", logs, re.IGNORECASE), logs[-2000:]
