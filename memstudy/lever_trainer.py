@@ -156,6 +156,11 @@ def make_trainer(
         Whose loss is taken in training, ``validations`` times.
     predicted : bool
         Whether for a prediction, which runs on the CPU in any case.
+
+    Raises
+    ------
+    ValueError
+        When this process is not one of ``run.processes``.
     """
     levers = run.levers()
     flags = run.flags()
@@ -189,6 +194,11 @@ def make_trainer(
         disable_tqdm=not sys.stderr.isatty(),
         **(defaults | flags),
     )
+    if arguments.world_size != run.processes:
+        raise ValueError(
+            f"processes={run.processes}, but {arguments.world_size} were started: memstudy run starts as many, and a "
+            "prediction needs one"
+        )
     for lever in sorted(levers, key=lambda lever: lever.prepared_last):
         lever.prepare(model)
     found = None if "optim" in flags else next(filter(None, (lever.optimizer(model) for lever in levers)), None)

@@ -205,23 +205,49 @@ def test_a_report_whose_records_cannot_be_written_is_one_line(project):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_study_without_all_its_records_is_left_out_of_the_paper(tmp_path):
-    shutil.copytree(ROOT / "memstudy", tmp_path / "memstudy", ignore=shutil.ignore_patterns("__pycache__"))
+def project_of(folder: Path, **studies: str) -> None:
+    """Make `folder` a project whose studies sweep one run each, and then do what is given."""
+    shutil.copytree(ROOT / "memstudy", folder / "memstudy", ignore=shutil.ignore_patterns("__pycache__"))
     parameters = 'results_dir: str = "../results"\nout_dir: str = ".."\nrun_missing: bool = True'
-    code = f"""from memstudy.study import Study
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for place in ("notebooks", "params/full"):
+        (folder / place).mkdir(parents=True)
+    for stem, then in studies.items():
+        sweep = f"""from memstudy.study import Study
 from memstudy.trainers import parse_run
 
-Study("young", globals()).sweep([parse_run({VALID})])"""
-    cells = [
-        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(code),
-    ]
-    for folder in ("notebooks", "params/full"):
-        (tmp_path / folder).mkdir(parents=True)
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-    nbformat.write(notebook, tmp_path / "notebooks" / "young.ipynb")
-    (tmp_path / "params" / "full" / "young.yaml").write_text("{}")
+Study("{stem}", globals()).sweep([parse_run({VALID})])"""
+        cells = [
+            nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+            *map(nbformat.v4.new_code_cell, (sweep, then)),
+        ]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "notebooks" / f"{stem}.ipynb")
+        (folder / "params" / "full" / f"{stem}.yaml").write_text("{}")
+
+
+@pytest.mark.slow
+def test_a_notebook_that_raises_takes_no_other_down_and_costs_no_record(tmp_path):
+    project_of(tmp_path, bad="1 / 0", good="")
+    typeset = tmp_path / "report" / "tex.sh"  # there is no text to typeset
+    typeset.parent.mkdir()
+    typeset.write_text("#!/bin/sh\n")
+    typeset.chmod(0o755)
+    done = report(tmp_path, "--scale", "full")
+    assert done.returncode == 1
+    assert "failed: bad; the failing cell is marked in build/" in done.stderr.splitlines()
+    assert "ZeroDivisionError" in (tmp_path / "build" / "bad.ipynb").read_text()
+    assert (tmp_path / "build" / "good.ipynb").exists()
+    before = {path: path.read_bytes() for path in tmp_path.glob("results/*/*.json")}
+    assert {path.parent.name for path in before} == {"bad", "good"}
+    notebook = tmp_path / "notebooks" / "bad.ipynb"
+    notebook.write_text(notebook.read_text().replace("1 / 0", "1 / 1"))
+    again = report(tmp_path, "bad", "--scale", "full")
+    assert (again.returncode, "failed: " in again.stderr) == (0, False)
+    assert {path: path.read_bytes() for path in tmp_path.glob("results/*/*.json")} == before
+
+
+def test_a_study_without_all_its_records_is_left_out_of_the_paper(tmp_path):
+    project_of(tmp_path, young="")
     done = report(tmp_path, "--scale", "full", "--reference")
     assert "1 of 1 runs have no record in " in done.stderr
     assert done.stderr.splitlines()[-1] == "left out, not all records are there: young"

@@ -17,7 +17,7 @@ ANY = None  # no rule
 LAYERS = {
     "__init__": (set(), set()),
     "attention": (set(), {"torch", "flash_attn"}),
-    "memory": (set(), {"torch", "transformers", "pydantic", "yaml"}),
+    "memory": (set(), {"accelerate", "torch", "transformers", "pydantic", "yaml"}),
     "techniques": ({"attention", "projections"}, ANY),
     "place_value": (set(), set()),
     "data": ({"place_value"}, ANY),

@@ -273,6 +273,12 @@ def test_runs_that_go_in_one_process_alone_say_so(kind):
     assert any(error["loc"] == ("processes",) for error in refusal.value.errors())
 
 
+@pytest.mark.parametrize("techniques", [(), ("fsdp",)], ids="+".join)
+def test_a_step_of_two_processes_is_not_taken_in_one(techniques):
+    with pytest.raises(ValueError, match="processes=2, but 1 were started: memstudy run starts as many"):
+        build(tiny_run(batch_size=2, processes=2, techniques=techniques))()
+
+
 def test_a_model_without_blocks_is_refused():
     from transformers import AutoConfig, AutoModel
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
@@ -78,10 +79,8 @@ def first_of(processes: int) -> Iterator[None]:
     started |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_TORCH_DEVICE": "cpu"}
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, started))
-        if "accelerate" in sys.modules:  # it remembers how many processes there are
-            state = sys.modules["accelerate"].state
-            for remembered in (state.PartialState, state.AcceleratorState):
-                stack.enter_context(patch.dict(remembered._shared_state, clear=True))
+        for remembered in (PartialState, AcceleratorState):  # how many processes there are
+            stack.enter_context(patch.dict(remembered._shared_state, clear=True))
         stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # is made to name the process
         dist.init_process_group(_BACKEND, store=dist.HashStore(), rank=0, world_size=processes)
         stack.callback(dist.destroy_process_group)

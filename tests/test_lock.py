@@ -1,0 +1,70 @@
+"""The lock file: it pins all that the project needs, and what those need, and what is installed is what it says."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINS = {
+    canonicalize_name(name): version
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+}
+LATER = {"setuptools", "pip"}  # what makes environments, not what is in them
+
+
+def declared(*extras: str) -> list[Requirement]:
+    texts = [*PROJECT["dependencies"], *(text for name in extras for text in PROJECT["optional-dependencies"][name])]
+    return [requirement for text in texts if (requirement := Requirement(text)).name != "memstudy"]
+
+
+def closure(names: set[str]) -> set[str]:
+    """The installed distributions that `names` need, directly or not, on this platform."""
+    found: set[tuple[str, str]] = set()
+    left = [(canonicalize_name(name), "") for name in names]
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in found:
+            continue
+        found.add((name, extra))
+        for text in importlib.metadata.requires(name) or []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                left += [(canonicalize_name(needed.name), each) for each in ("", *needed.extras)]
+    return {name for name, _ in found}
+
+
+def test_each_line_pins_one_version():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len(PINS) == len(lines) > 100
+
+
+@pytest.mark.parametrize("requirement", declared("test", "levers", "bench", "cluster"), ids=lambda r: r.name)
+def test_what_is_declared_is_pinned_to_a_version_that_it_allows(requirement):
+    assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+
+
+def test_what_is_installed_for_the_tests_is_what_is_pinned():
+    needed = closure({requirement.name for requirement in declared("test", "cluster")})
+    assert len(needed) > 100
+    here = {name: importlib.metadata.version(name) for name in needed}
+    assert needed - PINS.keys() <= LATER
+    # "2.13.0+cpu" is 2.13.0, built for another device.
+    off = {name: v for name, v in here.items() if name not in LATER and v.partition("+")[0] != PINS[name]}
+    assert off == {}
+
+
+def test_conda_gets_the_same_pytorch():
+    (pip,) = (
+        each["pip"]
+        for each in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if isinstance(each, dict)
+    )
+    assert "--constraint constraints.txt" in pip
+    assert [text for text in pip if text.startswith("torch")] == [f"torch=={PINS['torch']}"]
