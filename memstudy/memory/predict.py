@@ -264,7 +264,7 @@ class _Recorder(TorchDispatchMode):
 
         def resized(storage, size):
             known = self._alive.pop(storage._cdata, None)
-            if known is not None and storage.nbytes():
+            if known is not None and known() is not None and storage.nbytes():
                 self._release(storage._cdata, storage.nbytes())
             resize(storage, size)
             if size:
