@@ -62,7 +62,12 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "techniques",
-    [(), ("accumulation=2",), ("fsdp",), ("fsdp", "accumulation=2", "checkpointing")],
+    [
+        (),
+        pytest.param(("accumulation=2",), marks=pytest.mark.by_hand),
+        pytest.param(("fsdp",), marks=pytest.mark.by_hand),
+        ("fsdp", "accumulation=2", "checkpointing"),
+    ],
     ids=lambda texts: "+".join(texts) or "none",
 )
 def test_two_processes_learn_what_one_does(techniques, alone, tmp_path):
