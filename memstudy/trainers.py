@@ -23,6 +23,7 @@ from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
 from memstudy.memory import MIB, Gpu, MemoryReport, find_gpu, fit, predict
+from memstudy.memory.processes import steps_to_settle
 from memstudy.memory.trace import Step
 from memstudy.prediction_configs import LargestBatchRun, PredictionRun
 from memstudy.reformer_configs import ReformerRun
@@ -209,9 +210,7 @@ def foretell(run: StepRun, gpu: str | Gpu | None, *, expandable_segments: bool =
 
 
 def _iterations(run: StepRun) -> int:
-    """After how many steps nothing changes any more: the first has no optimizer state before its end, and after it DDP
-    puts its buckets together anew."""
-    return 1 if isinstance(run, InferenceRun) else 2 if run.processes == 1 else 3
+    return 1 if isinstance(run, InferenceRun) else steps_to_settle(run.processes)
 
 
 def _predict(run: PredictionRun) -> dict:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from memstudy.memory.gpus import Gpu, find_gpu
 from memstudy.memory.predict import predict
+from memstudy.memory.processes import steps_to_settle
 from memstudy.memory.report import MemoryReport
 from memstudy.memory.trace import Step
 
@@ -116,7 +117,7 @@ def fit(
             reports[size] = predict(
                 build_for_batch(size),
                 gpu=card,
-                iterations=2 if processes == 1 else 3,
+                iterations=steps_to_settle(processes),
                 expandable_segments=expandable_segments,
                 processes=processes,
             )
