@@ -1,24 +1,27 @@
 """Training memory: measured (``trace``), predicted (``predict``), and the largest batch that fits."""
 
-from memstudy.memory.batch_size import LargestBatch, largest_batch
-from memstudy.memory.fit import Fit, fit
-from memstudy.memory.gpus import Gpu, find_gpu, gpus
-from memstudy.memory.predict import predict
-from memstudy.memory.report import CATEGORIES, MIB, PHASES, MemoryReport
-from memstudy.memory.trace import measure
+import importlib
 
-__all__ = [
-    "CATEGORIES",
-    "MIB",
-    "PHASES",
-    "Fit",
-    "Gpu",
-    "LargestBatch",
-    "MemoryReport",
-    "find_gpu",
-    "fit",
-    "gpus",
-    "largest_batch",
-    "measure",
-    "predict",
-]
+# Name: its module. Imported when asked for, since the catalogue of GPUs needs no PyTorch.
+_PLACES = {
+    "CATEGORIES": "report",
+    "MIB": "report",
+    "PHASES": "report",
+    "MemoryReport": "report",
+    "Fit": "search",
+    "fit": "search",
+    "Gpu": "catalogue",
+    "find_gpu": "catalogue",
+    "gpus": "catalogue",
+    "LargestBatch": "batch_size",
+    "largest_batch": "batch_size",
+    "measure": "trace",
+    "predict": "prediction",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -21,7 +21,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.library import _scoped_library, fallthrough_kernel
 
-from memstudy.memory.gpus import Gpu
+from memstudy.memory.catalogue import Gpu
 from memstudy.memory.report import WORKSPACE
 
 _ATEN = torch.ops.aten

@@ -63,12 +63,6 @@ class _FirstProcess(dist.ProcessGroup):
 dist.Backend.register_backend(_BACKEND, lambda store, rank, size, timeout: _FirstProcess(rank, size), devices=["cpu"])
 
 
-def steps_to_settle(processes: int) -> int:
-    """After how many steps nothing changes any more: the first has no optimizer state before its end, and after it DDP
-    puts its buckets together anew."""
-    return 2 if processes == 1 else 3
-
-
 @contextmanager
 def first_of(processes: int) -> Iterator[None]:
     """In the block this process is the first of ``processes`` that ``torchrun`` has started, and the only one there.

@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from memstudy.memory.gpus import Gpu, find_gpu
-from memstudy.memory.predict import predict
-from memstudy.memory.processes import steps_to_settle
+from memstudy.memory.catalogue import Gpu, find_gpu
+from memstudy.memory.prediction import predict
 from memstudy.memory.report import MemoryReport
 from memstudy.memory.trace import Step
 
@@ -52,6 +51,12 @@ class Fit:
         return 100 * (1 - self.needed_mib / self.budget_mib)
 
 
+def steps_to_settle(processes: int) -> int:
+    """After how many steps nothing changes any more: the first has no optimizer state before its end, and after it DDP
+    puts its buckets together anew."""
+    return 2 if processes == 1 else 3
+
+
 def check_budget(budget_mib: float) -> None:
     """Raise ValueError for a budget that is not above 0 and finite."""
     if not 0 < budget_mib < math.inf:
@@ -66,6 +71,7 @@ def fit(
     effective_batch: int | None = None,
     expandable_segments: bool = False,
     processes: int = 1,
+    limit: int = LIMIT,
     run: Callable[[int], float | None] | None = None,
 ) -> Fit:
     """Find the largest batch that fits a GPU, or a budget on this CPU.
@@ -86,6 +92,8 @@ def fit(
         Sequences in one update: the batch must divide it, and is accumulated up to it.
     expandable_segments, processes
         As in :func:`~memstudy.memory.predict`; the processes share the batch, and the budget is each one's.
+    limit : int
+        No larger batch is looked at; ``processes`` at least.
     run : callable, optional
         Runs a batch for real: its measured peak [MiB], or None when it did not fit. The batch that prediction gives is
         then run, and smaller ones until one fits.
@@ -107,7 +115,7 @@ def fit(
         raise ValueError(f"effective_batch={effective_batch}: at least 1 sequence is needed")
     if effective_batch is not None and effective_batch % processes:
         raise ValueError(f"effective_batch={effective_batch}: processes={processes} do not share it evenly")
-    sizes: Sequence[int] = range(processes, LIMIT + 1, processes)
+    sizes: Sequence[int] = range(processes, limit + 1, processes)
     if effective_batch is not None:
         sizes = [size for size in sizes[: effective_batch // processes] if effective_batch % size == 0]
     reports: dict[int, MemoryReport] = {}

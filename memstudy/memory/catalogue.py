@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from memstudy.memory.report import MIB
 
-CATALOGUE = Path(__file__).with_suffix(".yaml")
+CATALOGUE = Path(__file__).with_name("gpus.yaml")
 EXAMPLE = '{compute_capability: "8.0", memory_mib: 40448, context_mib: 501}'
 
 

@@ -9,21 +9,22 @@ seen where it is written in Python (a ``torch.library.custom_op``), and else sai
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -33,9 +34,9 @@ from torch.utils._pytree import tree_map_only
 
 from memstudy.memory import cpu, cuda
 from memstudy.memory.allocator import replay
-from memstudy.memory.gpus import Gpu, find_gpu
-from memstudy.memory.processes import first_of, on_fake_tensors
+from memstudy.memory.catalogue import Gpu, find_gpu
 from memstudy.memory.report import MIB, Event, MemoryReport, account
+from memstudy.memory.results import Results, tensors
 from memstudy.memory.trace import Roles, Step, watch_modules
 from memstudy.memory.values import Values
 
@@ -111,6 +112,12 @@ def _follow(build: Callable[[], Step], iterations: int, card: Gpu | None, proces
         import transformers.modeling_utils  # noqa: F401
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder(fake, card)
+    if processes > 1:
+        from torch.distributed.tensor import DTensor
+
+        from memstudy.memory.processes import first_of, on_fake_tensors
+
+        recorder.wrapper = DTensor
     roles = Roles(mark=lambda: recorder.mark(roles.told[-1]), key=_key)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -175,20 +182,24 @@ def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
 
     It then adds in place, except to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
     """
-    # Up from here: __torch_dispatch__, two wrappers around it, and who called the op.
-    engine_asks = sys._getframe(4).f_code is _engine_run_backward.__code__
+    # Up from here: __torch_dispatch__, and who called the op.
+    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
     alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
     # One user is the tensor, the other the object that Python has made to be asked.
     return engine_asks and alike and torch._C._storage_Use_Count(_key(gradient)) == 2
 
 
-def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
-    """The tensors among an op's arguments or results, which nest no deeper than in lists."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, torch.Tensor))
+class _Op(NamedTuple):
+    """What is asked of each op, and costs too much to ask each time."""
+
+    name: str
+    queries: bool  # only where a tensor is
+    computes: bool
+
+
+@functools.cache
+def _traits(func: torch._ops.OpOverload) -> _Op:
+    return _Op(func._schema.name, func is torch.ops.prim.device.default, func.namespace != "profiler")
 
 
 class _Recorder(TorchDispatchMode):
@@ -202,6 +213,7 @@ class _Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.modules: list[str] = []  # whose forward runs, outermost first
         self.requested_bytes = 0
+        self.wrapper: type[torch.Tensor] | None = None  # of tensors of which each process has a part
         self._fake, self._card = fake, card
         self._alive: dict[int, weakref.ref] = {}
         self._live_bytes = 0
@@ -209,6 +221,7 @@ class _Recorder(TorchDispatchMode):
         self._in_optimizer = self._in_one_kernel = False
         self.below = cpu.BelowDispatch(self._tell) if card is None else cuda.BelowDispatch(self._tell, card)
         self._values = Values()
+        self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
 
     def end_build(self) -> None:
@@ -288,41 +301,55 @@ class _Recorder(TorchDispatchMode):
                 result = function(*args, **kwargs)
             finally:
                 self._in_one_kernel = outer
-            for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
                 self._alive.pop(_key(tensor), None)
                 self._note(tensor.untyped_storage())
             return result
 
         return run
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch._dynamo is imported, and stands between each op and this mode
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
+        if self.wrapper in types:
             return NotImplemented  # it asks for the same of its part
-        real = any(not isinstance(tensor, FakeTensor) for tensor in _tensors((*args, *kwargs.values())))
-        if real and func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
-            args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
-        self.below.before(func)
-        if self._phase != "build" and not self._in_optimizer and func.namespace != "profiler":
+        op = _traits(func)
+        if not op.queries:
+            self.below.before(func)
+        if self._phase != "build" and not self._in_optimizer and op.computes:
             in_backward = torch._C._current_autograd_node() is not None
             self._enter("backward" if in_backward else "forward")
+        if op.queries and type(args[0]) is FakeTensor:
+            return args[0].device
+        key = self._results.key(func, args, kwargs)
+        if key is None:  # only then may one be real
+            real = any(not isinstance(tensor, FakeTensor) for tensor in tensors((*args, *kwargs.values())))
+            if real and func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
+                args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
             return self._values.answer(args[0])
         if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
             return args[0]
-        if func._schema.name in OPDEFS:  # a kernel written in Python: what it allocates can be seen
+        if op.name in OPDEFS:  # a kernel written in Python: what it allocates can be seen
             with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        if self._card is None and func._schema.name.startswith("bitsandbytes::optimizer_update"):  # as are these
+                return OPDEFS[op.name]._init_fn(*args, **kwargs)
+        if self._card is None and op.name.startswith("bitsandbytes::optimizer_update"):  # as are these
             with self:
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
-        result = self._corrected(func, args, func(*args, **kwargs))
+        known, result = self._results.recall(key, args) if key else (False, None)
+        if not known:
+            result = self._corrected(func, args, func(*args, **kwargs))
+            if key:
+                self._results.remember(key, func, args, kwargs, result)
         self._values.follow(func, args, kwargs, result)
         if self._card is not None and self._in_optimizer and func is torch.ops.aten.lift_fresh.default:
             self._ignore(result)  # a count of steps, which stays on the host
             return result
-        for tensor in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
-            if tensor.is_cuda:
+        for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            if not known and tensor.is_cuda:
                 raise ValueError(_ON_CUDA)
             if self._in_one_kernel:
                 self._ignore_new(tensor)

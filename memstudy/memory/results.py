@@ -1,0 +1,159 @@
+"""What an op gives on fake tensors, remembered: a training step asks for the same thousands of times.
+
+``FakeTensorMode`` remembers too, but takes five times as long to find a result and to make it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_CPU = torch.device("cpu")
+_PLAIN = {
+    bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+}  # fmt: skip
+# Their results depend on data, or they change what a tensor is.
+_NEVER = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+_CHANGES_STORAGE = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.lift, torch.ops.aten.lift_fresh}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One result: the argument ``given`` itself, a view of it where there is a shape too, or else a new tensor."""
+
+    given: int | None
+    shape: tuple[int, ...] | None = None
+    stride: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    offset: int = 0
+
+
+class Results:
+    """Remembers the results of ops on the tensors of one ``FakeTensorMode``."""
+
+    def __init__(self, fake: FakeTensorMode):
+        self._fake = fake
+        self._remembered: dict[tuple, tuple[type | None, tuple[_Made | None, ...]] | None] = {}
+        with fake:
+            self._attributes = dict(vars(torch.empty(0)))  # what FakeTensor's constructor gives each
+
+    def key(self, func: torch._ops.OpOverload, args: Sequence, kwargs: dict) -> tuple | None:
+        """What the results of ``func`` depend on; None where that is more than can be said."""
+        described: list = [func, torch.get_default_dtype()]
+        if not _describe(args, described):
+            return None
+        for name, value in kwargs.items():
+            described.append(name)
+            if not _describe((value,), described):
+                return None
+        return tuple(described)
+
+    def recall(self, key: tuple, args: Sequence) -> tuple[bool, object]:
+        """Whether the results for ``key`` are known, and these, made anew."""
+        found = self._remembered.get(key)
+        if found is None:
+            return False, None
+        container, made = found
+        with torch._C._DisableTorchDispatch():
+            results = [self._make(one, args) for one in made]
+        return True, results[0] if container is None else container(results)
+
+    def remember(self, key: tuple, func: torch._ops.OpOverload, args: Sequence, kwargs: dict, result: object) -> None:
+        """``func`` has given ``result`` for ``key``."""
+        if key in self._remembered:
+            return
+        container = type(result) if isinstance(result, (tuple, list)) else None
+        made = _how(result if container else (result,), args, kwargs) if _lasts(func) else None
+        self._remembered[key] = made and (container, made)
+
+    def _make(self, made: _Made | None, args: Sequence) -> FakeTensor | None:
+        if made is None:
+            return None
+        if made.shape is None:
+            return args[made.given]
+        tensor = torch.empty_strided(
+            made.shape if made.given is None else (0,), made.stride if made.given is None else (1,),
+            dtype=made.dtype, device="meta",
+        )  # fmt: skip
+        if made.given is not None:
+            tensor.set_(args[made.given].untyped_storage(), made.offset, made.shape, made.stride)
+        tensor = torch.Tensor._make_subclass(
+            FakeTensor, tensor, False, dispatch_device=True, device_for_backend_keys=_CPU
+        )
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(tensor)
+        vars(tensor).update(self._attributes)
+        return tensor
+
+
+def _describe(args: Sequence, described: list) -> bool:
+    """Append what results may depend on; False where that is more than can be said."""
+    for arg in args:
+        kind = type(arg)
+        if kind is FakeTensor:
+            if arg.constant is not None or arg._fake_device != _CPU or arg.layout is not torch.strided:
+                return False
+            described += (arg.shape, arg.stride(), arg.dtype, arg.storage_offset())
+        elif kind in _PLAIN:
+            described += (kind, arg)  # 1, 1.0 and True are equal
+        elif kind is list or kind is tuple:
+            described.append(len(arg))
+            if not _describe(arg, described):
+                return False
+        else:
+            return False
+    return True
+
+
+def _lasts(func: torch._ops.OpOverload) -> bool:
+    return (
+        func.namespace == "aten"
+        and func.overloadpacket not in _CHANGES_STORAGE
+        and not any(tag in func.tags for tag in _NEVER)
+    )
+
+
+def _how(results: Sequence, args: Sequence, kwargs: dict) -> tuple[_Made | None, ...] | None:
+    """How to make ``results`` again; None where it is not known how."""
+    storages = [_storage(arg) for arg in args]
+    others = {_storage(tensor) for tensor in tensors((*args, *kwargs.values()))}
+    made: list[_Made | None] = []
+    for result in results:
+        if result is None:
+            made.append(None)
+        elif type(result) is not FakeTensor or result.constant is not None or result._fake_device != _CPU:
+            return None
+        elif any(result is arg for arg in args):
+            made.append(_Made(next(place for place, arg in enumerate(args) if result is arg)))
+        elif result.layout is not torch.strided or result.is_complex():
+            return None
+        elif (storage := _storage(result)) in storages:
+            of_it = tuple(result.shape), result.stride(), result.dtype, result.storage_offset()
+            made.append(_Made(storages.index(storage), *of_it))
+        elif storage in others or not _fills_its_storage(result):
+            return None
+        else:
+            others.add(storage)
+            made.append(_Made(None, tuple(result.shape), result.stride(), result.dtype))
+    return tuple(made)
+
+
+def _storage(value: object) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _fills_its_storage(tensor: torch.Tensor) -> bool:
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    elements = 1 + last if tensor.numel() else 0
+    return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == elements * tensor.dtype.itemsize
+
+
+def tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments or results, which nest no deeper than in lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, torch.Tensor))
