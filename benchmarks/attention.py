@@ -31,7 +31,7 @@ import psutil
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from memstudy import runs
+from memstudy import machine, runs
 from memstudy.trainers import LayerRun
 
 # Settings (max_len is the length), causal, across two sequences, whose layers besides ours.
@@ -228,7 +228,7 @@ def main() -> None:
         if given.json:
             given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
-    print(f"{runs.device()}, {os.environ['OMP_NUM_THREADS']} threads; medians of {given.rounds} rounds")
+    print(f"{machine.device()}, {os.environ['OMP_NUM_THREADS']} threads; medians of {given.rounds} rounds")
     print(f"{'variant':15} {'who':28} {'n':>7} {'time':>7} {'least-most':>11} {'U':>8} {'at most':>14}", flush=True)
     rows = compare(given.variants, lengths, given.rounds, report)
     if found := slopes(rows):

@@ -5,9 +5,10 @@ The study's decision table and the commands ``memstudy advise`` and ``memstudy f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 
-from memstudy import runs, techniques
+from memstudy import machine, runs, techniques
 from memstudy.hub_configs import HubModelRun
 from memstudy.parameters import read_parameters
 
@@ -58,6 +59,19 @@ def in_more_parts(rung: Sequence[str], batch_size: int) -> list[tuple[str, ...]]
     return lists
 
 
+def first_that_fits(rungs: Sequence[tuple[str, ...]], fits: Callable[[tuple[str, ...]], bool]) -> int | None:
+    """The place of the first of ``rungs`` that fits, or None, after asking ``fits`` of few.
+
+    The first and the last are asked; then, as each rung saves memory on the one before, those in the middle of what is
+    open. So the rung before the one that is found does not fit; one further down might, where a lever does not save.
+    """
+    if fits(rungs[0]):
+        return 0
+    if not fits(rungs[-1]):
+        return None
+    return 1 + bisect.bisect_left(range(1, len(rungs) - 1), True, key=lambda place: fits(rungs[place]))
+
+
 def advised() -> list[str]:
     """The levers among which the study advises, at full scale."""
     return read_parameters(STUDY, "full")["advised"]
@@ -103,7 +117,7 @@ def reference() -> dict[frozenset[str], dict]:
         raise ValueError(
             f"no reference rows in {folder}, by which levers are put in order: run memstudy report {STUDY} --scale full"
         )
-    return whole.get(runs.device()) or next(iter(whole.values()))
+    return whole.get(machine.device()) or next(iter(whole.values()))
 
 
 def reference_ladder(

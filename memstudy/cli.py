@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +21,8 @@ from tqdm import tqdm
 from memstudy import forecast, parameters, runs
 from memstudy.bad_input import one_line
 from memstudy.qa.serve import serve
+
+QUICK_S = 25 * 60  # for all studies at quick scale, on two cores with AVX2: half an hour with the set-up
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -144,12 +148,15 @@ def report(
         chosen = {stem: parameters.read_parameters(stem, scale) for stem in stems}
         if not reference:
             runs.check_writable(results)
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # also in the notebooks, which cannot see where their bars are printed
     generated = runs.ROOT if scale == "full" else runs.ROOT / "build" / scale
     places = {"results_dir": str(results.resolve()), "out_dir": str(generated), "run_missing": not reference}
     with tempfile.TemporaryDirectory() as scratch:
         if no_run:
             os.environ[runs.PLAN] = scratch  # and nothing runs
-        errors = _execute_all(chosen, places, at_once=2 if reference or no_run else 1)
+        share_s = QUICK_S / len(parameters.studies()) if scale == "quick" else None
+        errors = _execute_all(chosen, places, at_once=2 if reference or no_run else 1, share_s=share_s)
     done = [stem for stem, error in errors.items() if not error]
     left_out = [stem for stem, error in errors.items() if error == runs.MissingRecords.__name__ and not studies]
     failed = [stem for stem in errors if stem not in done + left_out]
@@ -307,16 +314,29 @@ _LISTINGS = {
 }
 
 
-def _execute_all(chosen: dict[str, dict], places: dict, *, at_once: int) -> dict[str, str]:
+def _took(seconds: float, share_s: float | None) -> str:
+    """The time of a study, and whether it passes twice its share."""
+    said = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if share_s is None or seconds <= 2 * share_s:
+        return said
+    return f"{said}, more than twice its share of {share_s / 60:.0f} min: its parameters are too large for this machine"
+
+
+def _execute_all(
+    chosen: dict[str, dict], places: dict, *, at_once: int, share_s: float | None = None
+) -> dict[str, str]:
     """Execute each study's notebook; by study, the name of the error that ended it, empty when none did.
 
-    Two may go ``at_once`` only where nothing is run: timings suffer from company.
+    Each prints its time at the end, held against ``share_s`` [s] where that is given. Two may go ``at_once`` only where
+    nothing is run: timings suffer from company.
     """
     if at_once == 1:
         errors = {}
         for number, (stem, values) in enumerate(chosen.items(), 1):
             typer.echo(f"== study {number}/{len(chosen)}: {stem}", err=True)
+            began = time.monotonic()
             errors[stem] = _execute(stem, values | places, progress=True)
+            typer.echo(f"== {stem}: {_took(time.monotonic() - began, share_s)}", err=True)
         return errors
     with ThreadPoolExecutor(at_once) as pool:
         started = {
@@ -331,6 +351,9 @@ def _execute(stem: str, values: dict, *, progress: bool) -> str:
     """Execute one study's notebook with papermill; the name of the error that ended it, empty when none did."""
     import papermill
 
+    # It reads a parameters cell line by line, and warns of each "=" within a value and of the names it then lacks;
+    # `parameters` has held names and types to the cell.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     (runs.ROOT / "build").mkdir(exist_ok=True)
     try:
         papermill.execute_notebook(
@@ -339,7 +362,7 @@ def _execute(stem: str, values: dict, *, progress: bool) -> str:
             parameters=values,
             cwd=runs.ROOT / "notebooks",
             kernel_name="python3",
-            progress_bar=progress,
+            progress_bar=progress and sys.stderr.isatty(),
             stderr_file=sys.stderr,
             extra_arguments=["--log-level=50"],
         )

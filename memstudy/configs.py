@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_serializer, model_validator
 
-from memstudy import techniques
+from memstudy import machine, techniques
 from memstudy.attention import ATTENTION, AttentionConfig
 from memstudy.models import DecoderLM, decoder
 from memstudy.peers import PEERS
@@ -82,6 +82,10 @@ class StepRun(BaseModel):
         """In how many parts a batch is run."""
         flags = (lever.flags() for lever in self.levers())
         return next((f[k] for f in flags for k in f if k == "gradient_accumulation_steps"), 1)
+
+    def emulated(self) -> bool:
+        """Whether products are made in bfloat16, and this machine has no fast ones."""
+        return any(lever.in_bf16 for lever in self.levers()) and not machine.bf16_is_fast()
 
     def flags(self) -> dict[str, object]:
         """Flags for ``transformers.TrainingArguments`` besides those of the techniques."""

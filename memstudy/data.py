@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from memstudy import place_value
+from memstudy.machine import cache_folder
 
 EOS = "<|endoftext|>"
 PAD = "<pad>"
@@ -286,7 +287,7 @@ def _locate(name: str) -> tuple[str, Callable[[], Path] | None, str]:
     tried = [f"not in {folder}" for folder in folders] or ["no data folder"]
     entry = DATASETS[SPEAKLEASH if is_corpus else name]
     if is_corpus:
-        if (_cache_folder() / name).is_dir() or _speakleash_url() in _online():
+        if (cache_folder() / name).is_dir() or _speakleash_url() in _online():
             return "speakleash", functools.partial(_speakleash_folder, name), ""
         tried.append("package speakleash not installed, or its server not reached")
     elif entry.hub is None:
@@ -310,10 +311,6 @@ def _data_folders() -> list[Path]:
         return [Path(asked)]
     root = Path(__file__).resolve().parents[1]
     return [folder for folder in (root.parent / "shared/data", root / "data") if folder.is_dir()]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("MEMSTUDY_CACHE") or "~/.cache/memstudy").expanduser()
 
 
 @functools.cache
@@ -479,7 +476,7 @@ def _hash(*texts: str) -> str:
 
 def _cached(name: str, write: Callable[[Path], None]) -> Path:
     """Return the cache's folder ``name``, filled by ``write`` at the first call: wholly or not."""
-    folder = _cache_folder() / name
+    folder = cache_folder() / name
     if folder.is_dir():
         return folder
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -91,6 +92,8 @@ def fit(
     answer is a tested one. Exit status 0 whether one fits or not.
     """
     with _one_line():
+        from memstudy.advice import first_that_fits
+
         if verify and gpu is not None:
             raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
         if verify and processes > 1:
@@ -104,14 +107,22 @@ def fit(
             "model": model, "seq_len": seq_len, "techniques": chosen, "optimizer": optimizer, "task": task,
             "attention": attention, "processes": processes,
         }  # fmt: skip
-        steps: list[tuple[tuple[str, ...], Fit]] = []
-        for techniques in [chosen, *(_additions(plan, gpu, effective_batch) if advise else [])]:
-            found = _fit(
-                plan | {"techniques": techniques}, gpu, budget_mib, effective_batch, expandable_segments, verify
+        tried: dict[tuple[str, ...], Fit] = {}
+
+        def search(techniques: tuple[str, ...], **options) -> bool:
+            tried[techniques] = _fit(
+                plan | {"techniques": techniques}, gpu, budget_mib, effective_batch, expandable_segments, **options
             )
-            steps.append((techniques, found))
-            if found.batch_size:
-                break
+            return tried[techniques].batch_size > 0
+
+        rungs = [chosen]
+        if not search(chosen, verify=verify) and advise:
+            more = _additions(plan, gpu, effective_batch)
+            place = first_that_fits(more, partial(search, limit=processes))  # the least batch
+            rungs += more if place is None else more[: place + 1]
+            if place is not None:
+                search(more[place], verify=verify)
+        steps = [(rung, tried[rung]) for rung in rungs if rung in tried]
     if as_json:
         typer.echo(json.dumps([_row(techniques, found) for techniques, found in steps], indent=2))
         return
@@ -150,7 +161,7 @@ def advise(
     from rich.table import Table
 
     from memstudy import advice, techniques
-    from memstudy.memory.fit import check_budget
+    from memstudy.memory.search import check_budget
 
     with _one_line():
         if (gpu is None) == (budget_mib is None):
@@ -165,21 +176,29 @@ def advise(
         rows = advice.reference()
         rungs = advice.reference_ladder(rows, _levers(plan, gpu), start=_split(technique))
         rungs += advice.in_more_parts(rungs[-1], batch)
-        climbed = []
-        for rung in rungs:
+        tried = {}
+
+        def fits(rung: tuple[str, ...]) -> bool:
             report = _report(_plan(**plan, techniques=rung), gpu, expandable_segments)
             needed = report.peak_allocated_mib if gpu is None else report.whole_gpu_mib
-            fits = needed <= budget_mib if gpu is None else report.out_of_memory is None
             row = rows.get(frozenset(rung))
-            time = row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"]
-            exact = all(lever.exact for lever in techniques.parse(rung))
-            climbed.append({"techniques": rung, "needed_mib": needed, "fits": fits, "time": time, "exact": exact})
-            if fits:
-                break
+            tried[rung] = {
+                "techniques": rung,
+                "needed_mib": needed,
+                "fits": needed <= budget_mib if gpu is None else report.out_of_memory is None,
+                "time": row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"],
+                "exact": all(lever.exact for lever in techniques.parse(rung)),
+            }
+            return tried[rung]["fits"]
+
+        found = advice.first_that_fits(rungs, fits)
+        climbed = [tried[rung] for rung in rungs[: None if found is None else found + 1] if rung in tried]
     if as_json:
         typer.echo(json.dumps(climbed, indent=2))
         return
-    table = Table("techniques", "needs", "step time", "same result", box=None, title=f"on {report.device}, predicted")
+    table = Table(
+        "techniques", "needs", "step time", "same result", box=None, title=f"on {gpu or 'this CPU'}, predicted"
+    )
     for column in (1, 2):
         table.columns[column].justify = "right"
     for row in climbed:
@@ -192,18 +211,20 @@ def advise(
     console.print(table)
     device = rows[frozenset()]["provenance"]["device"]
     console.print(f"step time: against no technique, measured on {device} with the ablation's model", soft_wrap=True)
-    if fits:
-        console.print(f"fits: --technique {','.join(rung)}" if rung else "fits as it is", soft_wrap=True)
-    else:
+    if found is None:
         console.print("nothing fits: take a shorter sequence, a smaller model or a larger GPU", soft_wrap=True)
+    else:
+        rung = rungs[found]
+        console.print(f"fits: --technique {','.join(rung)}" if rung else "fits as it is", soft_wrap=True)
 
 
-def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) -> Fit:
+def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, *, limit=None, verify=False) -> Fit:
     from rich.console import Console
 
     from memstudy.memory import find_gpu, measure
     from memstudy.memory import fit as largest_fit
-    from memstudy.trainers import build
+    from memstudy.memory.search import LIMIT
+    from memstudy.step import build
 
     card = gpu and find_gpu(gpu)
 
@@ -231,6 +252,7 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, verify) ->
             effective_batch=effective_batch,
             expandable_segments=expandable_segments,
             processes=plan["processes"],
+            limit=limit or LIMIT,
             run=run_batch if verify else None,
         )
 
@@ -272,7 +294,7 @@ def _split(techniques: str) -> tuple[str, ...]:
 
 
 def _plan(**choices) -> HubModelRun:
-    from memstudy.trainers import HubModelRun
+    from memstudy.hub_configs import HubModelRun
 
     return HubModelRun(experiment="forecast", **choices)
 
@@ -281,7 +303,7 @@ def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> Mem
     from rich.console import Console
 
     from memstudy.memory import find_gpu
-    from memstudy.trainers import foretell
+    from memstudy.step import foretell
 
     card = gpu and find_gpu(gpu)
     with Console(stderr=True).status(f"following two steps of {run.model} on tensors without bytes"):
@@ -291,6 +313,9 @@ def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> Mem
 @contextmanager
 def _one_line() -> Iterator[None]:
     """As `one_line`, also for what the machine or the GPU cannot do, and for tensors that no number can size."""
+    from memstudy.quick_imports import import_step
+
+    import_step()
     from memstudy.attention import Unavailable
 
     with one_line():

@@ -66,6 +66,9 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run and for who asked for it
+    from memstudy.quick_imports import import_step
+
+    import_step()
     from memstudy import trainers  # noqa: F401 - imported for the processes to come
     from memstudy.cli import app
 

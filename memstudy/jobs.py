@@ -21,8 +21,9 @@ from memstudy.attention import Unavailable
 from memstudy.configs import LayerRun
 from memstudy.memory import MIB, predict
 from memstudy.parameters import read_parameters
-from memstudy.prediction_configs import PredictionRun
-from memstudy.trainers import Run, foretell
+from memstudy.prediction_configs import PredictionRun, PublishedRowRun
+from memstudy.step import foretell
+from memstudy.trainers import Run
 
 PROCESS_MIB = 1500  # what a process holds before its first tensor, and what it reads in: Python, PyTorch, data
 SLACK = 1.3  # over the predicted peak, for what an allocator keeps and for evaluation
@@ -69,7 +70,7 @@ def needs(run: Run, *, gpu: str = "") -> dict[str, int]:
         ``mem_mb``, of the host, of all processes; with ``gpu``, unless the run is itself a prediction, ``gpu`` (how
         many) and ``gpu_mem_mb`` (of each) too.
     """
-    if isinstance(run, PredictionRun):
+    if isinstance(run, PredictionRun | PublishedRowRun):
         return {"mem_mb": _mb(2 * PROCESS_MIB)}  # of what is followed, millions of small objects
     try:
         if isinstance(run, LayerRun):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
-import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +23,10 @@ def notebook_parameters(stem: str) -> dict[str, object]:
     path = ROOT / "notebooks" / f"{stem}.ipynb"
     if not path.exists():
         raise ValueError(f"unknown study {stem!r}; known: {', '.join(studies())}")
-    for cell in nbformat.read(path, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            assigned = (s for s in ast.parse(cell.source).body if isinstance(s, ast.AnnAssign))
+    # Not by nbformat, whose check of the whole notebook takes two seconds to import.
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            assigned = (s for s in ast.parse("".join(cell["source"])).body if isinstance(s, ast.AnnAssign))
             return {s.target.id: ast.literal_eval(s.value) for s in assigned}
     raise ValueError(f"{path.name}: no cell is tagged 'parameters'")
 
@@ -72,7 +73,8 @@ def check_parameters(text: str | bytes, defaults: dict[str, object], *, where: s
         if name not in defaults:
             raise ValueError(f"{where}: unknown key {name!r}; known: {', '.join(defaults)}")
         wanted = type(defaults[name])
-        if not (type(value) is wanted or (wanted is float and type(value) is int)):
+        chosen = defaults[name] == "auto" and type(value) is list
+        if not (type(value) is wanted or (wanted is float and type(value) is int) or chosen):
             raise ValueError(
                 f"{where}: {name}={value!r} is of type {type(value).__name__}, {wanted.__name__} is needed"
             )

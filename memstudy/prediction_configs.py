@@ -1,14 +1,15 @@
-"""Predictions as runs: frozen descriptions of another run's step, and of the machine that it is predicted for."""
+"""Predictions as runs: frozen descriptions of what is predicted, and of the machine that it is predicted for."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from memstudy.configs import LanguageModelRun
 from memstudy.hub_configs import HubModelRun, InferenceRun
 from memstudy.memory import find_gpu
+from memstudy.published import GPUS
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun
 
@@ -49,3 +50,21 @@ class LargestBatchRun(PredictionRun):
 
     kind: Literal["largest_batch"] = "largest_batch"  # type: ignore[assignment]
     gpu: str = Field(min_length=1)
+
+
+class PublishedRowRun(BaseModel):
+    """The prediction of one published reading of a GPU's memory: the row ``of`` of ``table`` (`published.rows`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["published_row"] = "published_row"
+    experiment: str
+    table: Literal["ops", "inference", "bert"]
+    of: str
+    gpu: str
+
+    @model_validator(mode="after")
+    def _on_its_gpu(self):
+        if self.gpu != GPUS[self.table]:
+            raise ValueError(f"gpu={self.gpu!r}: table {self.table!r} is of {GPUS[self.table]}")
+        return self

@@ -8,7 +8,6 @@ run's budget), ``unavailable`` (this machine lacks something; the reason says wh
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +24,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from memstudy import machine
 from memstudy.fresh import forker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,27 +70,6 @@ def run_id(config: dict) -> str:
     """The first 16 hex digits of the SHA-256 of ``config`` as canonical JSON."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def device() -> str:
-    """The machine that timings belong to: the GPU's name, or, without one, :func:`cpu`."""
-    for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in information.read_text().splitlines():
-            if line.startswith("Model:"):
-                return line.partition(":")[2].strip()
-    return cpu()
-
-
-@functools.cache
-def cpu() -> str:
-    """The processor's name and the number of cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = names[0].partition(":")[2].strip() if names else name
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def check_writable(folder: Path) -> None:
@@ -188,7 +167,12 @@ def _parse(path: Path) -> dict | None:
         and record["run_id"] == run_id(record["config"])
         and record["provenance"].keys() >= PROVENANCE
     )
-    return record if whole else None
+    if not whole:
+        return None
+    told = record["provenance"]
+    return record | {
+        "provenance": told | {name: machine.read_as(told[name], told["threads"]) for name in ("device", "cpu")}
+    }
 
 
 def perform(
@@ -273,7 +257,7 @@ def spawn(config: dict, folder: Path) -> dict:
         said = log.read_text(errors="replace").strip().splitlines()
     for path in folder.glob(f"{run_id(config)}*.json"):
         record = _parse(path)
-        if record and record["provenance"]["device"] == device() and record["provenance"]["started"] >= started:
+        if record and record["provenance"]["device"] == machine.device() and record["provenance"]["started"] >= started:
             return record | {"curves": Curves(path)}
     status, reason = "failed", f"exit status {code}"
     if code < 0:
@@ -296,9 +280,10 @@ def _record(config: dict, status: str, reason: str, started: str) -> dict:
         "curves": {},
         "data": {},
         "provenance": {
-            "device": device(),
-            "cpu": cpu(),
-            "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+            "device": machine.device(),
+            "cpu": machine.cpu(),
+            "threads": machine.threads(),
+            "bf16_speed": machine.bf16_speed(),
             "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "packages": versions(),
             **git_state(),

@@ -11,6 +11,7 @@ study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from tqdm import tqdm
 
+from memstudy import machine
 from memstudy import runs as records
 from memstudy.parameters import notebook_parameters
 
@@ -72,6 +74,15 @@ class Study:
         if self._run_missing:
             records.check_writable(self._results)
         plt.style.use(STYLE)
+
+    def precision(self, asked: str | list[str]) -> list[str]:
+        """The techniques for the precision of trainings: those ``asked`` for; of ``auto``, ``bf16`` where it is fast.
+
+        Each run's record says why: ``bf16_speed`` in its provenance.
+        """
+        if asked != "auto":
+            return list(asked)
+        return ["bf16"] if machine.bf16_is_fast() else []
 
     def sweep(self, runs: Iterable[Run]) -> pd.DataFrame:
         """One row a run, in the order given; runs without a record here are run now, one after another.
@@ -235,7 +246,7 @@ class Study:
         for path, record in records.iterate_records(self._results, configs):
             if record["status"] in records.SETTLED:
                 settled.append(record | {"curves": records.Curves(path)})
-        here = os.environ.get(records.MACHINE) or records.device()
+        here = os.environ.get(records.MACHINE) or machine.device()
         if self._run_missing:
             self._machine = here
         elif not self._machine:
@@ -317,6 +328,8 @@ def _breakable(text: str) -> str:
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write ``figure`` as PDF to ``path``, and as PNG beside it for web pages."""
+    # It warns that matplotlib's own Computer Modern files have no dates.
+    logging.getLogger("fontTools.ttLib").setLevel(logging.ERROR)
     # Without a date, the same rows give the same file.
     figure.savefig(path, metadata={"CreationDate": None})
     figure.savefig(path.with_suffix(".png"), dpi=160)

@@ -9,33 +9,29 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from memstudy import data, finetuning, glue, inference, layers, pairs, seq2seq, techniques
-from memstudy.attention import Unavailable
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import MIB, Gpu, MemoryReport, find_gpu, fit, predict
-from memstudy.memory.processes import steps_to_settle
-from memstudy.memory.trace import Step
-from memstudy.prediction_configs import LargestBatchRun, PredictionRun
+from memstudy.memory import MIB, fit
+from memstudy.prediction_configs import LargestBatchRun, PredictionRun, PublishedRowRun
+from memstudy.published.rows import predicted_mib
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun
+from memstudy.step import build, foretell, iterations
 
 __all__ = [
     "FineTuneRun", "HubModelRun", "InferenceRun", "LanguageModelRun", "LargestBatchRun", "LayerRun", "PredictionRun",
-    "ReformerRun", "Seq2SeqRun", "StepRun", "build", "execute", "foretell", "load_data", "parse_run",
+    "PublishedRowRun", "ReformerRun", "Seq2SeqRun", "StepRun", "build", "execute", "foretell", "load_data", "parse_run",
 ]  # fmt: skip
 
 TIMELINE_POINTS = 400
-Run = StepRun | LayerRun | PredictionRun
+Run = StepRun | LayerRun | PredictionRun | PublishedRowRun
 RUNS: dict[str, type[Run]] = {
     "language_model": LanguageModelRun,
     "hub_model": HubModelRun,
@@ -46,6 +42,7 @@ RUNS: dict[str, type[Run]] = {
     "seq2seq": Seq2SeqRun,
     "prediction": PredictionRun,
     "largest_batch": LargestBatchRun,
+    "published_row": PublishedRowRun,
 }
 
 
@@ -94,62 +91,6 @@ def _as_planned(what: str, name: str, planned_hash: str) -> data.LoadedData:
     return loaded
 
 
-def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = None) -> Callable[[], Step]:
-    """What ``memory.measure`` and ``memory.predict`` take: makes everything and returns the step.
-
-    The step runs one whole update on random tokens, through ``Trainer.training_step``; of an `InferenceRun` it is one
-    forward pass. ``gpu`` names the GPU that it is to be predicted for, so that what only a GPU can do is not refused.
-    Of an accumulated batch only the first ``parts`` parts are run when they are given; two take all the memory that
-    more do.
-
-    Raises
-    ------
-    Unavailable
-        When a technique, the attention or the optimizer cannot run on this machine, or on that GPU.
-    """
-    if isinstance(run, InferenceRun):
-        return inference.build(run)
-    levers = run.levers()
-    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    techniques.check_available(levers, capability=card and card.compute_capability)
-    if card and str(run.flags().get("optim", "")).startswith("paged_"):
-        raise Unavailable("how much of a paged optimizer's state a GPU holds is its driver's to say: not predicted")
-
-    def make() -> Step:
-        set_seed(run.seed)
-        trainer = make_trainer(run, run.make_model(), Path("build/unused"), train_steps=1, predicted=card is not None)
-        try:
-            trainer.create_optimizer()
-        except ImportError as error:
-            raise Unavailable(" ".join(str(error).split())) from None
-        # As the Trainer does it. The model is on its device already; under fake tensors it could not be moved again.
-        accelerator = trainer.accelerator
-        if trainer.is_distributed_loading_by_transformers:
-            model = accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)
-            optimizer = accelerator.prepare(trainer.optimizer, device_placement=[False])
-            keep = trainer._defer_fsdp_gradient_reduction
-        else:
-            model, optimizer = accelerator.prepare(trainer.model, trainer.optimizer, device_placement=[False, False])
-            keep = partial(accelerator.no_sync, model)
-        trainer.current_gradient_accumulation_steps = run.accumulation
-        batch = run.make_batch()
-        size = run.batch_size // run.accumulation
-        share, place = size // run.processes, trainer.args.process_index  # of each part
-        starts = range(place * share, run.batch_size, size)[:parts]
-        split = [{name: tensor[start : start + share] for name, tensor in batch.items()} for start in starts]
-
-        def step():
-            for number, part in enumerate(split, start=1):
-                with nullcontext() if number == len(split) else keep():  # the last part's go to the other processes
-                    trainer.training_step(model, part)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    return make
-
-
 def execute(run: Run, checkpoints: Path) -> dict:
     """Carry out ``run`` in this process.
 
@@ -163,7 +104,8 @@ def execute(run: Run, checkpoints: Path) -> dict:
     Returns
     -------
     dict
-        ``metrics`` (flat, units in the names), ``curves`` and ``data``.
+        ``metrics`` (flat, units in the names), ``curves`` and ``data``. Of a run in emulated bfloat16 the metrics say
+        so (``emulated``) and have no times: these would be the emulation's.
 
     Raises
     ------
@@ -174,12 +116,26 @@ def execute(run: Run, checkpoints: Path) -> dict:
     ValueError
         When the data set is not the one that the run names.
     """
+    if isinstance(run, PublishedRowRun):
+        return {"metrics": {"predicted_mib": predicted_mib(run.table, run.of)}, "curves": {}, "data": {}}
     if isinstance(run, LargestBatchRun):
         return _fit(run)
     if isinstance(run, PredictionRun):
         return _predict(run)
     if isinstance(run, LayerRun):
         return layers.execute(run)
+    result = _carry_out(run, checkpoints)
+    return _without_times(result) if run.emulated() else result
+
+
+def _without_times(result: dict) -> dict:
+    def timeless(values: dict) -> dict:
+        return {name: value for name, value in values.items() if not name.endswith(("_ms", "_s"))}
+
+    return result | {"metrics": timeless(result["metrics"]) | {"emulated": True}, "curves": timeless(result["curves"])}
+
+
+def _carry_out(run: StepRun, checkpoints: Path) -> dict:
     if isinstance(run, InferenceRun):
         return inference.execute(run)
     if isinstance(run, FineTuneRun):
@@ -196,21 +152,6 @@ def execute(run: Run, checkpoints: Path) -> dict:
             trained = seq2seq.execute(run, load_data(run), checkpoints)
             result = {name: result[name] | trained[name] for name in result}
     return result
-
-
-def foretell(run: StepRun, gpu: str | Gpu | None, *, expandable_segments: bool = False) -> MemoryReport:
-    """The step of ``run``, predicted for ``gpu``, or for this CPU where that is empty; raises as `build`."""
-    return predict(
-        build(run, gpu=gpu or None, parts=2),
-        gpu=gpu or None,
-        iterations=_iterations(run),
-        expandable_segments=expandable_segments,
-        processes=run.processes,
-    )
-
-
-def _iterations(run: StepRun) -> int:
-    return 1 if isinstance(run, InferenceRun) else steps_to_settle(run.processes)
 
 
 def _predict(run: PredictionRun) -> dict:
@@ -236,25 +177,27 @@ def _measure(run: StepRun, result: dict) -> None:
     if run.budget_mib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, run.budget_mib * MIB / total))
-    report, step = layers.measured(build(run), iterations=_iterations(run))
+    report, step = layers.measured(build(run), iterations=iterations(run))
     if run.budget_mib and report.peak_allocated_mib > run.budget_mib:
         raise MemoryError(f"peak {report.peak_allocated_mib:.1f} MiB passes the budget of {run.budget_mib:g} MiB")
-    times = [layers.timed(step) for _ in range(run.measure_steps)]
-    median = statistics.median(times)
-    result["metrics"] |= report.scalars() | {
-        "step_time_ms": median * 1e3,
-        "step_time_min_ms": min(times) * 1e3,
-        "step_time_max_ms": max(times) * 1e3,
-        "tokens_per_s": run.batch_size * run.seq_len / median,
-        "n_parameters": sum(p.numel() for p in run.make_model().parameters()),
-    }
+    result["metrics"] |= report.scalars() | {"n_parameters": sum(p.numel() for p in run.make_model().parameters())}
     result["curves"] |= {
         "memory_timeline": report.timeline_mib(TIMELINE_POINTS),
         "activations_by_module_mib": {
             name: round(size / MIB, 3) for name, size in report.modules.items() if size > MIB / 1000
         },
-        "step_times_ms": [round(t * 1e3, 3) for t in times],
     }
+    if run.emulated():
+        return
+    times = [layers.timed(step) for _ in range(run.measure_steps)]
+    median = statistics.median(times)
+    result["metrics"] |= {
+        "step_time_ms": median * 1e3,
+        "step_time_min_ms": min(times) * 1e3,
+        "step_time_max_ms": max(times) * 1e3,
+        "tokens_per_s": run.batch_size * run.seq_len / median,
+    }
+    result["curves"]["step_times_ms"] = [round(t * 1e3, 3) for t in times]
 
 
 def _train(run: LanguageModelRun, checkpoints: Path, result: dict) -> None:

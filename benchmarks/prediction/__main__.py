@@ -2,7 +2,7 @@
 
 python benchmarks/prediction [ops|bert|inference]... [--json FILE]
 
-It needs no GPU, and two minutes for all. How each constant was chosen is said in ``eras.py``.
+It needs no GPU, and two minutes for all. How each constant was chosen is said in ``memstudy/published/eras.py``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from rows import bert_rows, inference_rows, length_differences, ops_rows, savings
+
+from memstudy.published.rows import length_differences, predicted_rows, savings
 
 
 def ops() -> list[pd.DataFrame]:
-    return [ops_rows()]
+    return [predicted_rows("ops")]
 
 
 def bert() -> list[pd.DataFrame]:
     """With the rules of its time, and beside it without."""
-    rows, today = bert_rows(), bert_rows(era=False)
+    rows, today = predicted_rows("bert"), predicted_rows("bert", era=False)
     both = [rows, savings(rows)], [today, savings(today)]
     columns = {"predicted_mib": "today_mib", "error_percent": "today_error_percent"}
     return [old.join(new.rename(columns=columns)[[*columns.values()]]) for old, new in zip(*both, strict=True)]
 
 
 def inference() -> list[pd.DataFrame]:
-    rows = inference_rows()
+    rows = predicted_rows("inference")
     return [rows, length_differences(rows)]
 
 

@@ -37,6 +37,8 @@ class Technique:
         Whether it wants the model as the others have left it.
     several_processes : bool
         Whether it is for runs in several processes alone.
+    in_bf16 : bool
+        Whether products are made in bfloat16, which a machine may have to emulate.
     in_pytorch : bool
         Whether PyTorch's allocator sees all that it takes.
     packages : tuple of str
@@ -55,6 +57,7 @@ class Technique:
     takes_shards = False
     prepared_last = False
     several_processes = False
+    in_bf16 = False
     in_pytorch = True
     packages = ()
 

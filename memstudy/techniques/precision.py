@@ -16,6 +16,7 @@ class Bf16(Technique):
     summary = "bfloat16 autocast; weights, gradients and optimizer state stay fp32"
     exact = False
     group = "precision"
+    in_bf16 = True
 
     def flags(self):
         return {"bf16": True}
@@ -63,6 +64,7 @@ class Bf16Weights(Technique):
     exact = False
     packages = ("torchao",)
     group = "precision"
+    in_bf16 = True
 
     def prepare(self, model):
         model.to(torch.bfloat16)

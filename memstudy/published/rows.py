@@ -1,7 +1,4 @@
-"""Three published tables of GPU memory, predicted: a function each, which gives a row for each published figure.
-
-Columns: ``table``, ``row``, ``published_mib``, ``predicted_mib``, ``error_percent``. What nvidia-smi calls MB is MiB.
-"""
+"""Three published tables of GPU memory, predicted row by row. What nvidia-smi calls MB is MiB."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import bitsandbytes
-import eras
 import pandas as pd
 import torch
 from torch import nn
@@ -24,10 +21,63 @@ from transformers.optimization import Adafactor
 
 from memstudy.hub_configs import hub_models
 from memstudy.memory import MIB, predict
-from memstudy.study import PUBLISHED
+from memstudy.prediction_configs import PublishedRowRun
+from memstudy.published import GPUS, eras
+
+HERE = Path(__file__).parent
+Figures = Iterable[tuple[str, float, Callable[[], float]]]  # row, published [MiB], what predicts the row [MiB]
 
 
-def table(name: str, rows: Iterable[tuple[str, float, float]]) -> pd.DataFrame:
+def published(table: str) -> pd.Series:
+    """The published figures of ``table`` [MiB], by row, in their order.
+
+    Raises
+    ------
+    ValueError
+        For an unknown table.
+    """
+    if table not in GPUS:
+        raise ValueError(f"unknown table {table!r}; known: {', '.join(GPUS)}")
+    return pd.Series({name: value for name, value, _ in _FIGURES[table]()})
+
+
+def predicted_mib(table: str, row: str) -> float:
+    """What is predicted for one ``row`` of ``table`` [MiB], by the rules of its time (`eras`).
+
+    Raises
+    ------
+    ValueError
+        For an unknown table or row.
+    """
+    known = published(table)
+    if row not in known:
+        raise ValueError(f"unknown row {row!r} of table {table!r}; known: {'; '.join(known.index)}")
+    return next(predict_row for name, _, predict_row in _FIGURES[table]() if name == row)()
+
+
+def runs(table: str) -> list[PublishedRowRun]:
+    """The predictions of ``table`` as runs, a row each."""
+    return [PublishedRowRun(experiment=table, table=table, of=row, gpu=GPUS[table]) for row in published(table).index]
+
+
+def compared(table: str, predicted: Iterable[float]) -> pd.DataFrame:
+    """The published figures of ``table`` beside those ``predicted`` [MiB], in the order of :func:`runs`.
+
+    Columns: ``table``, ``row``, ``published_mib``, ``predicted_mib``, ``error_percent``.
+    """
+    said = published(table)
+    return frame_of(table, zip(said.index, said, predicted, strict=True))
+
+
+def predicted_rows(table: str, only: Collection[str] | None = None, **options) -> pd.DataFrame:
+    """Published and predicted figures of ``table`` side by side, of the rows ``only`` where they are given."""
+    figures = [figure for figure in _FIGURES[table](**options) if only is None or figure[0] in only]
+    return frame_of(
+        table, ((row, value, predict_row()) for row, value, predict_row in tqdm(figures, table, leave=False))
+    )
+
+
+def frame_of(name: str, rows: Iterable[tuple[str, float, float]]) -> pd.DataFrame:
     """A frame of ``(row, published, predicted)`` [MiB], and the errors."""
     frame = pd.DataFrame(rows, columns=["row", "published_mib", "predicted_mib"])
     frame.insert(0, "table", name)
@@ -76,17 +126,19 @@ def swiglu(tokens: int, B: int, dtype: str, **sizes) -> Callable[[], None]:
 OPS = {op.__name__: op for op in (cross_entropy, fused_linear_cross_entropy, layer_norm, swiglu)}
 
 
-def ops_rows() -> pd.DataFrame:
+def _ops() -> Figures:
     """Forward and backward of four ops. No gradient is ever cleared: the second step has those of the first.
 
     In float32, which the published figures have gone through, all 19 are equal.
     """
-    published, rows = pd.read_csv(PUBLISHED / "gpu_memory_ops.csv"), []
-    for row in tqdm([*published.itertuples()], "ops", leave=False):
+    for row in pd.read_csv(HERE / "gpu_memory_ops.csv").itertuples():
         build = partial(OPS[row.kernel_name], row.axis_value, **json.loads(row.config))
-        peak = predict(build, gpu="A100-80GB").iteration_peaks[-1] / MIB
-        rows.append((f"{row.kernel_name} {row.axis} {row.axis_value}", row.peak_allocated_mib, peak))
-    return table("ops", rows)
+        name = f"{row.kernel_name} {row.axis} {row.axis_value}"
+        yield name, row.peak_allocated_mib, partial(_second_peak, build)
+
+
+def _second_peak(build: Callable) -> float:
+    return predict(build, gpu=GPUS["ops"]).iteration_peaks[-1] / MIB
 
 
 # --- inference: a whole GPU in one forward pass of Reformer and GPT-2, batch 16 (2020)
@@ -115,28 +167,29 @@ def forward(system: str, batch_size: int, seq_len: int) -> Callable[[], None]:
     return step
 
 
-def inference_rows() -> pd.DataFrame:
-    """One forward pass. Which GPU it was is not published, and without matrix workspaces no rule here depends on it.
+def _inference() -> Figures:
+    """One forward pass.
 
     "Reformer en8, no axial" 2048 is 2 MB low: one segment for small tensors, where 1.7 of 2 MiB are predicted to be
     full. CUDA's sort takes scratch that is not predicted, beyond 2,048 elements a row.
     """
-    published = pd.read_csv(PUBLISHED / "reformer.csv").query("metric == 'inference_memory' and value == value")
-    rows = []
+    figures = pd.read_csv(HERE / "reformer.csv").query("metric == 'inference_memory' and value == value")
+    for row in figures.itertuples():
+        build = partial(forward, row.system, int(row.batch_size), int(row.seq_len))
+        yield f"{row.system}, {row.seq_len:.0f}", row.value, partial(_whole_gpu_of_2020, build)
+
+
+def _whole_gpu_of_2020(build: Callable) -> float:
     with eras.workspace_of_cublas():
-        for row in tqdm([*published.itertuples()], "inference", leave=False):
-            build = partial(forward, row.system, int(row.batch_size), int(row.seq_len))
-            reserved = predict(build, gpu="V100-16GB", iterations=1).peak_reserved_mib
-            rows.append((f"{row.system}, {row.seq_len:.0f}", row.value, reserved + eras.INFERENCE_CONTEXT_MIB))
-    return table("inference", rows)
+        return predict(build, gpu=GPUS["inference"], iterations=1).peak_reserved_mib + eras.INFERENCE_CONTEXT_MIB
 
 
 def length_differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each next length takes more, of :func:`inference_rows`."""
+    """What each next length takes more, of the table ``inference``."""
     system = rows.row.str.rpartition(", ")[0]
     steps = rows.groupby(system)[["published_mib", "predicted_mib"]].diff().dropna()
     names = rows.row.shift() + " to " + rows.row.str.rpartition(", ")[2]
-    return table("inference, differences", zip(names[steps.index], *steps.to_numpy().T, strict=True))
+    return frame_of("inference, differences", zip(names[steps.index], *steps.to_numpy().T, strict=True))
 
 
 # --- BERT-large: a whole V100 while the Trainer trains it, by lever (Hugging Face documentation, 2022)
@@ -218,7 +271,7 @@ def train(training: Training, era: bool) -> Callable[[], None]:
     return step
 
 
-def bert_rows(*, era: bool = True, only: Collection[str] = ("weights", *TRAININGS)) -> pd.DataFrame:
+def _bert(*, era: bool = True) -> Figures:
     """The second step; all later ones are the same.
 
     Without ``era`` as software of today would take it, but for the context, which stays the published one.
@@ -227,18 +280,22 @@ def bert_rows(*, era: bool = True, only: Collection[str] = ("weights", *TRAINING
     addresses, gradients added out of place, steps that the scaler skips, the embedding's sort in backward, or a bias
     added after its product. All rows with batch 1 are 10 to 34 MB low.
     """
-    published = pd.read_csv(PUBLISHED / "bert_large_memory.csv").query("metric == 'gpu_memory' and system in @only")
-    rows = []
+    figures = pd.read_csv(HERE / "bert_large_memory.csv").query("metric == 'gpu_memory'").set_index("system")
+    for row in figures.loc[["weights", *TRAININGS]].reset_index().itertuples():
+        build = weights if row.system == "weights" else partial(train, TRAININGS[row.system], era)
+        yield row.system, row.value, partial(_whole_gpu_of_2022, build, era)
+
+
+def _whole_gpu_of_2022(build: Callable, era: bool) -> float:
     with eras.training_of_2022() if era else nullcontext():
-        for row in tqdm([*published.itertuples()], "BERT-large", leave=False):
-            build = weights if row.system == "weights" else partial(train, TRAININGS[row.system], era)
-            reserved = predict(build, gpu="V100-16GB").peak_reserved_mib
-            rows.append((row.system, row.value, reserved + eras.BERT_CONTEXT_MIB))
-    return table("bert", rows)
+        return predict(build, gpu=GPUS["bert"]).peak_reserved_mib + eras.BERT_CONTEXT_MIB
 
 
 def savings(rows: pd.DataFrame) -> pd.DataFrame:
-    """What each lever saves, between two of :func:`bert_rows`."""
+    """What each lever saves, between two rows of the table ``bert``."""
     memory = rows.set_index("row")[["published_mib", "predicted_mib"]]
     pairs = {name: pair for name, pair in SAVINGS.items() if set(pair) <= set(memory.index)}
-    return table("bert, savings", ((name, *(memory.loc[a] - memory.loc[b])) for name, (a, b) in pairs.items()))
+    return frame_of("bert, savings", ((name, *(memory.loc[a] - memory.loc[b])) for name, (a, b) in pairs.items()))
+
+
+_FIGURES: dict[str, Callable[..., Figures]] = {"ops": _ops, "inference": _inference, "bert": _bert}
