@@ -8,6 +8,7 @@ The commands are run in turn with the import, each in a process of its own; medi
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 import subprocess
 import sys
@@ -21,25 +22,21 @@ from memstudy import machine
 MEMSTUDY = str(Path(sys.executable).with_name("memstudy"))
 LLAMA = "--model llama-3-8b --seq-len 2048"
 COMMANDS = {
-    "import torch, transformers": [sys.executable, "-c", "import torch, transformers"],
-    "help": [MEMSTUDY, "--help"],
-    "list gpus": [MEMSTUDY, "list", "gpus"],
-    "predict BERT-base": [
-        MEMSTUDY,
-        *["predict", "--model", "bert-base-uncased", "--batch", "16", "--seq-len", "128", "--gpu", "T4"],
-    ],
-    "predict Llama-3-8B, LoRA": [
-        MEMSTUDY,
-        *f"predict {LLAMA} --batch 1 --technique lora,bf16,checkpointing --gpu A100-80GB".split(),
-    ],
-    "advise Llama-3-8B": [MEMSTUDY, *f"advise {LLAMA} --batch 8 --gpu RTX4090".split()],
+    "import torch, transformers": f"{sys.executable} -c 'import torch, transformers'",
+    "help": f"{MEMSTUDY} --help",
+    "list gpus": f"{MEMSTUDY} list gpus",
+    "predict BERT-base": f"{MEMSTUDY} predict --model bert-base-uncased --batch 16 --seq-len 128 --gpu T4",
+    "predict Llama-3-8B, LoRA": (
+        f"{MEMSTUDY} predict {LLAMA} --batch 1 --technique lora,bf16,checkpointing --gpu A100-80GB"
+    ),
+    "advise Llama-3-8B": f"{MEMSTUDY} advise {LLAMA} --batch 8 --gpu RTX4090",
 }
 
 
-def seconds(command: list[str]) -> float:
+def seconds(command: str) -> float:
     """Of one run of ``command``, which must succeed."""
     began = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(shlex.split(command), check=True, capture_output=True)
     return time.perf_counter() - began
 
 
