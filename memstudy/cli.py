@@ -342,7 +342,8 @@ def _execute_all(
         started = {
             pool.submit(_execute, stem, values | places, progress=False): stem for stem, values in chosen.items()
         }
-        for _ in tqdm(as_completed(started), desc="studies", unit="study", total=len(started)):
+        quiet = not sys.stderr.isatty()
+        for _ in tqdm(as_completed(started), desc="studies", unit="study", total=len(started), disable=quiet):
             pass
     return {stem: future.result() for future, stem in started.items()}
 
