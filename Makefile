@@ -10,7 +10,11 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help report paper test docs lab clean
+# The notebooks that make test runs: they predict, measure and train nothing long.
+NOTEBOOKS := notebooks/attention.ipynb notebooks/what_fits.ipynb
+NBVAL     := --nbval-lax --nbval-current-env
+
+.PHONY: help report paper test test-all docs lab clean
 
 help:
 	@echo 'memstudy: which memory technique for which Transformer?'
@@ -19,7 +23,8 @@ help:
 	@echo '                  STUDIES="lab4_grid"   only these   (now: $(strip $(STUDIES)))'
 	@echo '                  SCALE=quick|full|gpu  the parameters in params/$$SCALE   (now: $(SCALE))'
 	@echo '  make paper    typeset the committed reference rows; runs no experiment'
-	@echo '  make test     ruff, the tests, the notebooks against their stored outputs, make docs'
+	@echo '  make test     ruff, the tests, two notebooks against their stored outputs, make docs'
+	@echo '  make test-all the same with every slow test and every notebook'
 	@echo '  make docs     the API reference, from the docstrings: build/docs/index.html'
 	@echo '  make lab      open the notebooks in JupyterLab'
 	@echo '  make clean    remove build/; results/ and $(VENV) stay'
@@ -40,8 +45,18 @@ test: $(READY)
 	$(BIN)/ruff check .
 	@echo '== 2/4 tests'
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+	@echo '== 3/4 two notebooks, run and compared with what they store'
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(NBVAL) $(NOTEBOOKS)
+	@echo '== 4/4 API reference, warnings are errors'
+	@$(MAKE) --no-print-directory docs
+
+test-all: $(READY)
+	@echo '== 1/4 ruff'
+	$(BIN)/ruff check .
+	@echo '== 2/4 tests, the slow ones too'
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m 'not gpu and not by_hand' --hypothesis-profile thousand
 	@echo '== 3/4 notebooks, run and compared with what they store'
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) --nbval-lax --nbval-current-env notebooks
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(NBVAL) notebooks
 	@echo '== 4/4 API reference, warnings are errors'
 	@$(MAKE) --no-print-directory docs
 

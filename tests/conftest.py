@@ -1,9 +1,14 @@
 """What several test files need around all their tests; a file asks for it with `pytest.mark.usefixtures`."""
 
+import gc
 import shutil
 
 import pytest
 import torch
+from hypothesis import settings
+
+pytest.register_assert_rewrite("support")
+settings.register_profile("thousand")  # what test_bad_input tries more often then
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +18,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def young_garbage_only():
+    """Spare `measure` the search of all that transformers has made, which takes longer than the step."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

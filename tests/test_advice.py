@@ -55,6 +55,18 @@ def test_every_rung_can_be_run_and_adds_one_lever(times, savings, start):
         assert all(techniques.excluded((other, rung[-1])) and savings[rung[-1]] > savings[other] for other in gone)
 
 
+@pytest.mark.parametrize("first", [*range(9), None])
+def test_the_first_rung_that_fits_is_found_after_asking_few(first):
+    rungs, asked = [(f"{n}",) for n in range(9)], []
+
+    def fits(rung):
+        asked.append(rung)
+        return first is not None and rungs.index(rung) >= first
+
+    assert advice.first_that_fits(rungs, fits) == first
+    assert len(set(asked)) == len(asked) <= 5
+
+
 @pytest.mark.parametrize(
     ("rung", "batch_size", "parts"),
     [

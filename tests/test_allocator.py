@@ -2,10 +2,10 @@
 
 from itertools import pairwise
 
-import naive
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import naive
 
 from memstudy.memory.allocator import CachingAllocator, replay
 from memstudy.memory.report import MIB, Event, OutOfMemory

@@ -1,12 +1,14 @@
 """Every variant of `ATTENTION` under one contract; then what is particular to each."""
 
 import copy
+import itertools
 from functools import partial
 
-import naive
 import pytest
 import torch
 import transformers
+from support import naive
+from support.tiers import slow_but
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -39,8 +41,8 @@ CONFIGS = [
     SoftmaxConfig("eager"),
     SoftmaxConfig("sdpa"),
     SoftmaxConfig(recompute=True),
-    WindowConfig(1),
     WindowConfig(4),
+    WindowConfig(1),
     WindowConfig(16),
     WindowConfig(64),
     WindowConfig(4, chunked=True),
@@ -60,22 +62,26 @@ CONFIGS = [
 ]
 LAYERS_ONLY = [SoftmaxConfig(recompute=True), MemSizerConfig(4), MemSizerConfig(8)]
 LENGTHS = (1, 7, 16, 33)
+SHAPES = list(itertools.product(LENGTHS, (False, True)))  # and whether some tokens are padding
 
 
 def _id(config):
     return "-".join(str(value) for value in config.settings().values())
 
 
-def _cases(configs):
+def _cases(configs, quick=None):
+    """The configs, each in the directions it can; those that are not among ``quick`` marked slow."""
     for config in configs:
         for is_causal in config.causal:
             direction = "causal" if is_causal else "bidirectional"
-            yield pytest.param(config, is_causal, id=f"{_id(config)}-{direction}")
+            marks = [pytest.mark.slow] if quick is not None and config not in quick else []
+            yield pytest.param(config, is_causal, id=f"{_id(config)}-{direction}", marks=marks)
 
 
 # What the op is tested by, and what the layer.
 OPS = [config for config in CONFIGS if config not in LAYERS_ONLY]
 ops = pytest.mark.parametrize(("config", "is_causal"), list(_cases(OPS)))
+FIRST = list({config.name: config for config in reversed(OPS)}.values())  # one of each variant
 layers = pytest.mark.parametrize(("config", "is_causal"), list(_cases(CONFIGS)))
 causal_ops = pytest.mark.parametrize("config", [config for config in OPS if True in config.causal], ids=_id)
 # Those that answer one query with the keys kept before.
@@ -158,8 +164,7 @@ def test_every_variant_is_tested_and_has_its_loops():
 
 
 @ops
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("seq", LENGTHS)
+@pytest.mark.parametrize(("seq", "padded"), slow_but([(1, False), (7, True), (16, False)], SHAPES), ids=str)
 def test_equals_the_loops(config, is_causal, seq, padded):
     inputs = _qkv(seq=seq)
     options = {"is_causal": is_causal, "key_padding_mask": _padding(seq) if padded else None}
@@ -173,12 +178,12 @@ def test_grouped_queries_and_scale_equal_the_loops(config, is_causal):
     _equals_the_loops(config, inputs, **options)
 
 
-@ops
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("config", "is_causal"), list(_cases(OPS, FIRST)))
+@pytest.mark.parametrize("padded", slow_but([True], [False, True]), ids=["full", "padded"])
 def test_a_batch_in_several_groups_equals_the_loops(config, is_causal, padded):
     """Nineteen sequences: more than one to a group where a variant cuts the batch, and a shorter last group."""
-    inputs = _qkv(batch=19, heads=4, kv_heads=2, seq=12)
-    mask = torch.rand(19, 12) < 0.7 if padded else None
+    inputs = _qkv(batch=19, heads=2, kv_heads=1, seq=9)
+    mask = torch.rand(19, 9) < 0.7 if padded else None
     options = {"is_causal": is_causal, "key_padding_mask": mask}
     _equals_the_loops(config, inputs, **options)
 
@@ -341,8 +346,7 @@ def test_selective_checkpointing_that_keeps_every_product_changes_nothing(config
 
 
 @around_ops
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("seq", LENGTHS)
+@pytest.mark.parametrize(("seq", "padded"), slow_but([(1, False), (16, True), (33, False)], SHAPES), ids=str)
 def test_layer_is_the_op_between_its_projections(config, is_causal, seq, padded):
     layer, hidden_states = _layer_and_input(config, is_causal, 2, 2, seq, 4, torch.float64)
     mask = _padding(seq) if padded else None

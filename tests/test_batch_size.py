@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import tiny_run
+from support.tiny_run import tiny_run
 
 from memstudy import runs
 from memstudy.memory import largest_batch

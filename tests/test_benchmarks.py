@@ -31,6 +31,7 @@ def row(n, **changes):
     return names | measured | {"step_time_ms": n / 8} | changes
 
 
+@pytest.mark.slow
 def test_attention_prints_its_rows_and_writes_them(tmp_path):
     path = tmp_path / "rows.json"
     arguments = ["--variants", "softmax", "--lengths", "128", "64", "--rounds", "1", "--json", str(path)]

@@ -21,6 +21,7 @@ CHECKS = {
         ["--nbval-lax", "--nbval-current-env", "notebooks/batch_growth.ipynb"],
     ],
 }
+EVEN_SLOW = "not gpu and not by_hand"
 
 
 def test_a_variant_a_technique_and_a_study_are_shown():
@@ -28,6 +29,14 @@ def test_a_variant_a_technique_and_a_study_are_shown():
     assert all(any(f"b/{path}" in diff for diff in DIFFS) for path in CHECKS)
 
 
+@pytest.mark.parametrize("path", CHECKS)
+def test_a_diff_applies(path):
+    (diff,) = (diff for diff in DIFFS if f"b/{path}" in diff)
+    tried = subprocess.run(["git", "apply", "--check", "-"], input=diff, text=True, cwd=ROOT, capture_output=True)
+    assert tried.returncode == 0, tried.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CHECKS)
 def test_what_a_diff_adds_passes_its_tests(path, tmp_path):
     (diff,) = (diff for diff in DIFFS if f"b/{path}" in diff)
@@ -38,7 +47,7 @@ def test_what_a_diff_adds_passes_its_tests(path, tmp_path):
     assert applied.returncode == 0, applied.stderr
     for arguments in CHECKS[path]:
         checked = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", EVEN_SLOW, *arguments],
             cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
         )  # fmt: skip
         assert checked.returncode == 0, checked.stdout[-3000:]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memstudy.memory import CATEGORIES, MIB, predict
-from memstudy.memory.gpus import Gpu, find_gpu
+from memstudy.memory.catalogue import Gpu, find_gpu
 from memstudy.trainers import LanguageModelRun, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,14 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubHandler
+from support.hub_server import HubHandler
 
 from memstudy import data
 
@@ -296,22 +295,21 @@ def test_unwritable_cache_is_refused(monkeypatch, tmp_path):
 # Offline is noticed soon
 
 
-def test_hanging_resolver_counts_as_offline_within_3_s(monkeypatch, may_ask):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
-    start = time.monotonic()
+def test_a_resolver_that_hangs_counts_as_offline_and_is_not_waited_for(monkeypatch, may_ask):
+    done, waited_for = threading.Event(), []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: done.wait(60) or waited_for.append(args))
     with pytest.warns(UserWarning, match="miniature"):
         assert data.load("wikitext-2-v1").source == "miniature"
     data.datasets_available()
-    assert time.monotonic() - start < 3
+    assert waited_for == []
+    done.set()
 
 
-def test_silent_server_counts_as_offline_within_3_s(monkeypatch, may_ask):
+def test_a_silent_server_counts_as_offline(monkeypatch, may_ask):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        start = time.monotonic()
         assert address not in data._online()
-        assert time.monotonic() - start < 3
 
 
 def test_server_that_refuses_counts_as_online(monkeypatch, may_ask, serve, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from support.tiers import slow_but
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel
 
 from memstudy.attention import MemSizerConfig
@@ -16,7 +17,10 @@ EVERYWHERE = {"encoder": MemSizerConfig(8), "decoder": MemSizerConfig(4), "cross
 CHOICES = [
     {place: EVERYWHERE[place] for place in chosen} for n in range(4) for chosen in itertools.combinations(PLACES, n)
 ]
-every_choice = pytest.mark.parametrize("memsizer", CHOICES, ids=lambda chosen: "+".join(chosen) or "exact")
+PAIRS = [chosen for chosen in CHOICES if len(chosen) in (0, 2)]  # with and without it, any two places
+every_choice = pytest.mark.parametrize(
+    "memsizer", slow_but(PAIRS, CHOICES), ids=lambda chosen: "+".join(chosen) or "exact"
+)
 
 
 def small(memsizer, **changes):

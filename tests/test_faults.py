@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from hub_server import HubHandler
-from tiny_run import SWEEP, tiny_config
+from support.hub_server import HubHandler
+from support.tiny_run import SWEEP, tiny_config
 
 from memstudy import data, runs
 

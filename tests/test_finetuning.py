@@ -1,6 +1,7 @@
 """Fine-tuning: a tiny BERT learns, repeats itself, goes on after a kill; masked language models by their formula."""
 
 import importlib.util
+import itertools
 import math
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from test_trainers import without_times
-from tiny_pretrained import WORDS, labelled_rows, save_table, save_tiny
+from support.results import without_times
+from support.tiers import cover, slow_but
+from support.tiny_pretrained import WORDS, labelled_rows, save_table, save_tiny
 from torch.nn import functional as F
 from transformers import set_seed
 
@@ -144,16 +146,19 @@ def test_the_rows_trained_on_are_drawn_by_the_seed_without_repeating_any(table):
     assert sorted(finetuning._drawn(numbered, 1000, 1)["row"]) == list(range(len(rows)))
 
 
+CHANGES = [
+    {"convert_to": LOW_RANK},
+    {"convert_to": LOW_RANK, "layers": (1,)},
+    {"convert_to": {"variant": "lowrank", "rank": 32}},
+    {"convert_to": LINFORMER},
+    {"techniques": ("accumulation=2", "bf16")},
+    {"techniques": ("checkpointing",)},
+]
+
+
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"convert_to": LOW_RANK},
-        {"convert_to": LOW_RANK, "layers": (1,)},
-        {"convert_to": {"variant": "lowrank", "rank": 32}},
-        {"convert_to": LINFORMER},
-        {"techniques": ("accumulation=2", "bf16")},
-        {"techniques": ("checkpointing",)},
-    ],
+    slow_but([CHANGES[1], CHANGES[3], CHANGES[5]], CHANGES),
     ids=["lowrank", "one-layer", "full-rank", "linformer", "accumulation-bf16", "checkpointing"],
 )
 def test_converted_models_and_techniques_learn(changes, run, tmp_path):
@@ -251,15 +256,18 @@ def killed_after(updates, run, checkpoints, monkeypatch):
             execute(run, checkpoints)
 
 
+KILLS = [
+    (1, 10, {}),
+    (1, 10, {"convert_to": LOW_RANK}),
+    (1, 10, {"convert_to": LINFORMER}),
+    (3, 30, {}),  # the end of an epoch
+    (3, 20, {}),
+]
+
+
 @pytest.mark.parametrize(
     ("epochs", "saved", "changes"),
-    [
-        (1, 10, {}),
-        (1, 10, {"convert_to": LOW_RANK}),
-        (1, 10, {"convert_to": LINFORMER}),
-        (3, 30, {}),  # the end of an epoch
-        (3, 20, {}),
-    ],
+    slow_but([KILLS[-1]], KILLS),
     ids=["whole", "lowrank", "linformer", "third-epoch", "second-epoch"],
 )
 def test_a_training_killed_goes_on_as_if_nothing_had_been(epochs, saved, changes, run, tmp_path, monkeypatch):
@@ -304,10 +312,11 @@ FAMILIES = {
     "distilbert": (transformers.DistilBertForMaskedLM, transformers.DistilBertConfig, {}),
 }
 
+OF_FAMILIES = list(itertools.product(FAMILIES, [1, 5, 8, 64]))
+
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch_size", [1, 5, 8, 64])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch_size"), slow_but(cover(OF_FAMILIES), OF_FAMILIES))
 def test_pseudo_losses_are_the_formulas(family, batch_size, run, tmp_path):
     """Equation 4 of Salazar et al. 2020, token by token, with all words' probabilities."""
     of, config, changes = FAMILIES[family]
@@ -339,7 +348,9 @@ def test_an_untrained_model_knows_no_more_than_the_number_of_words(lm, tmp_path)
     assert metrics["train_steps"] == 0
 
 
-@pytest.mark.parametrize("convert_to", [{}, LOW_RANK, LINFORMER], ids=["unchanged", "lowrank", "linformer"])
+@pytest.mark.parametrize(
+    "convert_to", slow_but([LOW_RANK], [{}, LOW_RANK, LINFORMER]), ids=["unchanged", "lowrank", "linformer"]
+)
 def test_what_repeats_itself_is_learnt(convert_to, lm, tmp_path):
     result = execute(lm(convert_to=convert_to, train_rows=90, epochs=8), tmp_path / "run")
     assert result["metrics"]["pseudo_perplexity"] < 3.2  # 3 from their shares alone, 21 at the beginning

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from tiny_run import tiny_run
+from support.tiers import cover, slow_but
+from support.tiny_run import tiny_run
 from torch import nn
 
 from memstudy.memory import MIB, Gpu, find_gpu, fit, measure, predict
-from memstudy.memory.fit import LIMIT
+from memstudy.memory.search import LIMIT
 from memstudy.trainers import build
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 WIDTH = 64
 
@@ -79,7 +80,9 @@ def test_on_a_gpu_it_is_the_largest_of_all_batches_tried():
         assert found.needed_mib == reports[found.batch_size].whole_gpu_mib <= found.budget_mib == memory_mib
 
 
-@pytest.mark.parametrize(("gpu", "expandable_segments"), [("T4", False), ("A100-80GB", True)])
+@pytest.mark.parametrize(
+    ("gpu", "expandable_segments"), slow_but([("T4", False)], [("T4", False), ("A100-80GB", True)])
+)
 def test_the_batch_fits_the_gpu_and_the_next_one_does_not(gpu, expandable_segments):
     counted = Counted(lambda batch: build(tiny_run(batch_size=batch, seq_len=512, hidden_size=256), gpu=gpu))
     found = fit(counted, gpu=gpu, expandable_segments=expandable_segments)
@@ -100,7 +103,7 @@ def test_on_a_cpu_a_handful_of_predictions_do(budget_mib):
     assert len(counted.batches) <= 6
 
 
-@pytest.mark.parametrize("memory_mib", [60, 80, 100, 120, 200, 500, 3000])
+@pytest.mark.parametrize("memory_mib", slow_but([60, 500], [60, 80, 100, 120, 200, 500, 3000]))
 def test_on_a_gpu_whose_allocator_goes_in_steps_some_more_do(memory_mib):
     counted = Counted()
     found = fit(counted, gpu=small_gpu(memory_mib))
@@ -180,10 +183,14 @@ def test_the_batch_divides_the_effective_batch():
             assert set(counted.batches) <= set(divisors)
 
 
-@pytest.mark.parametrize("gpu", [None, "T4"], ids=["cpu", "T4"])
-@pytest.mark.parametrize(
-    ("techniques", "implementation"), [((), "eager"), (("bf16", "checkpointing"), "sdpa")], ids=["fp32", "bf16"]
-)
+PARTED = [
+    (techniques, implementation, gpu)
+    for techniques, implementation in [((), "eager"), (("bf16", "checkpointing"), "sdpa")]
+    for gpu in (None, "T4")
+]
+
+
+@pytest.mark.parametrize(("techniques", "implementation", "gpu"), slow_but(cover(PARTED), PARTED))
 def test_two_parts_of_an_update_take_all_the_memory_that_more_do(techniques, implementation, gpu):
     """What lets `fit` predict an effective batch of thousands as fast as one of two batches."""
     attention = {"variant": "softmax", "implementation": implementation}
@@ -226,8 +233,10 @@ def test_a_real_run_of_the_batch_makes_it_tested():
     assert found.batch_size == fit(mlp, budget_mib=2).batch_size
 
 
-@pytest.mark.parametrize("effective_batch", [None, 12])
-@pytest.mark.parametrize("largest", [2, 1, 0])
+SMALLER = [(effective_batch, largest) for effective_batch in (None, 12) for largest in (2, 1, 0)]
+
+
+@pytest.mark.parametrize(("effective_batch", "largest"), slow_but(cover(SMALLER), SMALLER))
 def test_when_a_real_run_does_not_fit_the_next_smaller_is_run(effective_batch, largest):
     ran = []
 

@@ -1,12 +1,14 @@
 """`memstudy predict`, `fit` and `advise`: what they print, their JSON, and bad input told in one line."""
 
+import functools
 import json
 import re
 
 import pytest
-from test_cli import assert_one_line, invoke
-from tiny_models import config_file
-from tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
+from support.command_line import assert_one_line, invoke
+from support.tiers import slow_but
+from support.tiny_models import config_file
+from support.tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
 
 from memstudy import advice, memory
 from memstudy.attention import Unavailable
@@ -14,7 +16,7 @@ from memstudy.hub_configs import HubModelRun, hub_models
 from memstudy.techniques import TECHNIQUES, check_available, parse
 from memstudy.trainers import build
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def test_the_largest_batch_is_the_last_that_predict_says_fits(models, small_gpu)
     assert found["headroom_percent"] == pytest.approx(100 * (1 - found["needed_mib"] / 1024))
 
 
-@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("gpu", slow_but([True], [False, True]), ids=["cpu", "gpu"])
 def test_an_effective_batch_is_predicted_as_all_its_parts_are(gpu, models, small_gpu):
     device = ("--gpu", small_gpu) if gpu else ("--budget-mib", 900)
     (found,) = answer(fit(models["large gpt2"], *device, "--effective-batch", 480, "--json"))
@@ -223,7 +225,7 @@ def test_the_verdict_in_words(models):
     assert table(result)["peak"] == round(found["needed_mib"])
 
 
-@pytest.mark.parametrize("budget_mib", [700, 2000])
+@pytest.mark.parametrize("budget_mib", slow_but([700], [700, 2000]))
 def test_another_budget_than_the_whole_gpu(budget_mib, models, small_gpu):
     result = fit(models["large gpt2"], "--gpu", small_gpu, "--budget-mib", budget_mib)
     assert re.match(r"no technique: largest batch \d+ \(predicted\), \d+\.\d % left\n", result.stdout)
@@ -264,51 +266,70 @@ def rungs(*, start=(), without=()):
     return found
 
 
-def test_advice_is_the_cheapest_that_fits(models):
-    """The first rung of the ladder that takes less than the ones before, with a budget of just what it takes."""
+class Ladder:
+    """A ladder's rungs, and what a batch needs on each [MiB], predicted when asked for."""
+
+    def __init__(self, rungs, model, **sizes):
+        self.rungs, self._model, self._sizes = rungs, model, sizes
+
+    @functools.cache  # noqa: B019  (it goes with the test)
+    def needs(self, place):
+        given = answer(predict(self._model, "--technique", ",".join(self.rungs[place]), "--json", **self._sizes))
+        return given["peak_allocated_mib"]
+
+    def budget(self):
+        """One that the first rung does not keep and the last does, and the one halfway up where it can."""
+        last = len(self.rungs) - 1
+        budget = max(self.needs(last // 2), self.needs(last))
+        assert self.needs(0) > budget
+        return budget
+
+
+def test_advice_is_a_rung_that_fits_below_one_that_does_not(models):
     plan = rungs(without={"accumulation=4"})
-    needs = [
-        answer(predict(models["gpt2"], "--technique", ",".join(rung), "--json", batch=1, seq_len=4))[
-            "peak_allocated_mib"
-        ]
-        for rung in plan
-    ]
-    wanted = needs.index(min(needs))
-    assert wanted > 0
-    result = fit(models["gpt2"], "--advise", "--budget-mib", needs[wanted] + 0.001, seq_len=4)
+    ladder = Ladder(plan, models["gpt2"], batch=1, seq_len=4)
+    budget = ladder.budget() + 0.001
+    *refused, found = advised(models["gpt2"], "--budget-mib", budget)
+    place = plan.index(tuple(found["techniques"]))
+    assert found["batch_size"] > 0
+    assert ladder.needs(place) <= budget < ladder.needs(place - 1)
+    assert [row["batch_size"] for row in refused] == [0] * len(refused)
+    assert [tuple(row["techniques"]) for row in (refused[0], refused[-1])] == [(), plan[place - 1]]
+    result = fit(models["gpt2"], "--advise", "--budget-mib", budget, seq_len=4)
     assert (result.exit_code, noted(result)) == (0, [])
     lines = result.stdout.splitlines()
     assert lines[0].startswith("no technique: nothing fits: a batch of 1 needs")
-    for rung, line in zip(plan[1:wanted], lines[1:], strict=False):
-        assert line.startswith(f"{', '.join(rung)}: nothing fits")
-    assert lines[wanted].startswith(f"{', '.join(plan[wanted])}: largest batch ")
-    assert "training step on cpu, predicted" in lines[wanted + 1]
+    assert lines[len(refused)].startswith(f"{', '.join(plan[place])}: largest batch ")
+    assert "training step on cpu, predicted" in lines[len(refused) + 1]
+
+
+def asked(plan):
+    """The rungs that are tried where none fits: the last has all levers."""
+    return [*plan[:2], plan[-1]]
+
+
+UNSUITED = [
+    ("gpt2", (), {"accumulation=4"}),
+    ("bert", ("--optimizer", "adafactor"), {"accumulation=4", "chunked_loss", "adamw_8bit", "adamw_8bit_torchao"}),
+    ("gpt2", ("--effective-batch", 4), {"accumulation=4", "optimizer_in_backward"}),
+]
 
 
 @pytest.mark.parametrize(
     ("model", "arguments", "left_out"),
-    [
-        ("gpt2", (), {"accumulation=4"}),
-        (
-            "bert",
-            ("--optimizer", "adafactor"),
-            {"accumulation=4", "chunked_loss", "adamw_8bit", "adamw_8bit_torchao"},
-        ),
-        ("gpt2", ("--effective-batch", 4), {"accumulation=4", "optimizer_in_backward"}),
-    ],
+    slow_but([UNSUITED[1]], UNSUITED),
     ids=["all", "bert-adafactor", "accumulated"],
 )
 def test_what_does_not_suit_is_not_advised(model, arguments, left_out, models):
     rows = advised(models[model], "--budget-mib", 0.1, *arguments)
     assert all(row["batch_size"] == 0 for row in rows)
-    assert [tuple(row["techniques"]) for row in rows] == rungs(without=left_out)
+    assert [tuple(row["techniques"]) for row in rows] == asked(rungs(without=left_out))
 
 
 def test_advice_takes_nothing_away_that_was_chosen(models):
     rows = advised(models["bert"], "--budget-mib", 0.1, "--technique", "checkpointing")
-    assert [tuple(row["techniques"]) for row in rows] == rungs(
-        start=("checkpointing",), without={"accumulation=4", "chunked_loss"}
-    )
+    plan = rungs(start=("checkpointing",), without={"accumulation=4", "chunked_loss"})
+    assert [tuple(row["techniques"]) for row in rows] == asked(plan)
     assert all(row["techniques"][0] == "checkpointing" for row in rows)
 
 
@@ -321,20 +342,27 @@ def advise(model, *arguments, batch=4, seq_len=16):
 
 def test_the_ladder_is_climbed_until_the_batch_fits(models):
     plan = rungs()
-    needs = [
-        answer(predict(models["gpt2"], "--technique", ",".join(rung), "--json", batch=4))["peak_allocated_mib"]
-        for rung in plan
-    ]
-    wanted = needs.index(min(needs))
-    assert wanted > 0
-    rows = answer(advise(models["gpt2"], "--budget-mib", needs[wanted], "--json"))
-    assert [tuple(row["techniques"]) for row in rows] == plan[: wanted + 1]
-    assert [row["needed_mib"] for row in rows] == needs[: wanted + 1]
-    assert [row["fits"] for row in rows] == [False] * wanted + [True]
+    plan += advice.in_more_parts(plan[-1], 4)
+    ladder = Ladder(plan, models["gpt2"], batch=4)
+    budget = ladder.budget()
+    rows = answer(advise(models["gpt2"], "--budget-mib", budget, "--json"))
+    places = [plan.index(tuple(row["techniques"])) for row in rows]
+    assert places == sorted(set(places))
+    assert places[-2:] == [places[-1] - 1, places[-1]]
+    assert [row["needed_mib"] for row in rows[-2:]] == [ladder.needs(place) for place in places[-2:]]
+    assert [row["fits"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert rows[0]["time"] == 1
     assert rows[0]["exact"] is True
-    result = advise(models["gpt2"], "--budget-mib", needs[wanted])
-    assert f"fits: --technique {','.join(plan[wanted])}" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_rung_that_fits_is_told_in_words(models):
+    plan = rungs()
+    plan += advice.in_more_parts(plan[-1], 4)
+    budget = Ladder(plan, models["gpt2"], batch=4).budget()
+    found = answer(advise(models["gpt2"], "--budget-mib", budget, "--json"))[-1]
+    result = advise(models["gpt2"], "--budget-mib", budget)
+    assert f"fits: --technique {','.join(found['techniques'])}" in result.stdout
     assert "measured on" in result.stdout
 
 
@@ -369,7 +397,10 @@ def test_a_verified_batch_has_been_run(models, monkeypatch):
     assert "(tested)" in fit(models["gpt2"], "--budget-mib", 12, "--verify").stdout
 
 
-@pytest.mark.parametrize("error", [MemoryError, lambda: RuntimeError("[enforce fail] can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError, pytest.param(lambda: RuntimeError("[enforce fail] can't allocate memory"), marks=pytest.mark.slow)],
+)
 def test_a_batch_that_runs_out_of_memory_when_run_is_not_the_answer(error, models, monkeypatch):
     ran, measure = [], memory.measure
 
@@ -432,46 +463,24 @@ ADVISE = ["advise", "--batch", 4, "--seq-len", 16, "--model"]
     ("arguments", "words"),
     [
         ([*PREDICT, "gpt3"], ["unknown model 'gpt3'", *hub_models(), "config.json"]),
-        ([*PREDICT, "none.json"], ["model none.json: No such file", "the path of a config.json is needed"]),
         ([*PREDICT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'", *memory.gpus(), ".yaml"]),
-        ([*PREDICT, "gpt2", "--gpu", "none.yaml"], ["GPU file none.yaml", "No such file"]),
         ([*PREDICT, "gpt2", "--technique", "fp8"], ["unknown technique 'fp8'", *TECHNIQUES]),
-        ([*PREDICT, "gpt2", "--technique", "bf16,tf32", "--gpu", "T4"], ["only one of kind 'precision'"]),
-        ([*PREDICT, "gpt2", "--technique", "accumulation=3"], ["accumulation=3 does not divide batch_size=2"]),
         ([*PREDICT, "gpt2", "--technique", "tf32", "--gpu", "T4"], ["tf32 needs compute capability 8.0", "7.5"]),
         ([*PREDICT, "gpt2", "--technique", "tf32"], ["tf32 needs a CUDA device"]),
-        ([*PREDICT, "gpt2", "--technique", "offload_activations"], ["offload_activations needs a CUDA device"]),
-        ([*PREDICT, "bert-base-uncased", "--technique", "chunked_loss"], ["chunked_loss is for causal", "bert-base"]),
-        ([*PREDICT, "gpt2", "--technique", "fsdp"], ["'fsdp' is for several processes, and processes=1"]),
         ([*PREDICT, "gpt2", "--processes", 3], ["processes=3 do not share batch_size=2 in 1 parts evenly"]),
-        ([*FIT, "gpt2", "--gpu", "T4", "--processes", 2, "--effective-batch", 5], ["do not share it evenly"]),
         ([*FIT, "gpt2", "--budget-mib", 9, "--processes", 2, "--verify"], ["--verify runs in one process"]),
         ([*PREDICT, "gpt2", "--seq-len", 1025], ["seq_len=1025 is more than the 1024 positions of gpt2"]),
-        ([*PREDICT, "gpt2", "--optimizer", "adam"], ["unknown optimizer 'adam'", "adamw_torch"]),
         ([*PREDICT, "gpt2", "--optimizer", "lomo"], ["lomo", "install"]),
         ([*PREDICT, "gpt2", "--optimizer", "paged_adamw_8bit", "--gpu", "T4"], ["paged optimizer", "not predicted"]),
-        ([*PREDICT, "gpt2", "--optimizer", "sgd", "--technique", "adamw_8bit"], ["excludes optimizer 'sgd'"]),
-        ([*PREDICT, "gpt2", "--task", "translation"], ["task='translation'", "'lm' or 'classification'"]),
-        ([*PREDICT, "t5-small", "--task", "classification"], ["classification is for encoders and decoders"]),
         ([*PREDICT, "gpt2", "--attention", "flash"], ["attention='flash'", "'eager' or 'sdpa'"]),
         ([*PREDICT, "t5-small", "--batch", 2**31, "--seq-len", 2**31], ["more than 2^63 bytes", "smaller batch"]),
-        ([*FIT, "gpt3", "--gpu", "T4"], ["unknown model 'gpt3'"]),
-        ([*FIT, "gpt3", "--gpu", "T4", "--advise"], ["unknown model 'gpt3'"]),
         ([*ADVISE, "gpt2"], ["advise needs one budget: give --gpu, or --budget-mib"]),
         ([*ADVISE, "gpt2", "--gpu", "T4", "--budget-mib", 1], ["advise needs one budget"]),
-        ([*ADVISE, "gpt2", "--budget-mib", "nan"], ["budget_mib=nan: a budget above 0 MiB is needed"]),
-        ([*ADVISE, "gpt3", "--gpu", "T4"], ["unknown model 'gpt3'"]),
         ([*ADVISE, "gpt2", "--gpu", "T4", "--technique", "accumulation=3"], ["accumulation=3 does not divide"]),
         ([*FIT, "gpt2"], ["give --gpu, or --budget-mib"]),
-        ([*FIT, "gpt2", "--verify"], ["give --gpu, or --budget-mib"]),
         ([*FIT, "gpt2", "--gpu", "T4", "--verify"], ["--verify runs on this CPU", "--budget-mib"]),
-        ([*FIT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'"]),
         ([*FIT, "gpt2", "--budget-mib", -1], ["budget_mib=-1.0: a budget above 0 MiB is needed"]),
-        ([*FIT, "gpt2", "--gpu", "T4", "--budget-mib", -1], ["budget_mib=-1.0: a budget above 0 MiB is needed"]),
-        ([*FIT, "gpt2", "--budget-mib", "nan"], ["budget_mib=nan: a budget above 0 MiB is needed"]),
-        ([*FIT, "gpt2", "--budget-mib", "inf"], ["budget_mib=inf: a budget above 0 MiB is needed"]),
         ([*FIT, "gpt2", "--gpu", "T4", "--technique", "accumulation=4"], ["give --effective-batch instead"]),
-        ([*FIT, "gpt2", "--gpu", "T4", "--technique", "tf32"], ["tf32 needs compute capability 8.0"]),
         (
             [*FIT, "gpt2", "--gpu", "T4", "--technique", "optimizer_in_backward", "--effective-batch", 8],
             ["optimizer_in_backward", "excludes accumulation"],
@@ -484,33 +493,16 @@ def test_what_cannot_be_is_told_in_one_line(arguments, words, tmp_path, monkeypa
     assert_one_line(invoke(*arguments), *words)
 
 
-@pytest.mark.parametrize("content", ["", "{n_layer: 2}", "[]", '{"model_type": "gpt2"}', '{"model_type": "gpt9"}'])
-@pytest.mark.parametrize("command", [PREDICT, [*FIT[:-1], "--gpu", "T4", "--model"]], ids=["predict", "fit"])
-def test_a_config_that_is_none_is_told_in_one_line(command, content, tmp_path):
+def test_a_config_that_is_none_is_told_in_one_line(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(content)
-    assert_one_line(invoke(*command, path), f"model {path}: ")
+    path.write_text("{n_layer: 2}")
+    assert_one_line(invoke(*PREDICT, path), f"model {path}: ")
 
 
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("x: [", "while parsing"),
-        ("", "None is no mapping"),
-        ("- T4", "is no mapping"),
-        ("memory_mib: 100\ncontext_mib: 10", "compute_capability is missing"),
-        ("compute_capability: eight\nmemory_mib: 100\ncontext_mib: 10", "compute_capability='eight'"),
-        ('compute_capability: "8.0"\nmemory_mib: -1\ncontext_mib: 10', "memory_mib"),
-        ('compute_capability: "8.0"\nmemory_mib: 100', "context_mib"),
-        ('compute_capability: "8.0"\nmemory_mib: 100\ncontext_mib: 10\nmemory: 3', "memory"),
-    ],
-    ids=lambda value: value.replace("\n", ", "),
-)
-@pytest.mark.parametrize("command", [PREDICT, FIT], ids=["predict", "fit"])
-def test_a_gpu_file_that_is_broken_is_told_in_one_line(command, content, word, tmp_path):
+def test_a_gpu_file_that_is_broken_is_told_in_one_line(tmp_path):
     path = tmp_path / "gpu.yaml"
-    path.write_text(content)
-    assert_one_line(invoke(*command, "gpt2", "--gpu", path), f"GPU file {path}: ", word)
+    path.write_text("memory_mib: 100\ncontext_mib: 10")
+    assert_one_line(invoke(*PREDICT, "gpt2", "--gpu", path), f"GPU file {path}: ", "compute_capability is missing")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tiny_pretrained import tiny_tokenizer
+from support.tiny_pretrained import tiny_tokenizer
 
 from memstudy import data, glue
 

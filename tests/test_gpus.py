@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memstudy.memory.gpus import CATALOGUE, Gpu, find_gpu, gpus
+from memstudy.memory.catalogue import CATALOGUE, Gpu, find_gpu, gpus
 from memstudy.memory.report import MIB
 
 # From NVIDIA's table of CUDA GPUs and the data sheets: compute capability, and GB (or GiB) on the box.

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_models import config_file
+from support.tiers import cover, slow_but
+from support.tiny_models import config_file
 
 from memstudy import inference
 from memstudy.hub_configs import InferenceRun
@@ -14,7 +15,7 @@ from memstudy.memory import MIB, measure, predict
 from memstudy.techniques import TECHNIQUES
 from memstudy.trainers import PredictionRun, build, execute, parse_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 VARIANTS = {
     "unchanged": {},
@@ -43,11 +44,14 @@ def highest(report):
     return max(report.timeline, key=lambda moment: sum(moment[2].values()))[1:]
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.parametrize(
-    ("variant", "task"),
-    [("unchanged", "lm"), *((variant, "classification") for variant in VARIANTS)],
-)
+PASSES = [
+    (variant, task, batch_size)
+    for variant, task in [("unchanged", "lm"), *((variant, "classification") for variant in VARIANTS)]
+    for batch_size in (1, 16)
+]
+
+
+@pytest.mark.parametrize(("variant", "task", "batch_size"), slow_but(cover(PASSES), PASSES))
 def test_a_forward_pass_takes_what_is_predicted(variant, task, batch_size, run):
     made = run(convert_to=VARIANTS[variant], batch_size=batch_size, task=task)
     measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)
@@ -116,9 +120,10 @@ def test_a_peak_past_the_budget_is_out_of_memory(run):
         execute(run(budget_mib=0.99 * peak), None)
 
 
-@pytest.mark.parametrize(
-    ("count", "rank"), [(1, 1), (2, 2), (10, 10), (19, 19), (20, 19), (21, 20), (40, 38), (100, 95)]
-)
+RANKS = [(1, 1), (2, 2), (10, 10), (19, 19), (20, 19), (21, 20), (40, 38), (100, 95)]
+
+
+@pytest.mark.parametrize(("count", "rank"), slow_but([(1, 1), (20, 19), (21, 20)], RANKS))
 def test_the_95th_percentile_is_the_time_of_the_nearest_rank(count, rank, run, monkeypatch):
     """The time that 95 % of the samples do not pass: number ceil(0.95 n) of n in order."""
     times = [0.001 * (i + 1) for i in reversed(range(count))]
@@ -182,7 +187,10 @@ def executed(run, *names, **changes):
     return execute(run(techniques=names, **changes), None)["metrics"]
 
 
-@pytest.mark.parametrize("text", ["masks=0.5", "pruned=0.5", "narrow=0.5", "fewer_heads=0.5"])
+PRUNED = ["masks=0.5", "pruned=0.5", "narrow=0.5", "fewer_heads=0.5"]
+
+
+@pytest.mark.parametrize("text", slow_but(PRUNED[1:3], PRUNED))
 def test_a_pruned_models_pass_takes_what_is_predicted(text, run):
     made = run(techniques=(text,), task="classification")
     measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)
@@ -199,7 +207,10 @@ def test_only_narrow_and_very_sparse_weights_take_less(run):
     assert parameters["narrow=0.8"] < whole["parameters_mib"]
 
 
-@pytest.mark.parametrize(("engine", "distance"), {"compile": 1e-4, "onnxruntime": 1e-3}.items())
+@pytest.mark.parametrize(
+    ("engine", "distance"),
+    [pytest.param("compile", 1e-4, marks=pytest.mark.slow), ("onnxruntime", 1e-3)],
+)
 def test_an_engine_computes_what_pytorch_does(engine, distance, run):
     for package in TECHNIQUES[engine].packages:
         pytest.importorskip(package)
@@ -213,7 +224,7 @@ def test_an_engine_computes_what_pytorch_does(engine, distance, run):
     torch.testing.assert_close(found, expected, atol=distance, rtol=distance)
 
 
-@pytest.mark.parametrize("engine", ["compile", "onnxruntime", "int8"])
+@pytest.mark.parametrize("engine", [pytest.param("compile", marks=pytest.mark.slow), "onnxruntime", "int8"])
 def test_an_engine_leaves_a_record(engine, run):
     for package in TECHNIQUES[engine].packages:
         pytest.importorskip(package)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_run import tiny_run
+from support.tiers import slow_but
+from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
 from memstudy import jobs, runs
@@ -118,7 +119,7 @@ def test_where_jobs_share_no_file_system_a_store_hands_the_files_on(by_report, t
     assert not (ROOT / work).exists()
 
 
-@pytest.mark.parametrize("profile", ["local", "slurm", "kubernetes"])
+@pytest.mark.parametrize("profile", slow_but(["local"], ["local", "slurm", "kubernetes"]))
 def test_a_profile_is_one_that_snakemake_takes(profile, tmp_path, monkeypatch):
     settings = yaml.safe_load((ROOT / "profiles" / profile / "config.yaml").read_text())
     plugin = settings.get("executor", "local")

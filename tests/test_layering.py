@@ -20,7 +20,9 @@ LAYERS = {
     "memory": (set(), {"accelerate", "torch", "transformers", "pydantic", "yaml"}),
     "techniques": ({"attention", "projections"}, ANY),
     "place_value": (set(), set()),
-    "data": ({"place_value"}, ANY),
+    "machine": (set(), {"torch"}),
+    "quick_imports": (ANY, {"bitsandbytes", "torch"}),
+    "data": ({"machine", "place_value"}, ANY),
     "pairs": ({"data"}, {"sacrebleu", "rouge_score"}),
     "models": ({"attention", "convert"}, ANY),
     "reformer": ({"attention", "models"}, {"torch", "transformers"}),
@@ -29,12 +31,15 @@ LAYERS = {
     "dispatch": ({"attention", "projections"}, {"torch", "transformers"}),
     "convert": ({"attention", "dispatch", "projections"}, {"torch", "transformers", "safetensors"}),
     "peers": ({"attention"}, ANY),
-    "configs": ({"attention", "models", "peers", "techniques"}, ANY),
+    "configs": ({"attention", "machine", "models", "peers", "techniques"}, ANY),
     "reformer_configs": ({"configs", "reformer"}, ANY),
     "seq2seq_configs": ({"attention", "configs", "encoder_decoder"}, ANY),
     "pretrained": (set(), {"huggingface_hub"}),
     "hub_configs": ({"attention", "configs", "convert", "pretrained"}, ANY),
-    "prediction_configs": ({"configs", "hub_configs", "memory", "reformer_configs", "seq2seq_configs"}, ANY),
+    "prediction_configs": (
+        {"configs", "hub_configs", "memory", "published", "reformer_configs", "seq2seq_configs"},
+        ANY,
+    ),
     "layers": ({"configs", "memory"}, {"torch", "transformers"}),
     "inference": ({"hub_configs", "layers", "memory", "techniques"}, {"psutil", "torch", "transformers"}),
     "lever_trainer": ({"configs"}, {"torch", "transformers"}),
@@ -54,6 +59,11 @@ LAYERS = {
         },
         ANY,
     ),
+    "step": (
+        {"attention", "configs", "hub_configs", "inference", "lever_trainer", "memory", "techniques"},
+        {"transformers"},
+    ),
+    "published": ({"hub_configs", "memory", "prediction_configs"}, ANY),
     "significance": (set(), {"numpy", "scipy"}),
     "trainers": (
         {
@@ -69,22 +79,24 @@ LAYERS = {
             "memory",
             "pairs",
             "prediction_configs",
+            "published",
             "reformer_configs",
             "seq2seq",
             "seq2seq_configs",
+            "step",
             "techniques",
         },
         ANY,
     ),
     "parameters": (set(), {"nbformat", "yaml"}),
-    "fresh": ({"trainers", "cli"}, set()),
-    "runs": ({"fresh"}, set()),
-    "study": ({"runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
+    "fresh": ({"quick_imports", "trainers", "cli"}, set()),
+    "runs": ({"fresh", "machine"}, set()),
+    "study": ({"machine", "runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
     "synthesis": ({"study"}, {"pandas", "matplotlib"}),
-    "advice": ({"hub_configs", "parameters", "runs", "techniques"}, set()),
+    "advice": ({"hub_configs", "machine", "parameters", "runs", "techniques"}, set()),
     "bad_input": (set(), {"typer", "pydantic"}),
     "forecast": (
-        {"advice", "attention", "bad_input", "hub_configs", "memory", "techniques", "trainers"},
+        {"advice", "attention", "bad_input", "hub_configs", "memory", "quick_imports", "step", "techniques"},
         {"rich", "typer"},
     ),
     "jobs": (
@@ -96,6 +108,7 @@ LAYERS = {
             "parameters",
             "prediction_configs",
             "runs",
+            "step",
             "trainers",
         },
         {"nbclient", "papermill"},
@@ -103,7 +116,19 @@ LAYERS = {
     "cli": (ANY, ANY),
     "qa": (ANY, ANY),
     "notebooks": (
-        {"advice", "study", "trainers", "techniques", "data", "glue", "significance", "memory", "convert", "attention"},
+        {
+            "advice",
+            "attention",
+            "convert",
+            "data",
+            "glue",
+            "memory",
+            "published",
+            "significance",
+            "study",
+            "techniques",
+            "trainers",
+        },
         ANY,
     ),
 }
@@ -186,3 +211,8 @@ def test_every_file_that_is_no_module_is_installed_too():
 def test_rows_tables_and_figures_need_no_torch():
     code = "import sys, memstudy.runs, memstudy.study; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.name)
+def test_no_test_module_imports_another(path):
+    assert not any(module.startswith("test_") for module in imported_modules(ast.parse(path.read_text("utf-8")), ""))

@@ -1,12 +1,14 @@
 """A layer measured alone: what is refused, what the peak holds, that it is predicted, and whose layers there are."""
 
 import importlib.metadata
+import itertools
 import json
 import sys
 
 import pytest
 import torch
 from pydantic import ValidationError
+from support.tiers import cover, slow_but
 from torch import nn
 
 from memstudy import layers, runs
@@ -16,7 +18,7 @@ from memstudy.memory import MIB, measure, predict
 from memstudy.peers import PEERS
 from memstudy.trainers import execute, parse_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 SETTINGS = {
     "softmax": {},
@@ -82,8 +84,10 @@ def test_a_run_survives_json_and_cannot_be_changed():
 # --- what is measured
 
 
-@pytest.mark.parametrize("variant", ["softmax", "window"])
-@pytest.mark.parametrize("is_causal", [False, True])
+STEPS = list(itertools.product(["softmax", "window"], [False, True]))
+
+
+@pytest.mark.parametrize(("variant", "is_causal"), slow_but(cover(STEPS), STEPS))
 def test_the_peak_repeats_itself_and_is_predicted_to_the_byte(variant, is_causal, tmp_path):
     run = layer_run(variant, is_causal=is_causal, batch_size=2)
     peak = layers.peak_bytes(run, measure)

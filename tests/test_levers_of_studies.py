@@ -3,47 +3,24 @@
 The decoder of Lab 4 and of the ablation is what `test_techniques` is about.
 """
 
+import functools
+import itertools
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
-from test_techniques import EXACT, HERE
-from tiny_models import config_file
+from support.levers import EXACT, HERE
+from support.study_models import MODELS
+from support.tiers import cover, slow_but
 
 from memstudy.lever_trainer import make_trainer
 from memstudy.memory import measure, predict
 from memstudy.techniques import TECHNIQUES
-from memstudy.trainers import HubModelRun, ReformerRun, Seq2SeqRun, build
+from memstudy.trainers import build
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
-SIZES = {"experiment": "tiny", "batch_size": 4, "measure_steps": 1}
-LSH = {"variant": "lsh", "num_hashes": 2, "chunk_length": 8, "num_buckets": 4, "hash_seed": 0}
-
-
-def classifier(folder, **changes):
-    """GLUE: an encoder whose projections are factored."""
-    model = config_file(folder, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    factored = {"variant": "lowrank", "rank": 4}
-    return HubModelRun(model=model, task="classification", seq_len=16, convert_to=factored, **SIZES, **changes)
-
-
-def masked(folder, **changes):
-    """GLUE: an encoder that fills in words."""
-    model = config_file(folder, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return HubModelRun(model=model, seq_len=16, **SIZES, **changes)
-
-
-def reformer(folder, **changes):
-    sizes = {"n_layers": 2, "hidden_size": 32, "n_heads": 2, "head_dim": 8, "feed_forward": 48, "vocab_size": 300}
-    return ReformerRun(**sizes, seq_len=32, attention=LSH, dropout=0.0, **SIZES, **changes)
-
-
-def seq2seq(folder, **changes):
-    """MemSizer in the decoder, exact attention elsewhere."""
-    sizes = {"n_layers": 2, "hidden_size": 32, "n_heads": 2, "feed_forward": 64, "vocab_size": 60, "seq_len": 24}
-    return Seq2SeqRun(**sizes, target_len=16, memsizer={"decoder": {"slots": 4}}, dropout=0.0, **SIZES, **changes)
-
-
-MODELS = {made.__name__: made for made in (classifier, masked, reformer, seq2seq)}
 RUN_BACKWARDS = "ReformerLM does not support activation checkpointing"  # its layers are recomputed as they are
 NOT_KNOWN = "keeps the projections of its attention is not known"
 REFUSED = {
@@ -58,8 +35,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name != "masked"])
-@pytest.mark.parametrize("name", HERE)
+STEPS = list(itertools.product(HERE, [name for name in MODELS if name != "masked"]))
+
+
+@pytest.mark.parametrize(("name", "model"), slow_but(cover(STEPS), STEPS))
 def test_a_step_takes_what_is_predicted(name, model, tmp_path):
     if (name, model) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[name, model]):
@@ -76,8 +55,10 @@ def test_a_step_takes_what_is_predicted(name, model, tmp_path):
     assert sum(predicted.peak_by_category.values()) == sum(measured.peak_by_category.values())
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", sorted(name for name, t in TECHNIQUES.items() if t.in_training and t.requires))
+ON_A_GPU = [(name, model) for name, t in sorted(TECHNIQUES.items()) if t.in_training and t.requires for model in MODELS]
+
+
+@pytest.mark.parametrize(("name", "model"), slow_but(cover(ON_A_GPU), ON_A_GPU))
 def test_what_needs_a_gpu_is_predicted_for_one(name, model, tmp_path):
     run = MODELS[model](tmp_path, techniques=(name,))
     assert predict(build(run, gpu="A100-40GB"), gpu="A100-40GB").peak_bytes > 0
@@ -105,9 +86,15 @@ def updated(made, folder, *techniques):
 ALLOWED = [(text, model) for text in EXACT for model in MODELS if (text.partition("=")[0], model) not in REFUSED]
 
 
-@pytest.mark.parametrize(("text", "model"), ALLOWED, ids=lambda value: value)
+@functools.cache
+def plain_updates(model):
+    with tempfile.TemporaryDirectory() as folder:
+        return updated(MODELS[model], Path(folder))
+
+
+@pytest.mark.parametrize(("text", "model"), slow_but(cover(ALLOWED), ALLOWED))
 def test_an_exact_levers_updates_are_the_plain_ones(text, model, tmp_path):
-    plain, found = updated(MODELS[model], tmp_path), updated(MODELS[model], tmp_path, text)
+    plain, found = plain_updates(model), updated(MODELS[model], tmp_path, text)
     assert max(update.abs().max() for update in plain.values()) > 1e-3
     for name, update in plain.items():
         torch.testing.assert_close(

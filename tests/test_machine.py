@@ -139,6 +139,7 @@ def test_the_reference_never_asks_the_machine():
             assert parameters.read_parameters(stem, "full")["precision"] == ["bf16"]
 
 
+@pytest.mark.slow
 def test_what_a_study_plans_on_a_slow_machine_differs_in_precision_alone(probe, tmp_path):
     planned = {}
     for speed in (SLOW, FAST):

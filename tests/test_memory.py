@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tiers import cover, slow_but
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as module_hooks
@@ -19,7 +20,7 @@ from memstudy.memory.report import Event, account
 from memstudy.techniques import OptimizerInBackward
 from memstudy.trainers import LanguageModelRun, build
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 both = pytest.mark.parametrize("report_on", [measure, predict])
 
@@ -598,9 +599,12 @@ class RefusesBackward(torch.autograd.Function):
         raise Refused
 
 
-@both
-@pytest.mark.parametrize("where", ["nowhere", "build", "forward", "module", "backward", "optimizer"])
+WHERE = list(itertools.product([measure, predict], ["nowhere", "build", "forward", "module", "backward", "optimizer"]))
+
+
+@pytest.mark.parametrize(("report_on", "where"), slow_but(cover(WHERE), WHERE))
 def test_nothing_is_left_behind(report_on, where):
+    gc.unfreeze()  # what the fixture froze
     before, made = hooks(), []
 
     class Inner(nn.Linear):
@@ -668,9 +672,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("techniques", "attention"), CASES.values(), ids=CASES)
-def test_the_predicted_peak_is_the_measured_to_the_byte(techniques, attention):
-    make = build(lm(techniques, attention))
+QUICK = ["window", "bf16-sdpa", "selective-half", "accumulation", "all-exact"]
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, CASES))
+def test_the_predicted_peak_is_the_measured_to_the_byte(case):
+    make = build(lm(*CASES[case]))
     measured, predicted = measure(make), predict(make)
     assert (measured.kind, predicted.kind) == ("measured", "predicted")
     assert predicted.peak_bytes == measured.peak_bytes

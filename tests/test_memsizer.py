@@ -1,8 +1,11 @@
 """MemSizer: as the paper defines it, in training and decoding."""
 
-import naive
+import itertools
+
 import pytest
 import torch
+from support import naive
+from support.tiers import pairwise, slow_but
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memstudy.attention import MemSizerConfig, memsizer
@@ -41,10 +44,10 @@ def _mask(batch, seq, side):
     return mask.flip(1) if side == "left" else mask
 
 
-@pytest.mark.parametrize("side", [None, "left", "right"], ids=str)
-@pytest.mark.parametrize("seq", [1, 4, 7, 11])
-@pytest.mark.parametrize("batch", [3, 19])
-@pytest.mark.parametrize("form", ["causal", "bidirectional", "cross"])
+CASES = (["causal", "bidirectional", "cross"], [3, 19], [1, 4, 7, 11], [None, "left", "right"])
+
+
+@pytest.mark.parametrize(("form", "batch", "seq", "side"), slow_but(pairwise(*CASES), itertools.product(*CASES)))
 def test_memsizer_equals_the_loops(form, batch, seq, side):
     layer = _layer(MemSizerConfig(3), is_causal=form == "causal")
     hidden_states = _tokens(batch, seq)
@@ -156,7 +159,7 @@ def test_runs_on_fake_tensors(is_causal):
         assert all(p.grad.shape == p.shape for p in layer.parameters())
 
 
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "young_garbage_only")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_predicted_peak_is_the_measured(dropout, is_causal):

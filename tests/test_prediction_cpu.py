@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from bitsandbytes.optim import AdamW8bit  # first made under fake tensors, its tables would be fake for good
+from support.tiers import cover, slow_but
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers.optimization import Adafactor
@@ -24,14 +25,6 @@ from memstudy.models import decoder
 from memstudy.techniques import Checkpointing, ChunkedLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
-
-
-@pytest.fixture
-def young_garbage_only():
-    """Spare `measure` the search of all that transformers has made, which takes longer than the step."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 VOCAB, LABELS, ROWS = 200, 3, 4
@@ -175,14 +168,10 @@ def fits(model, setting):
 
 
 CASES = [(model, setting) for model in MODELS for setting in SETTINGS if fits(model, setting)]
-each_case = pytest.mark.parametrize(
-    ("model", "setting"),
-    [case for case in CASES if case[1] != "bf16"],
-    ids=lambda name: name,
-)
+EXACT = [case for case in CASES if case[1] != "bf16"]
 
 
-@each_case
+@pytest.mark.parametrize(("model", "setting"), slow_but(cover(EXACT), EXACT))
 def test_the_predicted_peaks_are_the_measured_to_the_byte(model, setting):
     make = training(*MODELS[model], **SETTINGS[setting])
     measured, predicted = measure(make), predict(make)
@@ -429,7 +418,7 @@ def peak_without_scratch_of_products(make):
     return max(itertools.accumulate(changes))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but(["gpt2", "vit"], MODELS))
 def test_the_predicted_peak_in_bf16_but_for_the_scratch_of_products(model):
     """oneDNN copies what it multiplies in an order of its own, which depends on the processor: no rule knows it.
 

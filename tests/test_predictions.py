@@ -5,14 +5,15 @@ from importlib.util import find_spec
 
 import pytest
 from pydantic import ValidationError
-from tiny_run import tiny_run
+from support.tiers import cover, slow_but
+from support.tiny_run import tiny_run
 
 from memstudy import runs
 from memstudy.memory import MIB, fit, predict
 from memstudy.techniques import parse
 from memstudy.trainers import InferenceRun, LargestBatchRun, PredictionRun, ReformerRun, build, execute, parse_run
 
-pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 REFORMER = ReformerRun(
     experiment="tiny", n_layers=2, hidden_size=32, n_heads=2, head_dim=8, feed_forward=48, vocab_size=300, seq_len=32,
     batch_size=2, measure_steps=1, attention={"variant": "lsh", "num_hashes": 2, "chunk_length": 8},
@@ -87,8 +88,10 @@ def committed() -> list[dict]:
     for path in sorted((runs.ROOT / "results").glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         config = record["config"]
-        packages = {package for t in parse(config.get("of", {}).get("techniques", ())) for package in t.packages}
-        if config["kind"] == "prediction" and record["status"] == "ok" and all(map(find_spec, packages)):
+        if config["kind"] != "prediction" or record["status"] != "ok":
+            continue
+        packages = {package for t in parse(config["of"].get("techniques", ())) for package in t.packages}
+        if all(map(find_spec, packages)):
             key = path.parent.name, config["of"]["kind"], config["gpu"]
             tokens = config["of"]["batch_size"] * config["of"]["seq_len"]
             if key not in fewest or tokens < fewest[key]["tokens"]:
@@ -96,7 +99,10 @@ def committed() -> list[dict]:
     return list(fewest.values())
 
 
-@pytest.mark.parametrize("record", committed(), ids=lambda record: record["run_id"])
+ONE_OF_A_KIND = cover(committed(), lambda record: {record["config"]["of"]["kind"]})
+
+
+@pytest.mark.parametrize("record", slow_but(ONE_OF_A_KIND, committed()), ids=lambda record: record["run_id"])
 def test_committed_predictions_are_made_again_to_the_byte(record, tmp_path):
     again = execute(parse_run(record["config"]), tmp_path)["metrics"]
     assert {name: round(value * MIB) for name, value in again.items() if name.endswith("_mib")} == {

@@ -1,5 +1,6 @@
 """A run in several processes that share each batch: the losses of one, and memory predicted for each process."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from test_levers_of_studies import classifier, masked
-from test_techniques import HERE
-from tiny_models import config_file
-from tiny_run import tiny_config, tiny_run
+from support.levers import HERE
+from support.study_models import classifier, masked
+from support.tiers import cover, slow_but
+from support.tiny_models import config_file
+from support.tiny_run import tiny_config, tiny_run
 
 from memstudy import data, jobs, runs
 from memstudy.memory import MIB, fit, measure, predict
@@ -25,7 +27,7 @@ from memstudy.trainers import HubModelRun, build, foretell, parse_run
 ROOT = Path(__file__).parents[1]
 MESH_BYTES = 64  # the indices of the processes that shards are spread over; in a prediction they are made beside it
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 
 # --- by torchrun, with gloo
@@ -82,6 +84,7 @@ def test_two_processes_learn_what_one_does(techniques, alone, tmp_path):
     assert 0.999 < record["metrics"]["peak_allocated_mib"] / predicted.peak_allocated_mib < 1.5
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_than_the_runs_is_refused(tmp_path):
     done = memstudy_run(tiny_config(batch_size=6, processes=2), tmp_path, RANK="0", WORLD_SIZE="3")
     assert done.returncode == 2
@@ -101,7 +104,10 @@ def first(run, processes=2):
 SIZES = {"batch_size": 12, "seq_len": 24, "vocab_size": 301}
 
 
-@pytest.mark.parametrize("name", [name for name in HERE if name != "optimizer_in_backward"])
+SOME = ["accumulation", "checkpointing", "adamw_8bit", "bf16_weights"]  # in the default tests; each elsewhere alone
+
+
+@pytest.mark.parametrize("name", slow_but(SOME, [name for name in HERE if name != "optimizer_in_backward"]))
 def test_with_ddp_a_process_takes_what_is_predicted(name):
     text = {"accumulation": "accumulation=2"}.get(name, name)
     run = tiny_run(techniques=(text,), processes=3, **SIZES)
@@ -118,7 +124,7 @@ def takes_shards(name: str) -> bool:
     return name != "muon" and (lever.takes_shards or lever.group != "optimizer")  # muon talks to the others itself
 
 
-@pytest.mark.parametrize("name", [None, *filter(takes_shards, HERE)])
+@pytest.mark.parametrize("name", slow_but([None, *SOME], [None, *filter(takes_shards, HERE)]))
 def test_with_fsdp_a_process_takes_what_is_predicted(name):
     text = {None: (), "accumulation": ("accumulation=2",)}.get(name, (name,))
     run = tiny_run(techniques=(*text, "fsdp"), processes=3, **SIZES)  # who share no matrix evenly
@@ -128,8 +134,11 @@ def test_with_fsdp_a_process_takes_what_is_predicted(name):
     assert predicted.most_by_category["parameters"] == measured.most_by_category["parameters"]
 
 
-@pytest.mark.parametrize("techniques", [(), ("fsdp",), ("fsdp", "checkpointing")], ids="+".join)
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "roberta", "t5", classifier, masked])
+FAMILIES = ["gpt2", "llama", "bert", "roberta", "t5", classifier, masked]
+OF_FAMILIES = list(itertools.product(FAMILIES, [(), ("fsdp",), ("fsdp", "checkpointing")]))
+
+
+@pytest.mark.parametrize(("family", "techniques"), slow_but(cover(OF_FAMILIES), OF_FAMILIES))
 def test_a_process_of_another_models_takes_what_is_predicted(family, techniques, tmp_path):
     choices = {"techniques": techniques, "processes": 2}
     if callable(family):
@@ -240,7 +249,9 @@ def test_a_job_asks_for_every_process():
 # --- what is refused
 
 
-@pytest.mark.parametrize("study", ["lab4_grid", "reformer_seqlen", "memory_ablation", "memsizer"])
+@pytest.mark.parametrize(
+    "study", slow_but(["memsizer"], ["lab4_grid", "reformer_seqlen", "memory_ablation", "memsizer"])
+)
 def test_runs_in_one_process_are_named_as_ever(study):
     records = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results" / study).glob("*.json")]
     assert records

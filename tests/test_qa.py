@@ -243,6 +243,7 @@ def test_the_quick_runs_are_runs():
     assert [answers.name_of(run) for run in quick_runs("0" * 16)] == ["Transformer", "MemSizer"]
 
 
+@pytest.mark.slow
 def test_two_thousand_senseless_requests_do_not_end_it(server):
     address = server.removeprefix("http://").split(":")
     chance = random.Random(0)
@@ -271,6 +272,7 @@ def test_two_thousand_senseless_requests_do_not_end_it(server):
         assert said(page.read().decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1280], ids=["phone", "desk"])
 def test_a_visitor_with_a_keyboard(browser, server, width):
     page = browser.new_page(viewport={"width": width, "height": 740})

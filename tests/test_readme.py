@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.tiers import slow_but
 from typer.testing import CliRunner
 
 from memstudy.cli import app
@@ -57,7 +58,10 @@ def test_the_headline_table_is_that_of_the_committed_rows():
     assert "\n".join(headline()) in README
 
 
-@pytest.mark.parametrize("command", re.findall(r"^\.venv/bin/memstudy (\w+.*)$", README, re.MULTILINE))
+COMMANDS = re.findall(r"^\.venv/bin/memstudy (\w+.*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", slow_but(COMMANDS[:1], COMMANDS))
 def test_a_command_does_what_it_says(command):
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output

@@ -5,13 +5,14 @@ import math
 
 import pytest
 from pydantic import ValidationError
+from support.tiers import slow_but
 
 from memstudy import data
 from memstudy.attention import LSHConfig
 from memstudy.memory import measure, predict
 from memstudy.trainers import ReformerRun, build, execute, parse_run
 
-pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 LSH = {"variant": "lsh", "num_hashes": 2, "chunk_length": 8, "hash_seed": 1}
 
 
@@ -64,8 +65,10 @@ def test_the_model_is_what_the_run_says():
     assert shapes == [(4, 1, 8), (1, 8, 24)]
 
 
-@pytest.mark.parametrize("reversible", [True, False], ids=["reversible", "kept"])
-@pytest.mark.parametrize("attention", [LSH, {"variant": "softmax"}], ids=lambda a: a["variant"])
+STEPS = [(LSH, True), (LSH, False), ({"variant": "softmax"}, True), ({"variant": "softmax"}, False)]
+
+
+@pytest.mark.parametrize(("attention", "reversible"), slow_but([STEPS[0], STEPS[3]], STEPS))
 def test_a_step_is_predicted_to_the_byte(attention, reversible):
     run = tiny(attention=attention, reversible=reversible, axial_shape=(4, 8), axial_widths=(8, 24))
     measured, predicted = measure(build(run)), predict(build(run))

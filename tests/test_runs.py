@@ -23,9 +23,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import tiny_config
+from support.tiny_run import tiny_config
 
-from memstudy import data, runs
+from memstudy import data, machine, runs
 from memstudy.fresh import forker
 
 ROOT = Path(__file__).parents[1]
@@ -102,8 +102,9 @@ def test_a_record_tells_every_choice_what_came_out_and_where(folder, record):
     assert {"memory_timeline", "step_times_ms"} <= record["curves"].keys()
 
     where = record["provenance"]
-    assert where.keys() == runs.PROVENANCE
-    assert where["device"] == runs.device()
+    assert where.keys() == {*runs.PROVENANCE, "bf16_speed"}
+    assert where["bf16_speed"] > 0
+    assert where["device"] == machine.device()
     assert f"{len(os.sched_getaffinity(0))} cores" in where["cpu"]
     assert where["threads"] == int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     assert where["platform"].startswith("Linux")
@@ -164,6 +165,7 @@ def test_outside_git_the_commit_is_unknown(checkout):
     assert git_state_in(checkout) == {"commit": "unknown", "dirty": True}
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_never_leaves_half_a_record(tmp_path, record):
     """Real kills at random moments, ten or until one has hit a write; the record, 300 kB, is read all the while."""
     large = record | {"curves": {"padding": [0.123456789] * 20_000}}
@@ -268,7 +270,10 @@ def test_a_record_from_another_device_keeps_its_place(tmp_path, record):
     assert first.name == f"{record['run_id']}.json"
     assert second.name.startswith(f"{record['run_id']}-")
     assert runs.write_record(tmp_path, record) == second
-    assert {r["provenance"]["device"] for r in runs.read_records(tmp_path)} == {runs.device(), "NVIDIA A100-SXM4-80GB"}
+    assert {r["provenance"]["device"] for r in runs.read_records(tmp_path)} == {
+        machine.device(),
+        "NVIDIA A100-SXM4-80GB",
+    }
     again = runs.spawn(record["config"], tmp_path)
     assert again["provenance"]["started"] > record["provenance"]["started"]
     assert runs.read_records(tmp_path) in ([elsewhere, again], [again, elsewhere])
@@ -286,6 +291,7 @@ def test_a_run_killed_from_outside_is_a_failed_record_with_the_signal(tmp_path):
     assert runs.spawn(tiny_config(), tmp_path)["status"] == "ok"  # the next run goes on
 
 
+@pytest.mark.slow
 def test_an_interrupted_wait_kills_the_run_and_the_next_one_gets_its_own_answer(tmp_path):
     """Ctrl-C in a terminal or a notebook; the run must not linger, nor its exit status answer for the next."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -307,6 +313,7 @@ def test_an_interrupted_wait_kills_the_run_and_the_next_one_gets_its_own_answer(
     assert runs.spawn(tiny_config(), tmp_path)["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_who_asked_for_it(tmp_path):
     """Killed without a word, as a notebook's kernel may be; the run must not go on beside the next sweep."""
     config = tiny_config(measure_steps=LONG)
@@ -324,6 +331,7 @@ def test_a_run_ends_with_who_asked_for_it(tmp_path):
     assert runs.read_records(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_death_of_the_fork_server_is_an_error_and_the_next_run_starts_another(tmp_path):
     fork_server().kill()
     with pytest.raises(RuntimeError, match=r"process that starts the runs died \(exit status -9\)"):

@@ -1,13 +1,14 @@
 """The training levers: what they may not change (the loss), what they must (the memory), and what goes with what."""
 
 import copy
-import importlib.util
 import itertools
 import re
 
 import pytest
 import torch
 import transformers
+from support.levers import ALONE, EXACT, HERE, INSTALLED
+from support.tiers import cover, slow_but
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
@@ -27,23 +28,9 @@ from memstudy.techniques import (
 from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, _feed_forwards
 from memstudy.trainers import LanguageModelRun, build, execute
 
-pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
 STEPS = 20
-INSTALLED = {name for name, t in TECHNIQUES.items() if all(map(importlib.util.find_spec, t.packages))}
-ALONE = {name for name in INSTALLED if TECHNIQUES[name].in_training and not TECHNIQUES[name].several_processes}
-HERE = sorted(name for name in ALONE if not TECHNIQUES[name].requires)  # in one process; test_processes has the rest
-EXACT = [
-    "accumulation=2",
-    "accumulation=4",
-    "checkpointing",
-    "checkpointing=2",
-    "selective_checkpointing=0",
-    "selective_checkpointing",
-    "selective_checkpointing=1",
-    "chunked_loss",
-    "optimizer_in_backward",
-]
 # The same operations in the same order: no rounding either.
 IDENTICAL = {"checkpointing", "selective_checkpointing", "optimizer_in_backward"}
 # How far the loss of any of the 20 steps may be from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
@@ -120,7 +107,7 @@ def test_every_technique_is_here():
     assert all(technique.summary for technique in TECHNIQUES.values())
 
 
-@pytest.mark.parametrize("text", EXACT)
+@pytest.mark.parametrize("text", slow_but(cover(EXACT, lambda text: {text.partition("=")[0]}), EXACT))
 def test_exact_techniques_keep_the_loss_to_rounding(text, baseline, tmp_path):
     curve, validation = train((text,), tmp_path)
     assert curve == pytest.approx(baseline[0], abs=1.01e-4)  # the curve has four digits
@@ -462,10 +449,15 @@ def test_optimizer_in_backward_has_few_gradients_at_once(plain):
     assert report.peak_by_category["optimizer"] == plain.peak_by_category["optimizer"]
 
 
+@pytest.fixture(scope="module")
+def plain_on_a_gpu():
+    return predict(build(lm(), gpu="A100-40GB"), gpu="A100-40GB")
+
+
 @pytest.mark.parametrize("name", sorted(ALONE))
-def test_each_can_be_predicted_for_a_gpu(name):
-    reports = [predict(build(lm(texts), gpu="A100-40GB"), gpu="A100-40GB") for texts in ((), (name,))]
-    assert reports[0].peak_bytes != reports[1].peak_bytes or name in ("tf32", "pruned", "optimizer_in_backward")
+def test_each_can_be_predicted_for_a_gpu(name, plain_on_a_gpu):
+    report = predict(build(lm((name,)), gpu="A100-40GB"), gpu="A100-40GB")
+    assert report.peak_bytes != plain_on_a_gpu.peak_bytes or name in ("tf32", "pruned", "optimizer_in_backward")
 
 
 def test_fp16_is_predicted_as_bf16_but_for_what_the_scaler_takes():
@@ -496,9 +488,16 @@ def go_apart(pair):
 
 
 PAIRS = list(itertools.combinations(HERE, 2))
+TOGETHER = [pair for pair in PAIRS if not go_apart(pair)]
 
 
-@pytest.mark.parametrize("pair", [p for p in PAIRS if not go_apart(p)], ids="+".join)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, marks=() if pair in cover(TOGETHER) else pytest.mark.slow, id="+".join(pair))
+        for pair in TOGETHER
+    ],
+)
 def test_pairs_train(pair, baseline, tmp_path):
     curve, validation = train(pair, tmp_path, steps=2, eval_blocks=1)
     of_another_kind = {text.partition("=")[0] for text in OTHER} | {"bf16_weights", "adamw_4bit_torchao"}

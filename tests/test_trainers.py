@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_run import tiny_run
+from support.results import without_times
+from support.tiny_run import tiny_run
 from transformers import set_seed
 
 from memstudy import data, runs, trainers
@@ -24,19 +25,13 @@ from memstudy.memory import MIB, measure
 from memstudy.techniques import Bf16
 from memstudy.trainers import TIMELINE_POINTS, build, execute, parse_run
 
-pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
 
 def training(steps, **changes):
     """A tiny run that trains on the miniature."""
     known = {"dataset": "miniature", "data_hash": data.load("miniature").content_hash}
     return tiny_run(**{"measure_steps": 0, "train_steps": steps, "eval_blocks": 4, **known, **changes})
-
-
-def without_times(result):
-    """What of a result must be the same each time."""
-    metrics = {name: value for name, value in result["metrics"].items() if not name.endswith(("_s", "_ms"))}
-    return metrics, result["curves"], result["data"]
 
 
 # --- what a run may be
@@ -134,12 +129,12 @@ def test_building_twice_gives_the_same_step():
     "techniques",
     [
         (),
-        ("bf16",),
         ("accumulation=2",),
-        ("checkpointing",),
         ("chunked_loss",),
-        ("optimizer_in_backward",),
-        ("adamw_8bit",),
+        *(
+            pytest.param(techniques, marks=pytest.mark.slow)
+            for techniques in (("bf16",), ("checkpointing",), ("optimizer_in_backward",), ("adamw_8bit",))
+        ),
     ],
     ids=lambda techniques: "".join(techniques) or "baseline",
 )
@@ -294,7 +289,13 @@ def alter(checkpoint):
 
 @pytest.mark.parametrize(
     "techniques",
-    [(), ("adamw_8bit",), ("optimizer_in_backward",), ("accumulation=2", "bf16"), ("selective_checkpointing",)],
+    [
+        ("selective_checkpointing",),
+        *(
+            pytest.param(techniques, marks=pytest.mark.slow)
+            for techniques in ((), ("adamw_8bit",), ("optimizer_in_backward",), ("accumulation=2", "bf16"))
+        ),
+    ],
     ids=lambda techniques: "+".join(techniques) or "baseline",
 )
 def test_a_training_goes_on_from_its_checkpoint_as_if_nothing_had_been(techniques, tmp_path):

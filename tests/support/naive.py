@@ -170,11 +170,11 @@ def lsh(query, key, value, *, is_causal, key_padding_mask=None, scale=None, orde
                     for j in before + chunk:
                         if i is not None and real(b, j) and (j < i if is_causal else j != i):
                             seen[i].append(j)
+        units = [x / ((x**2).sum() / dim + 1e-6).sqrt() for x in query[b, h]]
         for i, keys in seen.items():
             v = value[b, h // heads_per_value]
             if keys:
-                units = [query[b, h, j] / ((query[b, h, j] ** 2).sum() / dim + 1e-6).sqrt() for j in keys]
-                exponentials = torch.stack([(query[b, h, i] * unit).sum() * scale for unit in units]).exp()
+                exponentials = torch.stack([(query[b, h, i] * units[j]).sum() * scale for j in keys]).exp()
                 weights = exponentials / exponentials.sum()
                 rows[b, h, i] = (weights[:, None] * torch.stack([v[j] for j in keys])).sum(0)
             else:
@@ -193,6 +193,7 @@ def performer(query, key, value, *, weights, is_causal, key_padding_mask=None, s
         x = x * math.sqrt(scale)
         return torch.stack([torch.exp((w.to(x.dtype) * x).sum() - (x * x).sum() / 2) for w in weights.features])
 
+    phi_query, phi_key = ([[[phi(x) for x in head] for head in tokens] for tokens in t] for t in (query, key))
     output = []
     for b in range(batch):
         for h in range(heads):
@@ -201,7 +202,7 @@ def performer(query, key, value, *, weights, is_causal, key_padding_mask=None, s
                 numerator, denominator = 0 * query[b, h, row], 0
                 for j in range(key_len):
                     if (key_padding_mask is None or key_padding_mask[b, j]) and (j <= i or not is_causal):
-                        weight = (phi(query[b, h, row]) * phi(key[b, h // heads_per_key, j])).sum()
+                        weight = (phi_query[b][h][row] * phi_key[b][h // heads_per_key][j]).sum()
                         numerator = numerator + weight * value[b, h // heads_per_key, j]
                         denominator = denominator + weight
                 output.append(numerator / denominator if torch.is_tensor(denominator) else numerator)
