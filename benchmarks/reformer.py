@@ -28,8 +28,8 @@ from transformers import ReformerModelWithLMHead
 from transformers import logging as transformers_logging
 
 from memstudy.attention import Unavailable
-from memstudy.memory import measure
 from memstudy.peers import installed
+from memstudy.profiler import measure
 from memstudy.trainers import ReformerRun
 
 LAYERS, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY, CHUNK = 6, 256, 2, 64, 512, 320, 64

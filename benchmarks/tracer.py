@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from memstudy.memory import measure
+from memstudy.profiler import measure
 from memstudy.trainers import LanguageModelRun, build
 
 TARGET = 1.1

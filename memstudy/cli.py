@@ -261,7 +261,7 @@ def _datasets(results: Path) -> list[dict]:
 
 
 def _gpus(results: Path) -> list[dict]:
-    from memstudy.memory import gpus
+    from memstudy.profiler import gpus
 
     return [
         {

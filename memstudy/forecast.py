@@ -14,7 +14,7 @@ from memstudy.bad_input import one_line
 
 if TYPE_CHECKING:
     from memstudy.hub_configs import HubModelRun
-    from memstudy.memory import Fit, MemoryReport
+    from memstudy.profiler import Fit, MemoryReport
 
 Model = Annotated[str, typer.Option(help="A name of `memstudy list models`, or the path of a config.json.")]
 Batch = Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)]
@@ -161,7 +161,7 @@ def advise(
     from rich.table import Table
 
     from memstudy import advice, techniques
-    from memstudy.memory.search import check_budget
+    from memstudy.profiler.search import check_budget
 
     with _one_line():
         if (gpu is None) == (budget_mib is None):
@@ -221,9 +221,9 @@ def advise(
 def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, *, limit=None, verify=False) -> Fit:
     from rich.console import Console
 
-    from memstudy.memory import find_gpu, measure
-    from memstudy.memory import fit as largest_fit
-    from memstudy.memory.search import LIMIT
+    from memstudy.profiler import find_gpu, measure
+    from memstudy.profiler import fit as largest_fit
+    from memstudy.profiler.search import LIMIT
     from memstudy.step import build
 
     card = gpu and find_gpu(gpu)
@@ -261,7 +261,7 @@ def _levers(plan: dict, gpu: str | None) -> list[str]:
     """The levers that the memory ablation advises, those that suit the model and can be had."""
     from memstudy import advice, techniques
     from memstudy.attention import Unavailable
-    from memstudy.memory import find_gpu
+    from memstudy.profiler import find_gpu
 
     card = gpu and find_gpu(gpu)
 
@@ -302,7 +302,7 @@ def _plan(**choices) -> HubModelRun:
 def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> MemoryReport:
     from rich.console import Console
 
-    from memstudy.memory import find_gpu
+    from memstudy.profiler import find_gpu
     from memstudy.step import foretell
 
     card = gpu and find_gpu(gpu)

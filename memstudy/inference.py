@@ -16,12 +16,12 @@ from transformers import set_seed
 from memstudy import techniques
 from memstudy.hub_configs import InferenceRun
 from memstudy.layers import WARM_UP, measured, timed
-from memstudy.memory import MIB
-from memstudy.memory.trace import Step
+from memstudy.profiler import MIB
+from memstudy.profiler.roles import Step
 
 
 def build(run: InferenceRun) -> Callable[[], Step]:
-    """What ``memory.measure`` and ``memory.predict`` take: one forward pass on a batch of random tokens."""
+    """What ``profiler.measure`` and ``profiler.predict`` take: one forward pass on a batch of random tokens."""
 
     def make() -> Step:
         set_seed(run.seed)

@@ -19,9 +19,9 @@ from papermill.parameterize import parameterize_notebook
 from memstudy import layers, runs
 from memstudy.attention import Unavailable
 from memstudy.configs import LayerRun
-from memstudy.memory import MIB, predict
 from memstudy.parameters import read_parameters
 from memstudy.prediction_configs import PredictionRun, PublishedRowRun
+from memstudy.profiler import MIB, predict
 from memstudy.step import foretell
 from memstudy.trainers import Run
 

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import set_seed
 
 from memstudy.configs import LayerRun
-from memstudy.memory import MIB, MemoryReport, measure, predict
-from memstudy.memory.trace import Step
+from memstudy.profiler import MIB, MemoryReport, measure, predict
+from memstudy.profiler.roles import Step
 
 WARM_UP = 2  # steps before any is timed
 

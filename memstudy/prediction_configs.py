@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from memstudy.configs import LanguageModelRun
 from memstudy.hub_configs import HubModelRun, InferenceRun
-from memstudy.memory import find_gpu
+from memstudy.profiler import find_gpu
 from memstudy.published import GPUS
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun

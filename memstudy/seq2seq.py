@@ -27,8 +27,8 @@ from memstudy import data, pairs, place_value, techniques
 from memstudy.encoder_decoder import Seq2SeqLM, state_bytes
 from memstudy.layers import measured, timed
 from memstudy.lever_trainer import LeverTrainer, make_trainer
-from memstudy.memory import MIB
-from memstudy.memory.trace import Step
+from memstudy.profiler import MIB
+from memstudy.profiler.roles import Step
 from memstudy.seq2seq_configs import Seq2SeqRun
 
 SHOWN = 5  # texts that a record keeps of each split
@@ -206,7 +206,7 @@ def written(trainer: LeverTrainer, rows: datasets.Dataset, run: Seq2SeqRun) -> l
 
 
 def build_generation(run: Seq2SeqRun) -> Callable[[], Step]:
-    """What ``memory.measure`` takes: a batch of random sources encoded, the first token decoded, and the last.
+    """What ``profiler.measure`` takes: a batch of random sources encoded, the first token decoded, and the last.
 
     The last of ``run.generated``, as if those between had been decoded: what a token takes does not depend on which
     they were, and a trace of thousands of them would not fit.

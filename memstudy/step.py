@@ -17,13 +17,13 @@ from memstudy.attention import Unavailable
 from memstudy.configs import StepRun
 from memstudy.hub_configs import InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import Gpu, MemoryReport, find_gpu, predict
-from memstudy.memory.search import steps_to_settle
-from memstudy.memory.trace import Step
+from memstudy.profiler import Gpu, MemoryReport, find_gpu, predict
+from memstudy.profiler.roles import Step
+from memstudy.profiler.search import steps_to_settle
 
 
 def build(run: StepRun, *, gpu: str | Gpu | None = None, parts: int | None = None) -> Callable[[], Step]:
-    """What ``memory.measure`` and ``memory.predict`` take: makes everything and returns the step.
+    """What ``profiler.measure`` and ``profiler.predict`` take: makes everything and returns the step.
 
     The step runs one whole update on random tokens, through ``Trainer.training_step``; of an `InferenceRun` it is one
     forward pass. ``gpu`` names the GPU that it is to be predicted for, so that what only a GPU can do is not refused.

@@ -119,7 +119,7 @@ class Study:
         return pd.DataFrame([_row(known[name]) for name in configs])
 
     def trials(self, run: Run, *, budget_mib: float) -> Callable[[int], float | None]:
-        """What ``memory.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
+        """What ``profiler.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
 
         def trial(batch_size: int) -> float | None:
             update = {"batch_size": batch_size, "budget_mib": budget_mib}

@@ -18,8 +18,8 @@ from memstudy import data, finetuning, glue, inference, layers, pairs, seq2seq, 
 from memstudy.configs import LanguageModelRun, LayerRun, StepRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import MIB, fit
 from memstudy.prediction_configs import LargestBatchRun, PredictionRun, PublishedRowRun
+from memstudy.profiler import MIB, fit
 from memstudy.published.rows import predicted_mib
 from memstudy.reformer_configs import ReformerRun
 from memstudy.seq2seq_configs import Seq2SeqRun

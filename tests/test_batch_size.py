@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support.tiny_run import tiny_run
 
 from memstudy import runs
-from memstudy.memory import largest_batch
 from memstudy.parameters import notebook_parameters
+from memstudy.profiler import largest_batch
 from memstudy.study import Study
 
 

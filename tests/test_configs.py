@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from memstudy import runs
 from memstudy.configs import LanguageModelRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun, hub_models
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.trainers import build, load_data, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")

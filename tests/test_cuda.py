@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memstudy.memory import CATEGORIES, MIB, predict
-from memstudy.memory.catalogue import Gpu, find_gpu
+from memstudy.profiler import CATEGORIES, MIB, predict
+from memstudy.profiler.catalogue import Gpu, find_gpu
 from memstudy.trainers import LanguageModelRun, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,8 +6,8 @@ from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 from torch import nn
 
-from memstudy.memory import MIB, Gpu, find_gpu, fit, measure, predict
-from memstudy.memory.search import LIMIT
+from memstudy.profiler import MIB, Gpu, find_gpu, fit, measure, predict
+from memstudy.profiler.search import LIMIT
 from memstudy.trainers import build
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")

@@ -11,7 +11,7 @@ from support.tiny_models import config_file
 
 from memstudy import inference
 from memstudy.hub_configs import InferenceRun
-from memstudy.memory import MIB, measure, predict
+from memstudy.profiler import MIB, measure, predict
 from memstudy.techniques import TECHNIQUES
 from memstudy.trainers import PredictionRun, build, execute, parse_run
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from memstudy import jobs, runs
 from memstudy.cli import app
-from memstudy.memory import MIB, predict
+from memstudy.profiler import MIB, predict
 from memstudy.trainers import LayerRun, PredictionRun, build, parse_run
 
 ROOT = Path(__file__).parents[1]

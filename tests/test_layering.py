@@ -17,7 +17,7 @@ ANY = None  # no rule
 LAYERS = {
     "__init__": (set(), set()),
     "attention": (set(), {"torch", "flash_attn"}),
-    "memory": (set(), {"accelerate", "torch", "transformers", "pydantic", "yaml"}),
+    "profiler": (set(), {"accelerate", "torch", "transformers", "pydantic", "yaml"}),
     "techniques": ({"attention", "projections"}, ANY),
     "place_value": (set(), set()),
     "machine": (set(), {"torch"}),
@@ -37,11 +37,11 @@ LAYERS = {
     "pretrained": (set(), {"huggingface_hub"}),
     "hub_configs": ({"attention", "configs", "convert", "pretrained"}, ANY),
     "prediction_configs": (
-        {"configs", "hub_configs", "memory", "published", "reformer_configs", "seq2seq_configs"},
+        {"configs", "hub_configs", "profiler", "published", "reformer_configs", "seq2seq_configs"},
         ANY,
     ),
-    "layers": ({"configs", "memory"}, {"torch", "transformers"}),
-    "inference": ({"hub_configs", "layers", "memory", "techniques"}, {"psutil", "torch", "transformers"}),
+    "layers": ({"configs", "profiler"}, {"torch", "transformers"}),
+    "inference": ({"hub_configs", "layers", "profiler", "techniques"}, {"psutil", "torch", "transformers"}),
     "lever_trainer": ({"configs"}, {"torch", "transformers"}),
     "glue": ({"data"}, ANY),
     "finetuning": ({"data", "glue", "hub_configs", "lever_trainer", "pretrained", "techniques"}, ANY),
@@ -51,7 +51,7 @@ LAYERS = {
             "encoder_decoder",
             "layers",
             "lever_trainer",
-            "memory",
+            "profiler",
             "pairs",
             "place_value",
             "seq2seq_configs",
@@ -60,10 +60,10 @@ LAYERS = {
         ANY,
     ),
     "step": (
-        {"attention", "configs", "hub_configs", "inference", "lever_trainer", "memory", "techniques"},
+        {"attention", "configs", "hub_configs", "inference", "lever_trainer", "profiler", "techniques"},
         {"transformers"},
     ),
-    "published": ({"hub_configs", "memory", "prediction_configs"}, ANY),
+    "published": ({"hub_configs", "profiler", "prediction_configs"}, ANY),
     "significance": (set(), {"numpy", "scipy"}),
     "trainers": (
         {
@@ -76,7 +76,7 @@ LAYERS = {
             "inference",
             "layers",
             "lever_trainer",
-            "memory",
+            "profiler",
             "pairs",
             "prediction_configs",
             "published",
@@ -96,7 +96,7 @@ LAYERS = {
     "advice": ({"hub_configs", "machine", "parameters", "runs", "techniques"}, set()),
     "bad_input": (set(), {"typer", "pydantic"}),
     "forecast": (
-        {"advice", "attention", "bad_input", "hub_configs", "memory", "quick_imports", "step", "techniques"},
+        {"advice", "attention", "bad_input", "hub_configs", "profiler", "quick_imports", "step", "techniques"},
         {"rich", "typer"},
     ),
     "jobs": (
@@ -104,7 +104,7 @@ LAYERS = {
             "attention",
             "configs",
             "layers",
-            "memory",
+            "profiler",
             "parameters",
             "prediction_configs",
             "runs",
@@ -122,7 +122,7 @@ LAYERS = {
             "convert",
             "data",
             "glue",
-            "memory",
+            "profiler",
             "published",
             "significance",
             "study",
@@ -188,8 +188,8 @@ def test_a_notebook_imports_only_the_public_layers(path):
 @pytest.mark.parametrize(
     ("package", "source", "modules"),
     [
-        ("memstudy.memory", "from .trace import trace", {"memstudy.memory.trace.trace"}),
-        ("memstudy.memory", "from .. import trainers", {"memstudy.trainers"}),
+        ("memstudy.profiler", "from .roles import Roles", {"memstudy.profiler.roles.Roles"}),
+        ("memstudy.profiler", "from .. import trainers", {"memstudy.trainers"}),
         ("memstudy", "from . import runs", {"memstudy.runs"}),
         ("memstudy", "def f():\n    import torch.nn as nn", {"torch.nn"}),
         ("memstudy", "from memstudy.runs import read", {"memstudy.runs.read"}),

@@ -14,8 +14,8 @@ from torch import nn
 from memstudy import layers, runs
 from memstudy.attention import ATTENTION, Unavailable
 from memstudy.configs import LayerRun
-from memstudy.memory import MIB, measure, predict
 from memstudy.peers import PEERS
+from memstudy.profiler import MIB, measure, predict
 from memstudy.trainers import execute, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")

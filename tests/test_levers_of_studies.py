@@ -15,7 +15,7 @@ from support.study_models import MODELS
 from support.tiers import cover, slow_but
 
 from memstudy.lever_trainer import make_trainer
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.techniques import TECHNIQUES
 from memstudy.trainers import build
 

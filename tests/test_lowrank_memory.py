@@ -11,7 +11,7 @@ from support.tiers import slow_but
 
 from memstudy.attention import LowRankConfig
 from memstudy.hub_configs import HubModelRun
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.trainers import build
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")

@@ -9,7 +9,7 @@ from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 
 from memstudy import runs
-from memstudy.memory import MIB, fit, predict
+from memstudy.profiler import MIB, fit, predict
 from memstudy.techniques import parse
 from memstudy.trainers import InferenceRun, LargestBatchRun, PredictionRun, ReformerRun, build, execute, parse_run
 

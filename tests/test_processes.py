@@ -19,8 +19,8 @@ from support.tiny_models import config_file
 from support.tiny_run import tiny_config, tiny_run
 
 from memstudy import data, jobs, runs
-from memstudy.memory import MIB, fit, measure, predict
-from memstudy.memory.processes import first_of
+from memstudy.profiler import MIB, fit, measure, predict
+from memstudy.profiler.ranks import first_of
 from memstudy.techniques import TECHNIQUES
 from memstudy.trainers import HubModelRun, build, foretell, parse_run
 

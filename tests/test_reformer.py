@@ -8,7 +8,7 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from memstudy.attention import lsh
 from memstudy.hub_configs import hub_models
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.reformer import ReformerLM, ReversibleConfig
 
 PUBLISHED = {

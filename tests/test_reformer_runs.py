@@ -9,7 +9,7 @@ from support.tiers import slow_but
 
 from memstudy import data
 from memstudy.attention import LSHConfig
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.trainers import ReformerRun, build, execute, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")

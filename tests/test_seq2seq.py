@@ -11,7 +11,7 @@ from support.tiers import slow_but
 
 from memstudy import data, pairs, seq2seq
 from memstudy.encoder_decoder import Seq2SeqLM
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.trainers import Seq2SeqRun, build, execute, load_data, parse_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memstudy import data
 from memstudy.attention import Unavailable
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.techniques import (
     TECHNIQUES,
     Accumulation,

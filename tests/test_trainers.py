@@ -21,7 +21,7 @@ from transformers import set_seed
 from memstudy import data, runs, trainers
 from memstudy.attention import SoftmaxConfig, WindowConfig
 from memstudy.lever_trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
-from memstudy.memory import MIB, measure
+from memstudy.profiler import MIB, measure
 from memstudy.techniques import Bf16
 from memstudy.trainers import TIMELINE_POINTS, build, execute, parse_run
 

@@ -22,33 +22,15 @@ cuBLAS's workspace                            BEFORE: the code of then
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
 
 import torch
 from torch.nn.functional import dropout
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 
-from memstudy.memory import cuda
+from memstudy.profiler.cuda import TODAY, Semantics
 
 INFERENCE_CONTEXT_MIB = 919
 BERT_CONTEXT_MIB = 1343 - 2  # the tensor has a small segment
-
-
-def workspace_of_cublas():
-    """cuBLAS took its workspace from the GPU itself, not from the caching allocator.
-
-    Until pytorch/pytorch#86645 (October 2022).
-    """
-    return patch.object(cuda, "workspace_bytes", lambda gpu: 0)
-
-
-@contextmanager
-def training_of_2022() -> Iterator[None]:
-    """PyTorch up to 1.10 while a model trains."""
-    with workspace_of_cublas(), patch.object(cuda, "_softmax", softmax), patch.object(cuda, "_FP32", FP32):
-        yield
 
 
 class _Softmax(torch.autograd.Function):
@@ -72,10 +54,19 @@ def softmax(self, dim, dtype=None):
     return _Softmax.apply(self, self.dtype is torch.float16 and dtype is torch.float32)
 
 
-# Under autocast GELU ran in fp32, and so kept a copy of its input in fp32. From PyTorch 1.6 on, until after
-# pytorch/pytorch#59639 (June 2021) asked for the contrary: aten/src/ATen/autocast_mode.cpp,
-# KERNEL(ADD_NS(gelu), "gelu", Tensor (const Tensor &), fp32).
-FP32 = (*cuda._FP32, "gelu")
+def _no_workspace(gpu) -> int:
+    """cuBLAS took its workspace from the GPU itself, not from the caching allocator.
+
+    Until pytorch/pytorch#86645 (October 2022).
+    """
+    return 0
+
+
+FORWARD_OF_2020 = Semantics(workspace_bytes=_no_workspace)
+# PyTorch up to 1.10 while a model trains. Under autocast GELU ran in fp32, and so kept a copy of its input in fp32.
+# From PyTorch 1.6 on, until after pytorch/pytorch#59639 (June 2021) asked for the contrary:
+# aten/src/ATen/autocast_mode.cpp, KERNEL(ADD_NS(gelu), "gelu", Tensor (const Tensor &), fp32).
+TRAINING_OF_2022 = Semantics(softmax=softmax, fp32=(*TODAY.fp32, "gelu"), workspace_bytes=_no_workspace)
 
 
 class AdamW(torch.optim.Optimizer):

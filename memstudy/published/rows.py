@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.optimization import Adafactor
 
 from memstudy.hub_configs import hub_models
-from memstudy.memory import MIB, predict
 from memstudy.prediction_configs import PublishedRowRun
+from memstudy.profiler import MIB, predict
+from memstudy.profiler.cuda import TODAY
 from memstudy.published import GPUS, eras
 
 HERE = Path(__file__).parent
@@ -180,8 +180,8 @@ def _inference() -> Figures:
 
 
 def _whole_gpu_of_2020(build: Callable) -> float:
-    with eras.workspace_of_cublas():
-        return predict(build, gpu=GPUS["inference"], iterations=1).peak_reserved_mib + eras.INFERENCE_CONTEXT_MIB
+    report = predict(build, gpu=GPUS["inference"], iterations=1, semantics=eras.FORWARD_OF_2020)
+    return report.peak_reserved_mib + eras.INFERENCE_CONTEXT_MIB
 
 
 def length_differences(rows: pd.DataFrame) -> pd.DataFrame:
@@ -287,8 +287,8 @@ def _bert(*, era: bool = True) -> Figures:
 
 
 def _whole_gpu_of_2022(build: Callable, era: bool) -> float:
-    with eras.training_of_2022() if era else nullcontext():
-        return predict(build, gpu=GPUS["bert"]).peak_reserved_mib + eras.BERT_CONTEXT_MIB
+    semantics = eras.TRAINING_OF_2022 if era else TODAY
+    return predict(build, gpu=GPUS["bert"], semantics=semantics).peak_reserved_mib + eras.BERT_CONTEXT_MIB
 
 
 def savings(rows: pd.DataFrame) -> pd.DataFrame:

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from memstudy.memory.catalogue import Gpu, find_gpu
-from memstudy.memory.prediction import predict
-from memstudy.memory.report import MemoryReport
-from memstudy.memory.trace import Step
+from memstudy.profiler.catalogue import Gpu, find_gpu
+from memstudy.profiler.prediction import predict
+from memstudy.profiler.report import MemoryReport
+from memstudy.profiler.roles import Step
 
 LIMIT = 65_536  # no batch beyond this is looked at
 
@@ -82,7 +82,7 @@ def fit(
     Parameters
     ----------
     build_for_batch : callable
-        From a batch size to what :func:`~memstudy.memory.predict` takes. With ``effective_batch`` its step shall go
+        From a batch size to what :func:`~memstudy.profiler.predict` takes. With ``effective_batch`` its step shall go
         through at least two batches, so that it has gradients when the second comes.
     gpu : str or Gpu, optional
         The GPU, all of whose memory is the budget unless ``budget_mib`` is given.
@@ -91,7 +91,7 @@ def fit(
     effective_batch : int, optional
         Sequences in one update: the batch must divide it, and is accumulated up to it.
     expandable_segments, processes
-        As in :func:`~memstudy.memory.predict`; the processes share the batch, and the budget is each one's.
+        As in :func:`~memstudy.profiler.predict`; the processes share the batch, and the budget is each one's.
     limit : int
         No larger batch is looked at; ``processes`` at least.
     run : callable, optional

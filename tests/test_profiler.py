@@ -15,8 +15,9 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from memstudy.memory import CATEGORIES, MIB, PHASES, measure, predict
-from memstudy.memory.report import Event, account
+from memstudy.profiler import CATEGORIES, MIB, PHASES, measure, predict
+from memstudy.profiler.accounting import account
+from memstudy.profiler.events import Event
 from memstudy.techniques import OptimizerInBackward
 from memstudy.trainers import LanguageModelRun, build
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from memstudy.memory.report import MIB
+from memstudy.profiler.events import MIB
 
 CATALOGUE = Path(__file__).with_name("gpus.yaml")
 EXAMPLE = '{compute_capability: "8.0", memory_mib: 40448, context_mib: 501}'

@@ -1,12 +1,15 @@
-"""Training memory: measured (``trace``), predicted (``predict``), and the largest batch that fits."""
+"""Training memory: measured, predicted for a GPU that is not there, and the largest batch that fits.
+
+It knows nothing else of memstudy, and stands alone.
+"""
 
 import importlib
 
 # Name: its module. Imported when asked for, since the catalogue of GPUs needs no PyTorch.
 _PLACES = {
-    "CATEGORIES": "report",
-    "MIB": "report",
-    "PHASES": "report",
+    "CATEGORIES": "events",
+    "MIB": "events",
+    "PHASES": "events",
     "MemoryReport": "report",
     "Fit": "search",
     "fit": "search",
@@ -15,7 +18,7 @@ _PLACES = {
     "gpus": "catalogue",
     "LargestBatch": "batch_size",
     "largest_batch": "batch_size",
-    "measure": "trace",
+    "measure": "measurement",
     "predict": "prediction",
 }
 __all__ = list(_PLACES)

@@ -13,7 +13,7 @@ import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
-from memstudy.memory.report import MIB, Event, OutOfMemory
+from memstudy.profiler.events import MIB, Event, OutOfMemory
 
 ROUND = 512  # kMinBlockSize: every block is a multiple
 SMALL = 1 * MIB  # kSmallSize: requests up to this come from small segments
