@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 
-from memstudy import machine, runs, techniques
+from memstudy import machine, records, techniques
 from memstudy.hub_configs import HubModelRun
 from memstudy.parameters import read_parameters
 
@@ -104,9 +104,9 @@ def reference() -> dict[frozenset[str], dict]:
         When the baseline's is missing.
     """
     parameters = read_parameters(STUDY, "full")
-    folder = runs.ROOT / "results" / STUDY
+    folder = records.ROOT / "results" / STUDY
     by_device: dict[str, dict[frozenset[str], dict]] = {}
-    for record in runs.read_records(folder):
+    for record in records.read_records(folder):
         config = record["config"]
         of_it = config["kind"] == "language_model" and all(config[name] == parameters[name] for name in _SIZE)
         if of_it and record["status"] == "ok":

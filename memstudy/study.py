@@ -27,8 +27,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from tqdm import tqdm
 
-from memstudy import machine
-from memstudy import runs as records
+from memstudy import launcher, machine, records
 from memstudy.parameters import notebook_parameters
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
@@ -94,7 +93,7 @@ class Study:
         Raises
         ------
         MissingRecords
-            When rows are missing and ``run_missing`` is false, or they are only to be planned (``runs.PLAN``).
+            When rows are missing and ``run_missing`` is false, or they are only to be planned (``records.PLAN``).
         """
         configs = {records.run_id(c): c for c in (run.model_dump(mode="json") for run in runs)}
         known = self._known(configs)
@@ -112,7 +111,7 @@ class Study:
             with tqdm(missing, desc=self.stem, unit="run", file=sys.stderr, mininterval=1) as bar:
                 for name in bar:
                     bar.set_postfix_str(str(configs[name].get("experiment", name)))
-                    known[name] = records.spawn(configs[name], self._results)
+                    known[name] = launcher.spawn(configs[name], self._results)
                     if known[name]["status"] == "failed":
                         warnings.warn(f"run {name}: {known[name]['reason']}", stacklevel=2)
         self._used |= {name: known[name] for name in configs}

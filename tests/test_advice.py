@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstudy import advice, runs, techniques
+from memstudy import advice, records, techniques
 from memstudy.hub_configs import HubModelRun
 from memstudy.parameters import read_parameters
 
@@ -107,6 +107,6 @@ def test_the_reference_is_the_studys_model_at_full_scale():
 
 
 def test_without_reference_rows_it_is_said_how_to_make_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"no reference rows in .*: run memstudy report memory_ablation --scale full"):
         advice.reference()

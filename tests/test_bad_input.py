@@ -13,7 +13,7 @@ from support.tiny_run import tiny_config
 from typer.testing import CliRunner
 
 from memstudy import data
-from memstudy.cli import app
+from memstudy.cli.main import app
 from memstudy.trainers import parse_run
 
 MANY = settings(

@@ -12,7 +12,7 @@ import pytest
 from support.command_line import assert_one_line, invoke
 from support.tiny_run import tiny_config
 
-from memstudy import runs
+from memstudy import records
 from memstudy.attention import ATTENTION
 from memstudy.data import DATASETS
 from memstudy.parameters import scales, studies
@@ -267,7 +267,7 @@ def test_the_list_of_studies_has_their_scales():
 def test_the_list_of_runs_has_the_records_there_are(tmp_path):
     assert invoke("list", "runs", "--results", tmp_path).stdout == "no runs yet\n"
     nothing = {"metrics": {}, "curves": {}, "data": {}}
-    record = runs.perform(VALID, tmp_path / "lab4_grid", lambda checkpoints: nothing)
+    record = records.perform(VALID, tmp_path / "lab4_grid", lambda checkpoints: nothing)
     (line,) = invoke("list", "runs", "--results", tmp_path).stdout.splitlines()[1:]
     for word in ("lab4_grid", record["run_id"], "tiny", "ok", record["provenance"]["ended"][:19]):
         assert word in line

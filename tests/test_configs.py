@@ -12,7 +12,7 @@ from support.tiny_run import tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
-from memstudy import runs
+from memstudy import records
 from memstudy.configs import LanguageModelRun
 from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun, hub_models
 from memstudy.profiler import measure, predict
@@ -259,7 +259,7 @@ def test_an_8bit_optimizer_takes_the_same_whatever_was_before(report_on, tmp_pat
 # --- descriptions as JSON
 
 
-RECORDS = sorted((runs.ROOT / "results" / "lab4_grid").glob("*.json"))
+RECORDS = sorted((records.ROOT / "results" / "lab4_grid").glob("*.json"))
 
 
 def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say():
@@ -268,7 +268,7 @@ def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say()
         record = json.loads(path.read_text(encoding="utf-8"))
         run = parse_run(record["config"])
         assert isinstance(getattr(run, "of", run), LanguageModelRun)
-        assert runs.run_id(run.model_dump(mode="json")) == record["run_id"]
+        assert records.run_id(run.model_dump(mode="json")) == record["run_id"]
         assert path.stem.startswith(record["run_id"])
 
 
@@ -287,7 +287,7 @@ def test_a_run_of_a_model_in_a_file_leaves_a_record(tmp_path):
     path.write_text(run.model_dump_json())
     result = invoke("run", path, "--results", tmp_path / "results")
     assert result.exit_code == 0, result.output
-    (record,) = runs.read_records(tmp_path / "results")
+    (record,) = records.read_records(tmp_path / "results")
     assert (record["status"], record["config"]) == ("ok", run.model_dump(mode="json"))
     assert len(record["curves"]["step_times_ms"]) == 2
     assert record["metrics"]["n_parameters"] == sum(parameter.numel() for parameter in run.make_model().parameters())
@@ -299,7 +299,7 @@ def test_a_run_whose_optimizer_is_not_installed_is_unavailable(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(run.model_dump_json())
     assert invoke("run", path, "--results", tmp_path / "results").exit_code == 0
-    (record,) = runs.read_records(tmp_path / "results")
+    (record,) = records.read_records(tmp_path / "results")
     assert record["status"] == "unavailable"
     assert "lomo" in record["reason"]
 
@@ -425,12 +425,12 @@ def test_each_kind_of_run_survives_json(run):
     again = parse_run(json.loads(run.model_dump_json()))
     assert again == run
     assert type(again) is type(run)
-    assert runs.run_id(again.model_dump(mode="json")) == runs.run_id(run.model_dump(mode="json"))
+    assert records.run_id(again.model_dump(mode="json")) == records.run_id(run.model_dump(mode="json"))
 
 
 def test_the_layers_are_part_of_a_runs_name():
     names = {
-        runs.run_id(hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=layers).model_dump(mode="json"))
+        records.run_id(hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=layers).model_dump(mode="json"))
         for layers in ((), (0,), (0, 1))
     }
     assert len(names) == 3

@@ -14,8 +14,9 @@ from support.tiers import slow_but
 from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
-from memstudy import jobs, runs
-from memstudy.cli import app
+from memstudy import records
+from memstudy.cli import jobs
+from memstudy.cli.main import app
 from memstudy.profiler import MIB, predict
 from memstudy.trainers import LayerRun, PredictionRun, build, parse_run
 
@@ -57,7 +58,7 @@ def test_a_plan_has_every_missing_run_and_what_it_needs(planned):
     assert configs
     assert configs.keys() == needs.keys()
     for name, config in configs.items():
-        assert runs.run_id(parse_run(config).model_dump(mode="json")) == name
+        assert records.run_id(parse_run(config).model_dump(mode="json")) == name
         assert needs[name]["mem_mb"] > 1000
 
 

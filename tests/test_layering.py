@@ -190,9 +190,9 @@ def test_a_notebook_imports_only_the_public_layers(path):
     [
         ("memstudy.profiler", "from .roles import Roles", {"memstudy.profiler.roles.Roles"}),
         ("memstudy.profiler", "from .. import trainers", {"memstudy.trainers"}),
-        ("memstudy", "from . import runs", {"memstudy.runs"}),
+        ("memstudy", "from . import runs", {"memstudy.records"}),
         ("memstudy", "def f():\n    import torch.nn as nn", {"torch.nn"}),
-        ("memstudy", "from memstudy.runs import read", {"memstudy.runs.read"}),
+        ("memstudy", "from memstudy.records import read", {"memstudy.records.read"}),
     ],
 )
 def test_imports_are_found_in_every_form(package, source, modules):
@@ -209,7 +209,7 @@ def test_every_file_that_is_no_module_is_installed_too():
 
 
 def test_rows_tables_and_figures_need_no_torch():
-    code = "import sys, memstudy.runs, memstudy.study; sys.exit('torch' in sys.modules)"
+    code = "import sys, memstudy.records, memstudy.study; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from support.tiers import cover, slow_but
 from torch import nn
 
-from memstudy import layers, runs
+from memstudy import layers, records
 from memstudy.attention import ATTENTION, Unavailable
 from memstudy.configs import LayerRun
 from memstudy.peers import PEERS
@@ -177,7 +177,7 @@ def test_memsizer_as_released_equals_the_variant(is_causal):
 def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "local_attention", None)
     run = layer_run(who="local-attention")
-    record = runs.perform(
+    record = records.perform(
         run.model_dump(mode="json"), tmp_path, lambda folder: execute(run, folder), unavailable=(Unavailable,)
     )
     assert record["status"] == "unavailable"
@@ -189,6 +189,6 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_install(monkeyp
 def test_a_record_names_the_peers_versions():
     for package in ("local-attention", "reformer-pytorch", "linformer", "performer-pytorch"):
         try:
-            assert runs.versions()[package] == importlib.metadata.version(package)
+            assert records.versions()[package] == importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            assert runs.versions()[package] == "not installed"
+            assert records.versions()[package] == "not installed"

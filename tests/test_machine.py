@@ -5,7 +5,8 @@ import json
 import pytest
 from support.tiny_run import tiny_run
 
-from memstudy import jobs, machine, parameters, runs
+from memstudy import machine, parameters, records
+from memstudy.cli import jobs
 from memstudy.study import Study
 from memstudy.trainers import execute
 
@@ -81,8 +82,8 @@ def test_a_processor_without_a_name_goes_by_its_family_and_number(processor):
 def test_every_committed_record_is_read_with_instruction_sets():
     devices = {
         record["provenance"]["device"]
-        for folder in (runs.ROOT / "results").iterdir()
-        for record in runs.read_records(folder)
+        for folder in (records.ROOT / "results").iterdir()
+        for record in records.read_records(folder)
     }
     assert devices
     assert all("AVX-512 bf16" in device and "thread" in device for device in devices)
@@ -155,7 +156,7 @@ def test_what_a_study_plans_on_a_slow_machine_differs_in_precision_alone(probe, 
 
 def test_a_record_says_how_fast_bfloat16_was(probe, tmp_path):
     probe(SLOW)
-    record = runs.perform(
+    record = records.perform(
         tiny_run().model_dump(mode="json"), tmp_path, lambda _: {"metrics": {}, "curves": {}, "data": {}}
     )
     assert record["provenance"]["bf16_speed"] == SLOW
@@ -165,4 +166,4 @@ def test_a_record_says_how_fast_bfloat16_was(probe, tmp_path):
 @pytest.mark.parametrize("stem", ["glue_lowrank", "lab4_grid"])
 def test_the_reference_lacks_no_record_on_a_slow_machine(probe, stem):
     probe(SLOW)
-    assert jobs.missing(stem, "full", runs.ROOT / "results") == {}
+    assert jobs.missing(stem, "full", records.ROOT / "results") == {}

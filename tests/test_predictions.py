@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 
-from memstudy import runs
+from memstudy import records
 from memstudy.profiler import MIB, fit, predict
 from memstudy.techniques import parse
 from memstudy.trainers import InferenceRun, LargestBatchRun, PredictionRun, ReformerRun, build, execute, parse_run
@@ -85,7 +85,7 @@ def test_bad_choices_are_refused(choices, said):
 def committed() -> list[dict]:
     """Of each study's committed predictions that can be made here, and of each machine, the one of fewest tokens."""
     fewest: dict[tuple, dict] = {}
-    for path in sorted((runs.ROOT / "results").glob("*/*.json")):
+    for path in sorted((records.ROOT / "results").glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         config = record["config"]
         if config["kind"] != "prediction" or record["status"] != "ok":

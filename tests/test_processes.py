@@ -18,7 +18,8 @@ from support.tiers import cover, slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_config, tiny_run
 
-from memstudy import data, jobs, runs
+from memstudy import data, records
+from memstudy.cli import jobs
 from memstudy.profiler import MIB, fit, measure, predict
 from memstudy.profiler.ranks import first_of
 from memstudy.techniques import TECHNIQUES
@@ -48,7 +49,7 @@ def trained(folder: Path, **changes) -> dict:
     config = tiny_config(batch_size=4, eval_blocks=8, **learn, **changes)
     done = memstudy_run(config, folder)
     assert done.returncode == 0, done.stderr
-    (record,) = (r for r in runs.read_records(folder / "results") if r["config"] == config)
+    (record,) = (r for r in records.read_records(folder / "results") if r["config"] == config)
     assert record["status"] == "ok"
     return record
 
@@ -258,7 +259,7 @@ def test_runs_in_one_process_are_named_as_ever(study):
     for record in records:
         config = parse_run(record["config"]).model_dump(mode="json")
         assert config == record["config"]
-        assert runs.run_id(config) == record["run_id"]
+        assert records.run_id(config) == record["run_id"]
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from memstudy import data
-from memstudy.cli import app as cli
+from memstudy.cli.main import app as cli
+from memstudy.cli.serve import quick_runs
 from memstudy.qa import answers
 from memstudy.qa.app import BOTH, EXAMPLES, HEADERS, create_app, make_server_for
-from memstudy.qa.serve import quick_runs
 from memstudy.trainers import Seq2SeqRun, execute
 
 pytestmark = pytest.mark.usefixtures("one_thread")

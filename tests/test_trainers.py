@@ -18,7 +18,7 @@ from support.results import without_times
 from support.tiny_run import tiny_run
 from transformers import set_seed
 
-from memstudy import data, runs, trainers
+from memstudy import data, records, trainers
 from memstudy.attention import SoftmaxConfig, WindowConfig
 from memstudy.lever_trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
 from memstudy.profiler import MIB, measure
@@ -343,9 +343,9 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     whole = execute(run, tmp_path / "whole")
     config, results = tmp_path / "run.json", tmp_path / "results"
     config.write_text(run.model_dump_json())
-    checkpoints = runs.ROOT / "build" / "checkpoints" / runs.run_id(run.model_dump(mode="json"))
+    checkpoints = records.ROOT / "build" / "checkpoints" / records.run_id(run.model_dump(mode="json"))
     command = [sys.executable, "-m", "memstudy.cli", "run", str(config), "--results", str(results)]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": runs.ROOT, "stdout": subprocess.PIPE}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": records.ROOT, "stdout": subprocess.PIPE}
 
     with subprocess.Popen(command, **options) as process:
         deadline = time.monotonic() + 120
@@ -358,7 +358,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     loss = alter(Path(saved))
 
     assert subprocess.run(command, **options).returncode == 0
-    (record,) = runs.read_records(results)
+    (record,) = records.read_records(results)
     assert record["status"] == "ok"
     assert record["curves"]["train_loss"][0][1] == 99.0
     record["curves"]["train_loss"][0][1] = round(loss, 4)

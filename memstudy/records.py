@@ -1,4 +1,4 @@
-"""Runs and their records: one run, one fresh process, one JSON file, whole or not at all.
+"""Records of runs: one run, one JSON file, whole or not at all.
 
 A record is the only thing that a study prints from. It holds the run's every choice, its metrics, its
 status and where it came from. ``status`` is ``ok``, ``oom`` (out of memory, also by the kernel's hand or past the
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import tempfile
 import traceback
@@ -25,7 +24,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from memstudy import machine
-from memstudy.fresh import forker
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1
@@ -93,7 +91,7 @@ def write_record(folder: Path, record: dict) -> Path:
     path = folder / f"{record['run_id']}.json"
     here = record["provenance"]["device"]
     if path.exists():
-        there = _parse(path)
+        there = read_record(path)
         if there and there["provenance"]["device"] != here:
             path = folder / f"{record['run_id']}-{run_id({'device': here})[:6]}.json"
     fields = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in record.items())
@@ -122,7 +120,7 @@ def iterate_records(folder: Path, run_ids: Container[str] | None = None) -> Iter
     for path in sorted(folder.glob("*.json")):
         if run_ids is not None and path.stem.partition("-")[0] not in run_ids:
             continue
-        record = _parse(path)
+        record = read_record(path)
         if record is None:
             aside = path.with_suffix(".json.corrupt")
             os.replace(path, aside)
@@ -153,7 +151,8 @@ class Curves(Mapping):
         return len(self._read())
 
 
-def _parse(path: Path) -> dict | None:
+def read_record(path: Path) -> dict | None:
+    """The record in a file; None where it is not whole."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -211,7 +210,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
-    started = _now()
+    started = now()
     checkpoints = checkpoints_of(config)
     result: dict = {"metrics": {}, "curves": {}, "data": {}}
     status, reason = "ok", ""
@@ -229,7 +228,7 @@ def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
             status = "oom"
     if status == "failed":
         result = {"metrics": {}, "curves": {}, "data": {}}
-    record = _record(config, status, reason, started) | result
+    record = make_record(config, status, reason, started) | result
     write_record(folder, record)
     if status != "failed":
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -241,35 +240,8 @@ def checkpoints_of(config: dict) -> Path:
     return ROOT / "build" / "checkpoints" / run_id(config)
 
 
-def spawn(config: dict, folder: Path) -> dict:
-    """Carry out a run in a fresh process (``memstudy run``) and return its record, the curves left on disk.
-
-    A process that dies without a record leaves one all the same: ``oom`` when the kernel killed it for memory,
-    ``failed`` otherwise, with the signal and its last words.
-    """
-    check_writable(folder)
-    started, kills = _now(), _kernel_oom_kills()
-    with tempfile.TemporaryDirectory() as scratch:
-        file, log = Path(scratch, "run.json"), Path(scratch, "log")
-        file.write_text(json.dumps(config))
-        log.touch()  # the process may be killed before it has opened it
-        code = forker().run(["run", str(file), "--results", str(folder)], log)
-        said = log.read_text(errors="replace").strip().splitlines()
-    for path in folder.glob(f"{run_id(config)}*.json"):
-        record = _parse(path)
-        if record and record["provenance"]["device"] == machine.device() and record["provenance"]["started"] >= started:
-            return record | {"curves": Curves(path)}
-    status, reason = "failed", f"exit status {code}"
-    if code < 0:
-        reason = f"killed by {signal.Signals(-code).name}"
-        if _kernel_oom_kills() > kills:
-            status, reason = "oom", "killed by the kernel: out of memory"
-    record = _record(config, status, f"{reason}; {said[-1] if said else 'no output'}", started)
-    write_record(folder, record)
-    return record
-
-
-def _record(config: dict, status: str, reason: str, started: str) -> dict:
+def make_record(config: dict, status: str, reason: str, started: str) -> dict:
+    """A record without results, with its provenance; it ends now."""
     return {
         "format": FORMAT,
         "run_id": run_id(config),
@@ -288,7 +260,7 @@ def _record(config: dict, status: str, reason: str, started: str) -> dict:
             "packages": versions(),
             **git_state(),
             "started": started,
-            "ended": _now(),
+            "ended": now(),
             "command": "memstudy run",
         },
     }
@@ -321,18 +293,10 @@ def versions() -> dict[str, str]:
     return versions
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as records have it."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def _kernel_oom_kills() -> int:
-    for counter in (Path("/sys/fs/cgroup/memory.events"), Path("/proc/vmstat")):
-        if counter.exists():
-            for line in counter.read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
-    return 0

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from memstudy import runs
-from memstudy.bad_input import one_line
+from memstudy import records
+from memstudy.cli.errors import one_line
 
 QUESTIONS = "place-value-100000"
 
@@ -64,9 +64,9 @@ def _train() -> None:
     from memstudy import data, trainers
 
     for run in quick_runs(data.load(QUESTIONS).content_hash):
-        record = runs.perform(
+        record = records.perform(
             run.model_dump(mode="json"),
-            runs.ROOT / "results" / "serve",
+            records.ROOT / "results" / "serve",
             lambda checkpoints, run=run: trainers.execute(run, checkpoints),
         )
         if record["status"] != "ok":

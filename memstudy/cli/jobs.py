@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from memstudy import layers, runs
+from memstudy import layers, records
 from memstudy.attention import Unavailable
 from memstudy.configs import LayerRun
 from memstudy.parameters import read_parameters
@@ -38,7 +38,7 @@ def missing(stem: str, scale: str, results: Path) -> dict[str, dict]:
         For an unknown study or scale, and when a cell fails for another reason than a missing record.
     """
     values = read_parameters(stem, scale)
-    notebook = load_notebook_node(str(runs.ROOT / "notebooks" / f"{stem}.ipynb"))
+    notebook = load_notebook_node(str(records.ROOT / "notebooks" / f"{stem}.ipynb"))
     with tempfile.TemporaryDirectory() as scratch:
         plan = Path(scratch, "plan")
         plan.mkdir()
@@ -50,13 +50,13 @@ def missing(stem: str, scale: str, results: Path) -> dict[str, dict]:
             kernel_name="python3",
             allow_errors=True,
             timeout=None,
-            resources={"metadata": {"path": str(runs.ROOT / "notebooks")}},
+            resources={"metadata": {"path": str(records.ROOT / "notebooks")}},
         )
-        client.execute(env=os.environ | {runs.PLAN: str(plan)})
+        client.execute(env=os.environ | {records.PLAN: str(plan)})
         configs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(plan.glob("*.json"))}
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     error = next((output for output in outputs if output.output_type == "error"), None)
-    if error and error.ename != runs.MissingRecords.__name__:
+    if error and error.ename != records.MissingRecords.__name__:
         raise ValueError(f"study {stem}: {error.ename}: {error.evalue}")
     return configs
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memstudy.bad_input import one_line
+from memstudy.cli.errors import one_line
 
 if TYPE_CHECKING:
     from memstudy.hub_configs import HubModelRun
@@ -313,7 +313,7 @@ def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> Mem
 @contextmanager
 def _one_line() -> Iterator[None]:
     """As `one_line`, also for what the machine or the GPU cannot do, and for tensors that no number can size."""
-    from memstudy.quick_imports import import_step
+    from memstudy.cli.quick_imports import import_step
 
     import_step()
     from memstudy.attention import Unavailable

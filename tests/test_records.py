@@ -25,8 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_run import tiny_config
 
-from memstudy import data, machine, runs
-from memstudy.fresh import forker
+from memstudy import data, launcher, machine, records
+from memstudy.launcher import forker
 
 ROOT = Path(__file__).parents[1]
 LONG = 10**9  # timed steps; never reached
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(folder):
     """The record of a run that succeeded, as `spawn` returned it, its curves read in."""
-    record = runs.spawn(tiny_config(), folder)
+    record = launcher.spawn(tiny_config(), folder)
     return record | {"curves": dict(record["curves"])}
 
 
@@ -54,7 +54,7 @@ def imported_by_python(code: str, *, cwd: Path = ROOT, **environment: str) -> su
 def fork_server() -> psutil.Process:
     """The process that forks the runs, started when there is none."""
     forker()
-    return next(child for child in psutil.Process().children() if "memstudy.fresh" in child.cmdline())
+    return next(child for child in psutil.Process().children() if "memstudy.cli.worker" in child.cmdline())
 
 
 def wait_for_run() -> psutil.Process:
@@ -69,18 +69,18 @@ def wait_for_run() -> psutil.Process:
 
 def test_run_id_is_the_hash_of_sorted_ascii_json_without_spaces():
     by_hand = b'{"a":"\\u0142","b":[1,2.5,null]}'
-    assert runs.run_id({"b": [1, 2.5, None], "a": "ł"}) == hashlib.sha256(by_hand).hexdigest()[:16]
+    assert records.run_id({"b": [1, 2.5, None], "a": "ł"}) == hashlib.sha256(by_hand).hexdigest()[:16]
 
 
 @given(st.permutations(sorted(tiny_config().items())))
 def test_run_id_does_not_depend_on_the_order_of_the_fields(fields):
-    assert runs.run_id(dict(fields)) == runs.run_id(tiny_config())
+    assert records.run_id(dict(fields)) == records.run_id(tiny_config())
 
 
 def test_run_id_does_not_depend_on_the_interpreter_s_hash_seed():
-    code = f"from memstudy.runs import run_id; print(run_id({tiny_config()!r}))"
+    code = f"from memstudy.records import run_id; print(run_id({tiny_config()!r}))"
     ids = {imported_by_python(code, PYTHONHASHSEED=seed).stdout.strip() for seed in ("0", "1", "random")}
-    assert ids == {runs.run_id(tiny_config())}
+    assert ids == {records.run_id(tiny_config())}
 
 
 @pytest.mark.parametrize(
@@ -89,28 +89,28 @@ def test_run_id_does_not_depend_on_the_interpreter_s_hash_seed():
     ids=str,
 )
 def test_run_id_changes_with_every_choice(change):
-    assert runs.run_id(tiny_config(**change)) != runs.run_id(tiny_config())
+    assert records.run_id(tiny_config(**change)) != records.run_id(tiny_config())
 
 
 def test_a_record_tells_every_choice_what_came_out_and_where(folder, record):
     (path,) = folder.glob(f"{record['run_id']}*.json")
     assert json.loads(path.read_text("utf-8")) == record
-    assert record.keys() == runs.FIELDS
+    assert record.keys() == records.FIELDS
     assert record["config"] == tiny_config()
     assert (record["status"], record["reason"]) == ("ok", "")
     assert {"peak_allocated_mib", "step_time_ms", "tokens_per_s"} <= record["metrics"].keys()
     assert {"memory_timeline", "step_times_ms"} <= record["curves"].keys()
 
     where = record["provenance"]
-    assert where.keys() == {*runs.PROVENANCE, "bf16_speed"}
+    assert where.keys() == {*records.PROVENANCE, "bf16_speed"}
     assert where["bf16_speed"] > 0
     assert where["device"] == machine.device()
     assert f"{len(os.sched_getaffinity(0))} cores" in where["cpu"]
     assert where["threads"] == int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     assert where["platform"].startswith("Linux")
     assert where["packages"]["torch"] == importlib.metadata.version("torch")
-    assert set(where["packages"]) == set(runs.PACKAGES)
-    assert {"commit": where["commit"], "dirty": where["dirty"]} == runs.git_state()
+    assert set(where["packages"]) == set(records.PACKAGES)
+    assert {"commit": where["commit"], "dirty": where["dirty"]} == records.git_state()
     started, ended = (datetime.fromisoformat(where[when]) for when in ("started", "ended"))
     assert started < ended < datetime.now(UTC)
     assert where["command"] == "memstudy run"
@@ -119,7 +119,7 @@ def test_a_record_tells_every_choice_what_came_out_and_where(folder, record):
 def test_the_record_of_a_training_names_its_data_by_hash(folder):
     corpus = data.load("miniature")
     training = {"measure_steps": 0, "train_steps": 2, "eval_blocks": 2, "dataset": "miniature"}
-    record = runs.spawn(tiny_config(**training, data_hash=corpus.content_hash), folder)
+    record = launcher.spawn(tiny_config(**training, data_hash=corpus.content_hash), folder)
     assert record["status"] == "ok", record["reason"]
     assert record["data"] == {
         "name": "miniature",
@@ -141,7 +141,7 @@ def checkout(tmp_path):
 
 
 def git_state_in(checkout: Path) -> dict:
-    code = "from memstudy.runs import git_state; import json; print(json.dumps(git_state()))"
+    code = "from memstudy.records import git_state; import json; print(json.dumps(git_state()))"
     return json.loads(imported_by_python(code, cwd=checkout, PYTHONDONTWRITEBYTECODE="1").stdout)
 
 
@@ -157,7 +157,7 @@ def test_dirty_says_whether_what_runs_depend_on_was_changed(checkout):
     (checkout / "results").mkdir()
     (checkout / "results" / "one.json").write_text("{}")
     assert git_state_in(checkout) == {"commit": commit, "dirty": False}
-    (checkout / "memstudy" / "runs.py").open("a").write("# changed\n")
+    (checkout / "memstudy" / "records.py").open("a").write("# changed\n")
     assert git_state_in(checkout) == {"commit": commit, "dirty": True}
 
 
@@ -173,7 +173,7 @@ def test_a_writer_that_is_killed_never_leaves_half_a_record(tmp_path, record):
     given.write_text(json.dumps(large))
     written.mkdir()
     loop = (
-        "import json, sys; from pathlib import Path; from memstudy.runs import write_record\n"
+        "import json, sys; from pathlib import Path; from memstudy.records import write_record\n"
         "record = json.loads(Path(sys.argv[1]).read_text()); print('ready', flush=True)\n"
         "while True: write_record(Path(sys.argv[2]), record)"
     )
@@ -184,15 +184,15 @@ def test_a_writer_that_is_killed_never_leaves_half_a_record(tmp_path, record):
         writer.stdout.readline()
         until = time.monotonic() + delays.uniform(0.02, 0.2)
         while time.monotonic() < until:
-            assert runs.read_records(written) in ([], [large])
+            assert records.read_records(written) in ([], [large])
         writer.kill()
         writer.communicate()
-        assert runs.read_records(written) in ([], [large])
+        assert records.read_records(written) in ([], [large])
         cut_short += any(path.suffix == ".tmp" for path in written.iterdir())
         if attempt >= 9 and cut_short:
             break
     assert cut_short, "no kill came in the middle of a write: the test has shown nothing"
-    assert runs.read_records(written) == [large]
+    assert records.read_records(written) == [large]
 
 
 def damaged(record: dict) -> dict[str, bytes]:
@@ -222,39 +222,39 @@ def damaged(record: dict) -> dict[str, bytes]:
 
 def test_a_damaged_record_is_set_aside_with_a_warning_and_the_others_are_read(tmp_path, record):
     other = record | {"config": record["config"] | {"seed": 1}}
-    other["run_id"] = runs.run_id(other["config"])
+    other["run_id"] = records.run_id(other["config"])
     for name, content in damaged(record).items():
         place = tmp_path / name
         place.mkdir()
-        runs.write_record(place, other)
+        records.write_record(place, other)
         path = place / f"{record['run_id']}.json"
         path.write_bytes(content)
         with pytest.warns(UserWarning, match=rf"{path.name} is not a whole record: kept as {path.name}.corrupt"):
-            assert runs.read_records(place) == [other], name
+            assert records.read_records(place) == [other], name
         assert path.with_suffix(".json.corrupt").read_bytes() == content
         assert not path.exists()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert runs.read_records(place) == [other]
+            assert records.read_records(place) == [other]
 
 
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_record_cut_off_anywhere_is_not_a_whole_one(tmp_path_factory, record, share):
     place = tmp_path_factory.mktemp("cut")
-    text = runs.write_record(place, record).read_bytes().rstrip()
+    text = records.write_record(place, record).read_bytes().rstrip()
     (place / f"{record['run_id']}.json").write_bytes(text[: int(share * len(text))])
     with pytest.warns(UserWarning, match="is not a whole record"):
-        assert runs.read_records(place) == []
+        assert records.read_records(place) == []
 
 
 def test_of_many_records_those_asked_for_are_read_alone_and_curves_when_wanted(tmp_path, record):
-    path = runs.write_record(tmp_path, record | {"curves": {"losses": [3.0, 2.0], "labels": []}})
+    path = records.write_record(tmp_path, record | {"curves": {"losses": [3.0, 2.0], "labels": []}})
     (tmp_path / f"{'0' * 16}.json").write_text("{")  # another run's, of no concern
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ((found, read),) = runs.iterate_records(tmp_path, {record["run_id"]})
+        ((found, read),) = records.iterate_records(tmp_path, {record["run_id"]})
     assert (found, read["run_id"]) == (path, record["run_id"])
-    curves = runs.Curves(path)
+    curves = records.Curves(path)
     assert curves == {"losses": [3.0, 2.0], "labels": []}
     assert curves["losses"] == [3.0, 2.0]
     assert "steps" not in curves
@@ -265,30 +265,30 @@ def test_of_many_records_those_asked_for_are_read_alone_and_curves_when_wanted(t
 
 def test_a_record_from_another_device_keeps_its_place(tmp_path, record):
     elsewhere = record | {"provenance": record["provenance"] | {"device": "NVIDIA A100-SXM4-80GB"}}
-    first = runs.write_record(tmp_path, elsewhere)
-    second = runs.write_record(tmp_path, record)
+    first = records.write_record(tmp_path, elsewhere)
+    second = records.write_record(tmp_path, record)
     assert first.name == f"{record['run_id']}.json"
     assert second.name.startswith(f"{record['run_id']}-")
-    assert runs.write_record(tmp_path, record) == second
-    assert {r["provenance"]["device"] for r in runs.read_records(tmp_path)} == {
+    assert records.write_record(tmp_path, record) == second
+    assert {r["provenance"]["device"] for r in records.read_records(tmp_path)} == {
         machine.device(),
         "NVIDIA A100-SXM4-80GB",
     }
-    again = runs.spawn(record["config"], tmp_path)
+    again = launcher.spawn(record["config"], tmp_path)
     assert again["provenance"]["started"] > record["provenance"]["started"]
-    assert runs.read_records(tmp_path) in ([elsewhere, again], [again, elsewhere])
+    assert records.read_records(tmp_path) in ([elsewhere, again], [again, elsewhere])
 
 
 def test_a_run_killed_from_outside_is_a_failed_record_with_the_signal(tmp_path):
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(runs.spawn, tiny_config(measure_steps=LONG), tmp_path)
+        future = pool.submit(launcher.spawn, tiny_config(measure_steps=LONG), tmp_path)
         wait_for_run().kill()
         record = future.result(timeout=30)
     assert record["status"] == "failed"
     assert record["reason"].startswith("killed by SIGKILL")
     assert record["metrics"] == {}
-    assert runs.read_records(tmp_path) == [record]
-    assert runs.spawn(tiny_config(), tmp_path)["status"] == "ok"  # the next run goes on
+    assert records.read_records(tmp_path) == [record]
+    assert launcher.spawn(tiny_config(), tmp_path)["status"] == "ok"  # the next run goes on
 
 
 @pytest.mark.slow
@@ -306,18 +306,18 @@ def test_an_interrupted_wait_kills_the_run_and_the_next_one_gets_its_own_answer(
     timer = threading.Thread(target=interrupt)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        runs.spawn(tiny_config(measure_steps=LONG), tmp_path)
+        launcher.spawn(tiny_config(measure_steps=LONG), tmp_path)
     timer.join()
     assert not running[0].is_running()
-    assert runs.read_records(tmp_path) == []
-    assert runs.spawn(tiny_config(), tmp_path)["status"] == "ok"
+    assert records.read_records(tmp_path) == []
+    assert launcher.spawn(tiny_config(), tmp_path)["status"] == "ok"
 
 
 @pytest.mark.slow
 def test_a_run_ends_with_who_asked_for_it(tmp_path):
     """Killed without a word, as a notebook's kernel may be; the run must not go on beside the next sweep."""
     config = tiny_config(measure_steps=LONG)
-    code = f"from pathlib import *; from memstudy import runs; runs.spawn({config!r}, {tmp_path!r})"
+    code = f"from pathlib import *; from memstudy import launcher; launcher.spawn({config!r}, {tmp_path!r})"
     asking = psutil.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     for _ in range(600):
         below = asking.children(recursive=True)
@@ -328,23 +328,23 @@ def test_a_run_ends_with_who_asked_for_it(tmp_path):
     asking.wait()  # else it stays a zombie among this process's children
     gone, left = psutil.wait_procs(below, timeout=20)
     assert (len(gone), left) == (2, [])
-    assert runs.read_records(tmp_path) == []
+    assert records.read_records(tmp_path) == []
 
 
 @pytest.mark.slow
 def test_the_death_of_the_fork_server_is_an_error_and_the_next_run_starts_another(tmp_path):
     fork_server().kill()
     with pytest.raises(RuntimeError, match=r"process that starts the runs died \(exit status -9\)"):
-        runs.spawn(tiny_config(), tmp_path)
-    assert runs.spawn(tiny_config(), tmp_path)["status"] == "ok"
+        launcher.spawn(tiny_config(), tmp_path)
+    assert launcher.spawn(tiny_config(), tmp_path)["status"] == "ok"
 
 
 def test_a_run_over_its_budget_is_out_of_memory(folder, record):
     peak = record["metrics"]["peak_allocated_mib"]
-    refused = runs.spawn(tiny_config(budget_mib=0.99 * peak), folder)
+    refused = launcher.spawn(tiny_config(budget_mib=0.99 * peak), folder)
     assert refused["status"] == "oom"
     assert refused["reason"] == f"peak {peak:.1f} MiB passes the budget of {0.99 * peak:g} MiB"
-    assert runs.spawn(tiny_config(budget_mib=1.01 * peak), folder)["status"] == "ok"
+    assert launcher.spawn(tiny_config(budget_mib=1.01 * peak), folder)["status"] == "ok"
 
 
 def test_what_the_allocator_refuses_is_out_of_memory(tmp_path):
@@ -352,7 +352,7 @@ def test_what_the_allocator_refuses_is_out_of_memory(tmp_path):
     server = fork_server()
     unlimited = resource.prlimit(server.pid, resource.RLIMIT_AS, (16 << 30, resource.RLIM_INFINITY))
     try:
-        record = runs.spawn(tiny_config(hidden_size=65536), tmp_path)
+        record = launcher.spawn(tiny_config(hidden_size=65536), tmp_path)
     finally:
         resource.prlimit(server.pid, resource.RLIMIT_AS, unlimited)
     assert record["status"] == "oom"
@@ -380,15 +380,15 @@ def memory_limit():
 
 def test_a_run_that_the_kernel_kills_for_memory_is_out_of_memory(tmp_path, memory_limit):
     memory_limit(200 << 20)
-    record = runs.spawn(tiny_config(hidden_size=1024, feed_forward=4096, batch_size=256), tmp_path)
+    record = launcher.spawn(tiny_config(hidden_size=1024, feed_forward=4096, batch_size=256), tmp_path)
     assert record["status"] == "oom"
     assert record["reason"].startswith("killed by the kernel: out of memory")
     assert fork_server().is_running()
 
 
 def test_the_kernel_s_count_of_kills_for_memory_is_read():
-    assert type(runs._kernel_oom_kills()) is int
-    assert runs._kernel_oom_kills() >= 0
+    assert type(records._kernel_oom_kills()) is int
+    assert records._kernel_oom_kills() >= 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they can run here")
@@ -408,7 +408,7 @@ def test_the_kernel_s_count_of_kills_for_memory_is_read():
     ids=["offload_activations", "flash_attention_2", "window_flash_attention_2"],
 )
 def test_what_this_machine_lacks_is_unavailable_with_the_reason(folder, change, reason):
-    record = runs.spawn(tiny_config(**change), folder)
+    record = launcher.spawn(tiny_config(**change), folder)
     assert record["status"] == "unavailable"
     assert reason in record["reason"]
     assert record["metrics"] == {}
@@ -428,7 +428,7 @@ def test_what_this_machine_lacks_is_unavailable_with_the_reason(folder, change, 
     ids=["kind", "batch_size", "dataset", "data_hash"],
 )
 def test_a_run_that_is_refused_is_a_failed_record_with_its_last_words(tmp_path, config, reason):
-    record = runs.spawn(config, tmp_path)
+    record = launcher.spawn(config, tmp_path)
     assert record["status"] == "failed"
     assert record["reason"].startswith(reason)
 
@@ -445,33 +445,33 @@ def test_a_run_that_raises_is_a_failed_record_and_keeps_its_checkpoints(tmp_path
             raise RuntimeError("the disk\nis full")
         return {"metrics": {"loss": 1.0}, "curves": {}, "data": {}}
 
-    failed = runs.perform(config, tmp_path, execute)
+    failed = records.perform(config, tmp_path, execute)
     assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: the disk is full")
     assert "Traceback" in capsys.readouterr().err
-    ok = runs.perform(config, tmp_path, execute)
+    ok = records.perform(config, tmp_path, execute)
     assert (ok["status"], ok["metrics"]) == ("ok", {"loss": 1.0})
     assert seen == [False, True]
-    assert not (ROOT / "build" / "checkpoints" / runs.run_id(config)).exists()
-    assert runs.read_records(tmp_path) == [ok]
+    assert not (ROOT / "build" / "checkpoints" / records.run_id(config)).exists()
+    assert records.read_records(tmp_path) == [ok]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_a_failed_record(tmp_path, loss):
-    record = runs.perform({}, tmp_path, lambda _: {"metrics": {"loss": loss}, "curves": {}, "data": {}})
+    record = records.perform({}, tmp_path, lambda _: {"metrics": {"loss": loss}, "curves": {}, "data": {}})
     assert record["status"] == "failed"
     assert "not JSON compliant" in record["reason"]
-    assert runs.read_records(tmp_path) == [record]
+    assert records.read_records(tmp_path) == [record]
 
 
 def test_two_runs_never_write_to_one_folder_at_once(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from memstudy.runs import perform\n"
+        "import sys, time; from pathlib import Path; from memstudy.records import perform\n"
         "def execute(_):\n    time.sleep(0.3)\n    return {'metrics': {}, 'curves': {}, 'data': {}}\n"
         "perform({'seed': sys.argv[1]}, Path(sys.argv[2]), execute)"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, str(n), tmp_path], cwd=ROOT) for n in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
-    spans = sorted((r["provenance"]["started"], r["provenance"]["ended"]) for r in runs.read_records(tmp_path))
+    spans = sorted((r["provenance"]["started"], r["provenance"]["ended"]) for r in records.read_records(tmp_path))
     assert len(spans) == 3
     assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(spans))
 
@@ -480,4 +480,4 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
         with pytest.raises(ValueError, match=rf"^results folder {place}: cannot be written \(.+\); choose another"):
-            runs.spawn(tiny_config(), place)
+            launcher.spawn(tiny_config(), place)

@@ -1,19 +1,12 @@
-"""Fresh processes without the wait: one process imports what runs need, and forks a new one for each run.
-
-Importing PyTorch and Transformers takes five seconds, more than many a run. The forked process starts with the imports
-done and nothing else: no tensor has been made and no thread started before the fork.
-"""
+"""The process that imports what runs need, and forks a process for each run that `launcher` asks for."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,56 +14,15 @@ from pathlib import Path
 from typing import NoReturn
 
 
-class Forker:
-    """Starts ``memstudy`` commands in processes forked from one that has imported everything."""
-
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "memstudy.fresh"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        atexit.register(self._process.terminate)
-
-    def run(self, arguments: list[str], log: Path) -> int:
-        """Run ``memstudy ARGUMENTS`` to its end, its output going to ``log``.
-
-        Returns its exit status, negative for a signal as in ``subprocess``. When this process is interrupted
-        meanwhile, the command is killed.
-        """
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
-            self._process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
-            self._process.stdin.flush()
-        child = self._answer()
-        try:
-            return self._answer()
-        except KeyboardInterrupt:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            self._answer()  # else the next command would take it for its own
-            raise
-
-    def _answer(self) -> int:
-        answer = self._process.stdout.readline()
-        if not answer:
-            forker.cache_clear()
-            raise RuntimeError(f"the process that starts the runs died (exit status {self._process.wait()}); run again")
-        return int(answer)
-
-
-@functools.cache
-def forker() -> Forker:
-    """This process's forker, started when first needed."""
-    return Forker()
-
-
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run and for who asked for it
-    from memstudy.quick_imports import import_step
+    from memstudy.cli.quick_imports import import_step
 
     import_step()
     from memstudy import trainers  # noqa: F401 - imported for the processes to come
-    from memstudy.cli import app
+    from memstudy.cli.main import app
 
     for line in sys.stdin:
         arguments, log = json.loads(line)
