@@ -15,11 +15,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from memstudy import parameters, records
+from memstudy import records
+
+from memstudy import project
 
 SCALE = config.get("scale", "quick")
 STUDIES = str(config.get("studies", "")).split(",") if config.get("studies") else [
-    stem for stem in parameters.studies() if SCALE in parameters.scales(stem)
+    stem for stem in project.studies() if SCALE in project.scales(stem)
 ]
 WORK = config.get("work", f"build/snakemake/{SCALE}")
 RESULTS = config.get("results", f"{WORK}/results")

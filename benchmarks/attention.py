@@ -32,7 +32,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from memstudy import launcher, machine
-from memstudy.trainers import LayerRun
+from memstudy.studies.attention_layer.run import LayerRun
 
 # Settings (max_len is the length), causal, across two sequences, whose layers besides ours.
 VARIANTS: dict[str, tuple[dict, bool, bool, list[str]]] = {

@@ -52,7 +52,7 @@ class Planned:
 def measure(folder: Path) -> dict:
     """In this process: seconds and MiB of what is left to do, given the records that are there."""
     from memstudy import records
-    from memstudy.parameters import notebook_parameters
+    from memstudy.project import notebook_parameters
     from memstudy.study import Study
 
     configs = json.loads((folder / "configs.json").read_text())

@@ -28,11 +28,11 @@ from pandas.io.formats.style import Styler
 from tqdm import tqdm
 
 from memstudy import launcher, machine, records
-from memstudy.parameters import notebook_parameters
+from memstudy.project import notebook_parameters
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 STYLE = Path(__file__).with_name("paper.mplstyle")
-PUBLISHED = Path(__file__).with_name("published")
+PUBLISHED = Path(__file__).parent / "studies" / "published"
 
 
 class Run(Protocol):

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstudy import advice, records, techniques
-from memstudy.hub_configs import HubModelRun
-from memstudy.parameters import read_parameters
+from memstudy import records, techniques
+from memstudy.project import read_parameters
+from memstudy.studies.ablation import advice
+from memstudy.trainers.hub_model import HubModelRun
 
 LEVERS = [
     "bf16", "bf16_weights", "checkpointing", "selective_checkpointing=0.5", "chunked_loss", "adamw_8bit",

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from memstudy import data
 from memstudy.cli.main import app
-from memstudy.trainers import parse_run
+from memstudy.kinds import parse_run
 
 MANY = settings(
     max_examples=1000 if settings.get_current_profile_name() == "thousand" else 30,

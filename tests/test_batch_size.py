@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from support.tiny_run import tiny_run
 
 from memstudy import records
-from memstudy.parameters import notebook_parameters
 from memstudy.profiler import largest_batch
+from memstudy.project import notebook_parameters
 from memstudy.study import Study
 
 

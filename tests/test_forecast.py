@@ -10,11 +10,12 @@ from support.tiers import slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
 
-from memstudy import advice, profiler
+from memstudy import profiler
 from memstudy.attention import Unavailable
-from memstudy.hub_configs import HubModelRun, hub_models
+from memstudy.huggingface.catalogue import hub_models
+from memstudy.studies.ablation import advice
 from memstudy.techniques import TECHNIQUES, check_available, parse
-from memstudy.trainers import build
+from memstudy.trainers.hub_model import HubModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -119,7 +120,7 @@ def test_the_json_of_a_prediction_is_the_librarys_report(batch, models, small_gp
     assert given.keys() == PREDICTED
     run = HubModelRun.model_validate(given["run"])
     assert (run.techniques, run.optimizer, run.batch_size) == (("bf16", "checkpointing"), "adafactor", batch)
-    report = profiler.predict(build(run, gpu=profiler.find_gpu(small_gpu)), gpu=small_gpu)
+    report = profiler.predict(run.build(gpu=profiler.find_gpu(small_gpu)), gpu=small_gpu)
     assert (given["kind"], given["device"]) == ("predicted", "small")
     assert given["waterfall_mib"] == report.waterfall_mib()
     assert sum(given["waterfall_mib"].values()) == pytest.approx(given["whole_gpu_mib"])

@@ -189,7 +189,7 @@ def test_a_notebook_imports_only_the_public_layers(path):
     ("package", "source", "modules"),
     [
         ("memstudy.profiler", "from .roles import Roles", {"memstudy.profiler.roles.Roles"}),
-        ("memstudy.profiler", "from .. import trainers", {"memstudy.trainers"}),
+        ("memstudy.profiler", "from .. import trainers", {"memstudy.kinds"}),
         ("memstudy", "from . import runs", {"memstudy.records"}),
         ("memstudy", "def f():\n    import torch.nn as nn", {"torch.nn"}),
         ("memstudy", "from memstudy.records import read", {"memstudy.records.read"}),

@@ -5,10 +5,9 @@ import json
 import pytest
 from support.tiny_run import tiny_run
 
-from memstudy import machine, parameters, records
+from memstudy import machine, project, records
 from memstudy.cli import jobs
 from memstudy.study import Study
-from memstudy.trainers import execute
 
 SLOW, FAST = 0.02, 1.9
 AVX2 = "sse4_2 avx avx2"
@@ -109,7 +108,7 @@ def test_the_probe_measures():
 @pytest.mark.parametrize(("speed", "emulated"), [(SLOW, True), (FAST, False)])
 def test_a_step_in_emulated_bfloat16_is_measured_and_not_timed(probe, tmp_path, speed, emulated):
     probe(speed)
-    metrics = execute(tiny_run(techniques=("bf16",)), tmp_path)["metrics"]
+    metrics = tiny_run(techniques=("bf16",)).execute(tmp_path)["metrics"]
     assert metrics.get("emulated", False) == emulated
     assert ("step_time_ms" in metrics) != emulated
     assert ("tokens_per_s" in metrics) != emulated
@@ -118,7 +117,7 @@ def test_a_step_in_emulated_bfloat16_is_measured_and_not_timed(probe, tmp_path, 
 
 def test_a_step_in_fp32_is_timed_on_any_machine(probe, tmp_path):
     probe(SLOW)
-    metrics = execute(tiny_run(), tmp_path)["metrics"]
+    metrics = tiny_run().execute(tmp_path)["metrics"]
     assert "emulated" not in metrics
     assert metrics["step_time_ms"] > 0
 
@@ -128,16 +127,16 @@ def test_a_step_in_fp32_is_timed_on_any_machine(probe, tmp_path):
 ])  # fmt: skip
 def test_auto_asks_the_machine_and_a_list_does_not(probe, tmp_path, asked, speed, techniques):
     probe(speed)
-    namespace = parameters.notebook_parameters("glue_lowrank") | {
+    namespace = project.notebook_parameters("glue_lowrank") | {
         "results_dir": str(tmp_path / "results"), "out_dir": str(tmp_path),
     }  # fmt: skip
     assert Study("glue_lowrank", namespace).precision(asked) == techniques
 
 
 def test_the_reference_never_asks_the_machine():
-    for stem in parameters.studies():
-        if "precision" in parameters.notebook_parameters(stem):
-            assert parameters.read_parameters(stem, "full")["precision"] == ["bf16"]
+    for stem in project.studies():
+        if "precision" in project.notebook_parameters(stem):
+            assert project.read_parameters(stem, "full")["precision"] == ["bf16"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from memstudy.profiler import CATEGORIES, MIB, PHASES, measure, predict
 from memstudy.profiler.accounting import account
 from memstudy.profiler.events import Event
 from memstudy.techniques import OptimizerInBackward
-from memstudy.trainers import LanguageModelRun, build
+from memstudy.trainers.language_model import LanguageModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -292,7 +292,7 @@ WINDOW = {"variant": "window", "window": 16}
 
 @pytest.mark.parametrize(
     "make",
-    [mlp_build(), mlp_build(in_backward=True), build(lm()), build(lm(("checkpointing", "chunked_loss"), WINDOW))],
+    [mlp_build(), mlp_build(in_backward=True), lm().build(), lm(("checkpointing", "chunked_loss"), WINDOW).build()],
     ids=["mlp", "in-backward", "decoder", "decoder-checkpointing-chunked-window"],
 )
 def test_every_moment_equals_the_allocators_own_total(make):
@@ -331,7 +331,7 @@ def test_tensors_of_known_size(report_on):
 
 @both
 def test_categories_add_up_at_every_moment(report_on):
-    report = report_on(build(lm(("bf16", "checkpointing"))))
+    report = report_on(lm(("bf16", "checkpointing")).build())
     assert {tuple(live) for _, _, live in report.timeline} == {CATEGORIES}
     assert min(n for _, _, live in report.timeline for n in live.values()) >= 0
     assert total(report.peak_by_category) == report.peak_bytes
@@ -390,7 +390,7 @@ def test_the_module_table_sums_to_the_activations(report_on):
 
 
 def test_the_module_table_of_a_decoder_names_its_modules():
-    report = measure(build(lm()))
+    report = measure(lm().build())
     assert sum(report.modules.values()) == report.forward_end_by_category["activations"]
     of_layer = [sum(n for name, n in report.modules.items() if f".h.{i}." in f".{name}.") for i in range(2)]
     assert of_layer[0] == of_layer[1] > 4 * 4 * 64 * 64  # more than one (batch, seq, hidden)
@@ -678,7 +678,7 @@ QUICK = ["window", "bf16-sdpa", "selective-half", "accumulation", "all-exact"]
 
 @pytest.mark.parametrize("case", slow_but(QUICK, CASES))
 def test_the_predicted_peak_is_the_measured_to_the_byte(case):
-    make = build(lm(*CASES[case]))
+    make = lm(*CASES[case]).build()
     measured, predicted = measure(make), predict(make)
     assert (measured.kind, predicted.kind) == ("measured", "predicted")
     assert predicted.peak_bytes == measured.peak_bytes
@@ -689,7 +689,7 @@ def test_the_predicted_peak_is_the_measured_to_the_byte(case):
 @pytest.mark.parametrize("vocab_size", [300, 4000])
 def test_the_predicted_chunked_loss(vocab_size):
     """With few tokens the peak is in backward, where two gradients of the tied embedding are added in place."""
-    make = build(lm(("chunked_loss",), SDPA, seq_len=16, batch_size=1, vocab_size=vocab_size))
+    make = lm(("chunked_loss",), SDPA, seq_len=16, batch_size=1, vocab_size=vocab_size).build()
     measured, predicted = measure(make), predict(make)
     assert measured.peak_by_phase["backward"] == measured.peak_bytes
     assert measured.peak_bytes == predicted.peak_bytes
@@ -698,7 +698,7 @@ def test_the_predicted_chunked_loss(vocab_size):
 
 def test_the_predicted_8bit_optimizer():
     """State and scratch: bitsandbytes' CPU kernels are written in Python, so that predicting runs them too."""
-    make = build(lm(("adamw_8bit",), SDPA))
+    make = lm(("adamw_8bit",), SDPA).build()
     measure(make)  # bitsandbytes makes its code tables once a process
     measured, predicted = measure(make), predict(make)
     assert predicted.peak_by_phase == measured.peak_by_phase
@@ -708,7 +708,7 @@ def test_the_predicted_8bit_optimizer():
 @pytest.mark.parametrize("techniques", [(), ("bf16", "accumulation=2")], ids=["fp32", "bf16-accumulation"])
 def test_the_predicted_moments_are_the_measured(techniques):
     """Not only the peak: phase by phase and step by step."""
-    make = build(lm(techniques, SDPA))
+    make = lm(techniques, SDPA).build()
     measured, predicted = measure(make), predict(make)
     assert predicted.peak_by_phase == measured.peak_by_phase
     assert predicted.forward_end_by_category == measured.forward_end_by_category
@@ -778,7 +778,7 @@ def test_tensors_made_of_python_numbers_count(report_on):
 
 
 def test_prediction_is_the_same_each_time():
-    make = build(lm(("checkpointing",)))  # autocast lets go of its casts in an order of chance
+    make = lm(("checkpointing",)).build()  # autocast lets go of its casts in an order of chance
     first, second = predict(make), predict(make)
     assert [(phase, live) for _, phase, live in first.timeline] == [(phase, live) for _, phase, live in second.timeline]
 

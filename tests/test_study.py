@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from support.tiny_run import SWEEP, tiny_config, tiny_run
 
 from memstudy import launcher, machine, records
-from memstudy.parameters import notebook_parameters
+from memstudy.kinds import PredictionRun
+from memstudy.project import notebook_parameters
 from memstudy.study import Study, _escape
-from memstudy.trainers import PredictionRun, execute
 
 ROOT = Path(__file__).parents[1]
 
@@ -162,7 +162,7 @@ def test_where_nothing_may_be_run_the_machine_with_most_records_is_used_alone(sw
 def test_another_machines_prediction_is_used_when_this_one_would_predict_the_same(gpu, changed, reused, tmp_path):
     prediction = PredictionRun(experiment="foretold", of=tiny_run(), gpu=gpu)
     record = records.perform(
-        prediction.model_dump(mode="json"), tmp_path / "lab4_grid", lambda _: execute(prediction, tmp_path)
+        prediction.model_dump(mode="json"), tmp_path / "lab4_grid", lambda _: prediction.execute(tmp_path)
     )
     where = record["provenance"] | {"device": "another GPU", "packages": record["provenance"]["packages"] | changed}
     (path,) = tmp_path.glob("lab4_grid/*.json")

@@ -7,7 +7,6 @@ is timed once all are predicted), so which runs there are is known by rounds: pl
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -16,17 +15,8 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from memstudy import layers, records
-from memstudy.attention import Unavailable
-from memstudy.configs import LayerRun
-from memstudy.parameters import read_parameters
-from memstudy.prediction_configs import PredictionRun, PublishedRowRun
-from memstudy.profiler import MIB, predict
-from memstudy.step import foretell
-from memstudy.trainers import Run
-
-PROCESS_MIB = 1500  # what a process holds before its first tensor, and what it reads in: Python, PyTorch, data
-SLACK = 1.3  # over the predicted peak, for what an allocator keeps and for evaluation
+from memstudy import records
+from memstudy.project import read_parameters
 
 
 def missing(stem: str, scale: str, results: Path) -> dict[str, dict]:
@@ -59,31 +49,3 @@ def missing(stem: str, scale: str, results: Path) -> dict[str, dict]:
     if error and error.ename != records.MissingRecords.__name__:
         raise ValueError(f"study {stem}: {error.ename}: {error.evalue}")
     return configs
-
-
-def needs(run: Run, *, gpu: str = "") -> dict[str, int]:
-    """What a job that carries out ``run`` has to ask for, predicted; in MB of 10^6 bytes, as schedulers count.
-
-    Returns
-    -------
-    dict
-        ``mem_mb``, of the host, of all processes; with ``gpu``, unless the run is itself a prediction, ``gpu`` (how
-        many) and ``gpu_mem_mb`` (of each) too.
-    """
-    if isinstance(run, PredictionRun | PublishedRowRun):
-        return {"mem_mb": _mb(2 * PROCESS_MIB)}  # of what is followed, millions of small objects
-    try:
-        if isinstance(run, LayerRun):
-            peak = layers.peak_bytes(run, predict) / MIB
-            return {"mem_mb": _mb(PROCESS_MIB + SLACK * peak)}
-        report = foretell(run, gpu)
-    except Unavailable:  # the run will say so itself
-        return {"mem_mb": _mb(PROCESS_MIB)}
-    if gpu:
-        gpus = {"gpu": run.processes, "gpu_mem_mb": _mb(report.whole_gpu_mib)}
-        return {"mem_mb": run.processes * _mb(2 * PROCESS_MIB), **gpus}
-    return {"mem_mb": run.processes * _mb(PROCESS_MIB + SLACK * report.peak_allocated_mib)}
-
-
-def _mb(mib: float) -> int:
-    return math.ceil(mib * MIB / 1e6)

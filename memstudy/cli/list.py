@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from memstudy import parameters, records
+from memstudy import project, records
 from memstudy.cli.errors import one_line
 
 RESULTS = "Folder of the records; a study's are in its own below it."
@@ -90,7 +90,7 @@ def _gpus(results: Path) -> list[dict]:
 
 
 def _models(results: Path) -> list[dict]:
-    from memstudy.hub_configs import hub_models
+    from memstudy.huggingface.catalogue import hub_models
 
     return [
         {"model": name, "family": settings["model_type"], "class": settings["architectures"][0]}
@@ -99,7 +99,7 @@ def _models(results: Path) -> list[dict]:
 
 
 def _studies(results: Path) -> list[dict]:
-    return [{"study": stem, "scales": ", ".join(parameters.scales(stem))} for stem in parameters.studies()]
+    return [{"study": stem, "scales": ", ".join(project.scales(stem))} for stem in project.studies()]
 
 
 def _runs(results: Path) -> list[dict]:

@@ -28,7 +28,7 @@ def plan(
     """
     with one_line():
         from memstudy.cli import jobs
-        from memstudy.trainers import parse_run
+        from memstudy.kinds import parse_run
 
         configs = jobs.missing(study, scale, results)
         into.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ import typer
 from memstudy.cli.errors import one_line
 
 if TYPE_CHECKING:
-    from memstudy.hub_configs import HubModelRun
     from memstudy.profiler import Fit, MemoryReport
+    from memstudy.trainers.hub_model import HubModelRun
 
 Model = Annotated[str, typer.Option(help="A name of `memstudy list models`, or the path of a config.json.")]
 Batch = Annotated[int, typer.Option(help="Sequences in one update.", min=1, max=2**31)]
@@ -92,7 +92,7 @@ def fit(
     answer is a tested one. Exit status 0 whether one fits or not.
     """
     with _one_line():
-        from memstudy.advice import first_that_fits
+        from memstudy.studies.ablation.advice import first_that_fits
 
         if verify and gpu is not None:
             raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
@@ -160,8 +160,9 @@ def advise(
     from rich.console import Console
     from rich.table import Table
 
-    from memstudy import advice, techniques
+    from memstudy import techniques
     from memstudy.profiler.search import check_budget
+    from memstudy.studies.ablation import advice
 
     with _one_line():
         if (gpu is None) == (budget_mib is None):
@@ -224,7 +225,6 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, *, limit=N
     from memstudy.profiler import find_gpu, measure
     from memstudy.profiler import fit as largest_fit
     from memstudy.profiler.search import LIMIT
-    from memstudy.step import build
 
     card = gpu and find_gpu(gpu)
 
@@ -233,7 +233,7 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, *, limit=N
         parts = (f"accumulation={whole // size}",) if whole > size else ()
         run = _plan(**plan | {"batch_size": whole, "techniques": (*plan["techniques"], *parts)})
         status.update(f"{plan['model']}: batch {size}, {', '.join(plan['techniques']) or 'no technique'}")
-        return build(run, gpu=card, parts=2)
+        return run.build(gpu=card, parts=2)
 
     def run_batch(size: int) -> float | None:
         try:
@@ -259,9 +259,10 @@ def _fit(plan, gpu, budget_mib, effective_batch, expandable_segments, *, limit=N
 
 def _levers(plan: dict, gpu: str | None) -> list[str]:
     """The levers that the memory ablation advises, those that suit the model and can be had."""
-    from memstudy import advice, techniques
+    from memstudy import techniques
     from memstudy.attention import Unavailable
     from memstudy.profiler import find_gpu
+    from memstudy.studies.ablation import advice
 
     card = gpu and find_gpu(gpu)
 
@@ -279,7 +280,7 @@ def _levers(plan: dict, gpu: str | None) -> list[str]:
 
 def _additions(plan: dict, gpu: str | None, effective_batch: int | None) -> list[tuple[str, ...]]:
     """Ever longer lists of techniques, the quickest first."""
-    from memstudy import advice
+    from memstudy.studies.ablation import advice
 
     # A batch of 1 shall do, and is accumulated to the effective batch.
     batch = effective_batch or 1
@@ -294,7 +295,7 @@ def _split(techniques: str) -> tuple[str, ...]:
 
 
 def _plan(**choices) -> HubModelRun:
-    from memstudy.hub_configs import HubModelRun
+    from memstudy.trainers.hub_model import HubModelRun
 
     return HubModelRun(experiment="forecast", **choices)
 
@@ -303,11 +304,10 @@ def _report(run: HubModelRun, gpu: str | None, expandable_segments: bool) -> Mem
     from rich.console import Console
 
     from memstudy.profiler import find_gpu
-    from memstudy.step import foretell
 
     card = gpu and find_gpu(gpu)
     with Console(stderr=True).status(f"following two steps of {run.model} on tensors without bytes"):
-        return foretell(run, card, expandable_segments=expandable_segments)
+        return run.foretell(card, expandable_segments=expandable_segments)
 
 
 @contextmanager

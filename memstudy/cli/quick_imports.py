@@ -12,7 +12,7 @@ import torch
 
 
 def import_step() -> None:
-    """Import `step`, with Hugging Face's Trainer and all that it brings, before anything else does.
+    """Import `trainers.hub_model`, with Hugging Face's Trainer and all that it brings, before anything else does.
 
     Among it is bitsandbytes, which has torch compile four functions as it is imported, and so imports torch's compiler:
     here they are compiled when one of them is called. And Python's garbage collector, which would look through all
@@ -25,7 +25,7 @@ def import_step() -> None:
         # bitsandbytes is not for every platform.
         with patch("torch.compile", compiled_when_called), contextlib.suppress(ImportError):
             import bitsandbytes  # noqa: F401
-        import memstudy.step  # noqa: F401
+        import memstudy.trainers.hub_model  # noqa: F401
     finally:
         if collects:
             gc.enable()

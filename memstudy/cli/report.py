@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from memstudy import parameters, records
+from memstudy import project, records
 from memstudy.cli.errors import one_line
 from memstudy.cli.list import RESULTS
 
@@ -40,10 +40,10 @@ def report(
     records are not all there yet is named and left out.
     """
     with one_line():
-        stems = studies or [s for s in parameters.studies() if scale in parameters.scales(s)]
+        stems = studies or [s for s in project.studies() if scale in project.scales(s)]
         if not stems:
             raise ValueError(f"no study has parameters at scale {scale!r}")
-        chosen = {stem: parameters.read_parameters(stem, scale) for stem in stems}
+        chosen = {stem: project.read_parameters(stem, scale) for stem in stems}
         if not reference:
             records.check_writable(results)
     if not sys.stderr.isatty():
@@ -53,14 +53,14 @@ def report(
     with tempfile.TemporaryDirectory() as scratch:
         if no_run:
             os.environ[records.PLAN] = scratch  # and nothing runs
-        share_s = QUICK_S / len(parameters.studies()) if scale == "quick" else None
+        share_s = QUICK_S / len(project.studies()) if scale == "quick" else None
         errors = _execute_all(chosen, places, at_once=2 if reference or no_run else 1, share_s=share_s)
     done = [stem for stem, error in errors.items() if not error]
     left_out = [stem for stem, error in errors.items() if error == records.MissingRecords.__name__ and not studies]
     failed = [stem for stem in errors if stem not in done + left_out]
     status = 1 if failed or not done else 0
     if done:
-        from memstudy import synthesis
+        from memstudy.cli import synthesis
 
         (generated / "report").mkdir(parents=True, exist_ok=True)
         synthesis.draw(generated, done)

@@ -41,11 +41,11 @@ def run(
         records.check_writable(results)
         import torch
 
-        from memstudy import trainers
         from memstudy.attention import Unavailable
+        from memstudy.kinds import parse_run
 
-        planned = trainers.parse_run(given)
-        processes = getattr(planned, "processes", 1)
+        planned = parse_run(given)
+        processes = planned.n_processes
         together = int(os.environ.get("WORLD_SIZE", 1))
         if "RANK" in os.environ and together != processes:
             raise ValueError(f"{config}: processes={processes}, but {together} were started; start as many, or none")
@@ -53,17 +53,15 @@ def run(
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             command = [*launch, "-m", "memstudy.cli", "run", str(config), "--results", str(results)]
             raise typer.Exit(subprocess.run(command).returncode)
-        trains = getattr(planned, "train_steps", 0)
-        if trains or isinstance(planned, trainers.FineTuneRun):
-            trainers.load_data(planned)
+        planned.load_data()
         try:
             if int(os.environ.get("RANK", 0)):  # the first process writes the record
-                trainers.execute(planned, records.checkpoints_of(planned.model_dump(mode="json")))
+                planned.execute(records.checkpoints_of(planned.model_dump(mode="json")))
                 return
             record = records.perform(
                 planned.model_dump(mode="json"),
                 results.resolve(),
-                lambda checkpoints: trainers.execute(planned, checkpoints),
+                planned.execute,
                 out_of_memory=(MemoryError, torch.OutOfMemoryError),
                 unavailable=(Unavailable,),
             )

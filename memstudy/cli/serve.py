@@ -15,7 +15,7 @@ QUESTIONS = "place-value-100000"
 
 def quick_runs(data_hash: str) -> list:
     """The two runs that ``--train`` carries out: exact attention, and MemSizer everywhere; three minutes each."""
-    from memstudy.seq2seq_configs import Seq2SeqRun
+    from memstudy.studies.memsizer.run import Seq2SeqRun
 
     sizes = {"n_layers": 2, "hidden_size": 128, "n_heads": 4, "feed_forward": 512, "vocab_size": 48, "seq_len": 56}
     training = {"batch_size": 128, "learning_rate": 2e-3, "dropout": 0.0, "eval_rows": 2000}
@@ -48,7 +48,7 @@ def serve(
             train = typer.confirm("Train two small ones now? That takes about six minutes", abort=True, err=True)
         if train:
             _train()
-        from memstudy.qa.app import make_server_for
+        from memstudy.studies.memsizer.page.app import make_server_for
 
         server = make_server_for(models, host, port)
     typer.echo(f"http://{host}:{server.server_port}/ (Ctrl-C stops it)")
@@ -61,13 +61,13 @@ def serve(
 
 
 def _train() -> None:
-    from memstudy import data, trainers
+    from memstudy import data
 
     for run in quick_runs(data.load(QUESTIONS).content_hash):
         record = records.perform(
             run.model_dump(mode="json"),
             records.ROOT / "results" / "serve",
-            lambda checkpoints, run=run: trainers.execute(run, checkpoints),
+            lambda checkpoints, run=run: run.execute(checkpoints),
         )
         if record["status"] != "ok":
             raise ValueError(f"training failed: {record['reason']}")

@@ -21,7 +21,7 @@ def _serve() -> None:
     from memstudy.cli.quick_imports import import_step
 
     import_step()
-    from memstudy import trainers  # noqa: F401 - imported for the processes to come
+    from memstudy import kinds  # noqa: F401 - imported for the processes to come
     from memstudy.cli.main import app
 
     for line in sys.stdin:

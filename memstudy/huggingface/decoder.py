@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from memstudy.attention import ATTENTION, AttentionConfig
-from memstudy.convert import convert_attention
+from memstudy.huggingface.convert import convert_attention
 
 
 class DecoderConfig(GPT2Config):

@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import bitsandbytes
 import pandas as pd
 import torch
+from pydantic import model_validator
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, ReformerModelWithLMHead
@@ -18,11 +20,11 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.optimization import Adafactor
 
-from memstudy.hub_configs import hub_models
-from memstudy.prediction_configs import PublishedRowRun
+from memstudy.huggingface.catalogue import hub_models
 from memstudy.profiler import MIB, predict
 from memstudy.profiler.cuda import TODAY
-from memstudy.published import GPUS, eras
+from memstudy.studies.published import GPUS, eras
+from memstudy.trainers.base import PROCESS_MIB, Run, megabytes
 
 HERE = Path(__file__).parent
 Figures = Iterable[tuple[str, float, Callable[[], float]]]  # row, published [MiB], what predicts the row [MiB]
@@ -53,6 +55,27 @@ def predicted_mib(table: str, row: str) -> float:
     if row not in known:
         raise ValueError(f"unknown row {row!r} of table {table!r}; known: {'; '.join(known.index)}")
     return next(predict_row for name, _, predict_row in _FIGURES[table]() if name == row)()
+
+
+class PublishedRowRun(Run):
+    """The prediction of one published reading of a GPU's memory: the row ``of`` of ``table`` (`published.rows`)."""
+
+    kind: Literal["published_row"] = "published_row"
+    table: Literal["ops", "inference", "bert"]
+    of: str
+    gpu: str
+
+    @model_validator(mode="after")
+    def _on_its_gpu(self):
+        if self.gpu != GPUS[self.table]:
+            raise ValueError(f"gpu={self.gpu!r}: table {self.table!r} is of {GPUS[self.table]}")
+        return self
+
+    def execute(self, checkpoints):
+        return {"metrics": {"predicted_mib": predicted_mib(self.table, self.of)}, "curves": {}, "data": {}}
+
+    def needs(self, gpu=""):
+        return {"mem_mb": megabytes(2 * PROCESS_MIB)}
 
 
 def runs(table: str) -> list[PublishedRowRun]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -25,10 +26,13 @@ from transformers import (
     set_seed,
 )
 
-from memstudy import data, glue, techniques
-from memstudy.hub_configs import FineTuneRun
-from memstudy.lever_trainer import LeverTrainer, make_trainer
-from memstudy.pretrained import weights_folder
+from memstudy import data, techniques
+from memstudy.huggingface.pretrained import weights_folder
+from memstudy.studies.glue import tasks
+from memstudy.trainers.trainer import LeverTrainer, make_trainer
+
+if TYPE_CHECKING:
+    from memstudy.studies.glue.run import FineTuneRun
 
 MASKED = 0.15  # of the tokens in training
 
@@ -58,18 +62,18 @@ def execute(run: FineTuneRun, loaded: data.LoadedData, checkpoints: Path) -> dic
 
 
 def _classify(run: FineTuneRun, loaded: data.LoadedData, tokenizer: PreTrainedTokenizerBase, checkpoints: Path) -> dict:
-    task = glue.task_of(loaded)
+    task = tasks.task_of(loaded)
     train = _drawn(loaded.splits["train"], run.train_rows, run.seed)
     held_back = loaded.splits[task.validation]
     held_back = held_back.select(range(min(run.eval_rows, len(held_back))))
-    (train, cut), (held_back, _) = (glue.encode(rows, task, tokenizer, run.seq_len) for rows in (train, held_back))
+    (train, cut), (held_back, _) = (tasks.encode(rows, task, tokenizer, run.seq_len) for rows in (train, held_back))
     set_seed(run.seed)
     model = run.load_model(task.n_labels)
     trainer, metrics, curves = _trained(run, model, train, DataCollatorWithPadding(tokenizer), checkpoints)
     output = trainer.predict(held_back, metric_key_prefix="eval")
     labels = held_back["labels"]
     predictions = output.predictions[:, 0] if task.n_labels == 1 else output.predictions.argmax(-1)
-    metrics |= glue.score(task, predictions, labels) | {
+    metrics |= tasks.score(task, predictions, labels) | {
         "eval_loss": output.metrics["eval_loss"],
         "eval_rows": len(labels),
         "cut_rows": cut,

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from memstudy.configs import StepRun
+if TYPE_CHECKING:
+    from memstudy.trainers.base import StepRun
 
 SAVE_STEPS = 100  # a training that is killed loses at most so many updates
 

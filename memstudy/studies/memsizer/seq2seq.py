@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -23,13 +24,16 @@ from transformers import (
     set_seed,
 )
 
-from memstudy import data, pairs, place_value, techniques
-from memstudy.encoder_decoder import Seq2SeqLM, state_bytes
-from memstudy.layers import measured, timed
-from memstudy.lever_trainer import LeverTrainer, make_trainer
+from memstudy import data, place_value, techniques
 from memstudy.profiler import MIB
 from memstudy.profiler.roles import Step
-from memstudy.seq2seq_configs import Seq2SeqRun
+from memstudy.studies.memsizer import pairs
+from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, state_bytes
+from memstudy.trainers.timing import measured, timed
+from memstudy.trainers.trainer import LeverTrainer, make_trainer
+
+if TYPE_CHECKING:
+    from memstudy.studies.memsizer.run import Seq2SeqRun
 
 SHOWN = 5  # texts that a record keeps of each split
 

@@ -9,8 +9,8 @@ import bisect
 from collections.abc import Callable, Mapping, Sequence
 
 from memstudy import machine, records, techniques
-from memstudy.hub_configs import HubModelRun
-from memstudy.parameters import read_parameters
+from memstudy.project import read_parameters
+from memstudy.trainers.hub_model import HubModelRun
 
 STUDY = "memory_ablation"
 _SIZE = ("n_layers", "hidden_size", "n_heads", "feed_forward", "vocab_size", "seq_len", "batch_size", "measure_steps")

@@ -12,18 +12,19 @@ it, so that whatever else the machine does falls on both.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import set_seed
 
-from memstudy.configs import LayerRun
 from memstudy.profiler import MIB, MemoryReport, measure, predict
 from memstudy.profiler.roles import Step
+from memstudy.trainers.timing import WARM_UP, timed
 
-WARM_UP = 2  # steps before any is timed
+if TYPE_CHECKING:
+    from memstudy.studies.attention_layer.run import LayerRun
 
 
 def execute(run: LayerRun) -> dict:
@@ -89,26 +90,6 @@ def _times(run: LayerRun, device: str) -> tuple[list[float], list[float]]:
         step()
     pairs = [[timed(step) for step in steps] for _ in range(run.measure_steps)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-
-
-def measured(build: Callable[[], Step], *, iterations: int) -> tuple[MemoryReport, Step]:
-    """Measure the memory of what ``build`` makes, once made; give the step too, to be timed."""
-    steps: list[Step] = []
-
-    def kept() -> Step:
-        steps.append(build())
-        return steps[0]
-
-    return measure(kept, iterations=iterations), steps[0]
-
-
-def timed(step: Step) -> float:
-    """Seconds that one ``step`` takes."""
-    began = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def _make(run: LayerRun, device: str) -> tuple[nn.Module, list[torch.Tensor], torch.Tensor]:

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from memstudy.attention import ATTENTION, AttentionConfig, SoftmaxConfig
-from memstudy.projections import attends_elsewhere
+from memstudy.huggingface.families import attends_elsewhere
 
 _DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")  # of model configs
 

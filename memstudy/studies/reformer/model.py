@@ -34,7 +34,7 @@ from transformers.models.reformer.modeling_reformer import (
 )
 
 from memstudy.attention import AttentionConfig, LSHConfig, SoftmaxConfig, WindowConfig
-from memstudy.models import LossInTraining
+from memstudy.huggingface.decoder import LossInTraining
 
 TOKENS = 2048  # computed at once of what concerns single tokens: norms, projections, the feed-forward part
 

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from memstudy.encoder_decoder import Seq2SeqLM, state_bytes
-from memstudy.seq2seq_configs import Seq2SeqRun
+from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, state_bytes
+from memstudy.studies.memsizer.run import Seq2SeqRun
 
 LOCK = threading.Lock()  # one question at a time: the models are shared, and timings would spoil each other
 

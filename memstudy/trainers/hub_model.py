@@ -1,31 +1,24 @@
-"""What can be run on Hugging Face's models: frozen descriptions, and the model and inputs that each one describes.
+"""A run of one of Hugging Face's models with random weights, for memory and time depend on shapes alone.
 
-With ``convert_to`` a variant of ours takes the place of the model's attention (`convert`). A training step and a
-forward pass are described with random weights, for memory and time depend on shapes alone; a fine-tuning starts from
-trained ones (`pretrained`).
+With ``convert_to`` a variant of ours takes the place of the model's attention (`huggingface.convert`).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
 import transformers
-import yaml
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 from transformers.models.auto import modeling_auto
 from transformers.training_args import OptimizerNames
 
 from memstudy.attention import AttentionConfig
-from memstudy.configs import StepRun, mixer_of
-from memstudy.convert import convert_attention
-from memstudy.pretrained import PRETRAINED, weights_folder
-
-HUB_MODELS = Path(__file__).with_name("hub_models.yaml")
+from memstudy.attention.settings import mixer_of
+from memstudy.huggingface.catalogue import hub_models, read_config
+from memstudy.huggingface.convert import convert_attention
+from memstudy.trainers.base import StepRun
 
 _CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _LANGUAGE_MODELS = (
@@ -117,7 +110,8 @@ class HubModelRun(StepRun):
         """The variant that takes the place of the model's attention, None when the model stays as it is."""
         return mixer_of(self.convert_to) if self.convert_to else None
 
-    def _converted(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    def converted(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+        """``model`` with the variant in the place of its attention."""
         mixer = self.mixer()
         return convert_attention(model, mixer, layers=self.layers or None, seed=self.seed) if mixer else model
 
@@ -130,7 +124,7 @@ class HubModelRun(StepRun):
             For an unknown name, and for a file that is no configuration.
         """
         if self.model.endswith(".json"):
-            return _read_config(self.model)
+            return read_config(self.model)
         known = hub_models()
         if self.model not in known:
             raise ValueError(
@@ -156,14 +150,14 @@ class HubModelRun(StepRun):
             if config.pad_token_id is None:  # a decoder's classifier reads the last token that is none
                 config.pad_token_id = 0
             family = transformers.AutoModelForSequenceClassification
-            return self._converted(family.from_config(config, attn_implementation=self.attention))
+            return self.converted(family.from_config(config, attn_implementation=self.attention))
         family = self._family(config)
         # Where the family has no other attention than its own, that goes by the name of eager.
         attention = self.attention if family._supports_sdpa else "eager"
         model = family._from_config(config, attn_implementation=attention)
         if "LMHead" in family.__name__:
             model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
-        return self._converted(model)
+        return self.converted(model)
 
     def make_batch(self) -> dict[str, torch.Tensor]:
         """A batch of random tokens, from torch's global generator; no padding."""
@@ -172,104 +166,3 @@ class HubModelRun(StepRun):
 
     def flags(self):
         return {} if self.optimizer == "adamw" else {"optim": self.optimizer}
-
-
-class InferenceRun(HubModelRun):
-    """Every choice of one run of forward passes without gradients, in fp32.
-
-    ``measure_steps`` batches of random tokens are timed, each by itself. Techniques are those for inference: pruned
-    weights, and one engine.
-    """
-
-    kind: Literal["inference"] = "inference"
-    measure_steps: PositiveInt = 20
-    processes: Literal[1] = 1
-
-    @staticmethod
-    def _takes(lever):
-        return lever.at_inference
-
-
-class FineTuneRun(HubModelRun):
-    """Every choice of one fine-tuning: trained weights, converted, trained on a data set, and judged on rows held back.
-
-    ``model`` is a name in ``pretrained.PRETRAINED``, or the path of a ``config.json`` with ``model.safetensors`` and
-    the tokenizer's files beside it. With task ``classification`` ``dataset`` is one of GLUE's tasks, ``glue/sst2``, or
-    the path of a ``.csv`` (see `glue`); with task ``lm`` it is running text, for a masked language model.
-    ``train_rows`` rows (blocks of text) are drawn for all epochs, all where there are fewer; 0 leaves the head
-    untrained. ``eval_rows`` bounds the rows that it is judged on. The rate falls in a straight line to 0 after a tenth
-    of the updates.
-    """
-
-    kind: Literal["fine_tune"] = "fine_tune"
-    task: Literal["lm", "classification"] = "classification"
-    dataset: str
-    data_hash: str
-    train_rows: NonNegativeInt
-    eval_rows: PositiveInt = 10_000
-    epochs: PositiveInt = 1
-    measure_steps: Literal[0] = 0
-    processes: Literal[1] = 1
-
-    @model_validator(mode="after")
-    def _clips(self):
-        if "optimizer_in_backward" in self.techniques:
-            raise ValueError("optimizer_in_backward never has all gradients, which a fine-tuning clips: leave it out")
-        return self
-
-    @field_validator("model")
-    @classmethod
-    def _has_weights(cls, model: str) -> str:
-        if model not in PRETRAINED and not model.endswith(".json"):
-            raise ValueError(
-                f"no trained weights are known for model {model!r}; known: {', '.join(PRETRAINED)}; for another give "
-                "the path of its config.json, with model.safetensors beside it"
-            )
-        return model
-
-    def load_model(self, n_labels: int) -> transformers.PreTrainedModel:
-        """The model with trained weights, converted; its head is drawn from torch's global generator.
-
-        Parameters
-        ----------
-        n_labels : int
-            Of a classifier; 1 is for a regression. Without effect on a language model.
-        """
-        options: dict = {"use_safetensors": True, "attn_implementation": self.attention}
-        family = transformers.AutoModelForMaskedLM
-        if self.task == "classification":
-            family, options["num_labels"] = transformers.AutoModelForSequenceClassification, n_labels
-        # The weights are fp32, whatever they were saved in: so is the training.
-        return self._converted(family.from_pretrained(weights_folder(self.model), dtype=torch.float32, **options))
-
-    def flags(self):
-        return super().flags() | {
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0.1,
-            "weight_decay": 0.01,
-            "max_grad_norm": 1.0,
-            "train_sampling_strategy": "group_by_length",
-            "prediction_loss_only": False,
-        }
-
-
-def _read_config(path: str) -> transformers.PretrainedConfig:
-    """The configuration in a file; read here, for transformers would look for a missing one on the internet."""
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"model {path}: {error.strerror}; the path of a config.json is needed") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"model {path}: not JSON: {error}") from None
-    kind = given.get("model_type") if isinstance(given, dict) else None
-    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"model {path}: model_type={kind!r} is none that transformers knows")
-    try:
-        return transformers.CONFIG_MAPPING[kind].from_dict(given)
-    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"model {path}: {' '.join(str(error).split())[:200]}") from None
-
-
-def hub_models() -> dict[str, dict]:
-    """The models known by name, and what of their configuration differs from the family's defaults."""
-    return yaml.safe_load(HUB_MODELS.read_bytes())

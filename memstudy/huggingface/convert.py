@@ -34,8 +34,8 @@ from safetensors.torch import load_model
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from memstudy.attention import ATTENTION, AttentionConfig
-from memstudy.dispatch import is_function
-from memstudy.projections import FAMILIES, attends_elsewhere, known_attentions, ops, replace_projections
+from memstudy.huggingface.families import FAMILIES, attends_elsewhere, known_attentions, ops, replace_projections
+from memstudy.huggingface.interface import is_function
 
 
 def convert_attention(

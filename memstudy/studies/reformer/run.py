@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from memstudy.configs import LanguageModelRun
-from memstudy.reformer import ReformerLM, ReversibleConfig
+from memstudy import data
+from memstudy.studies.reformer.model import ReformerLM, ReversibleConfig
+from memstudy.trainers.language_model import LanguageModelRun, data_as_planned
 
 
 class ReformerRun(LanguageModelRun):
@@ -97,3 +98,12 @@ class ReformerRun(LanguageModelRun):
 
     def flags(self):
         return {"weight_decay": 0.01} | ({} if self.optimizer == "adamw" else {"optim": self.optimizer})
+
+    def tokenizer(self, loaded):
+        if self.vocabulary == "bytes":
+            return data.train_tokenizer(loaded.splits["train"]["text"][:1], 257)
+        pieces = data_as_planned("vocabulary", self.vocabulary, self.vocabulary_hash)
+        return data.train_tokenizer(pieces.splits["train"]["text"], self.vocab_size, unit="character")
+
+    def _validated(self, rows):
+        return {"validation": rows, "validations": self.validations} if self.validations else {}

@@ -10,7 +10,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.serving import BaseWSGIServer, make_server
 
 from memstudy import place_value
-from memstudy.qa.answers import Model, load_all
+from memstudy.studies.memsizer.page.answers import Model, load_all
 
 LONGEST = 200  # characters of a question that are read at all
 EXAMPLES = (

@@ -8,8 +8,11 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from memstudy.attention import MemSizerConfig
-from memstudy.configs import StepRun, mixer_of
-from memstudy.encoder_decoder import Seq2SeqLM, check_places, encoder_decoder
+from memstudy.attention.settings import mixer_of
+from memstudy.studies.memsizer import pairs, seq2seq
+from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, check_places, encoder_decoder
+from memstudy.trainers.base import StepRun
+from memstudy.trainers.language_model import data_as_planned
 
 PAD, EOS = 0, 1  # the first two tokens of every vocabulary
 
@@ -87,3 +90,19 @@ class Seq2SeqRun(StepRun):
 
     def flags(self):
         return {"lr_scheduler_type": "linear", "warmup_steps": 0.1, "weight_decay": 0.01}
+
+    def load_data(self):
+        if not self.train_steps:
+            return None
+        loaded = data_as_planned("data set", self.dataset, self.data_hash)
+        pairs.task_of(loaded)
+        return loaded
+
+    def carry_out(self, checkpoints):
+        result = super().carry_out(checkpoints)
+        if self.generated:
+            result["metrics"] |= seq2seq.generate(self)
+        if self.train_steps:
+            trained = seq2seq.execute(self, self.load_data(), checkpoints)
+            result = {name: result[name] | trained[name] for name in result}
+        return result

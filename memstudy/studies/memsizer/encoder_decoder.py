@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from memstudy.attention import MemSizerConfig
 from memstudy.attention.memsizer import MemSizerAttention, MemSizerState
-from memstudy.models import LossInTraining
+from memstudy.huggingface.decoder import LossInTraining
 
 PLACES = ("encoder", "decoder", "cross")
 
