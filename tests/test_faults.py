@@ -136,7 +136,7 @@ class Cut(HubHandler):
 
 
 def test_a_download_that_is_cut_off_is_never_taken_for_the_set(tmp_path):
-    repository, commit = data.WIKITEXT
+    repository, commit = data.sets.WIKITEXT
     served = tmp_path / "served"
     files = served / "datasets" / repository / "resolve" / commit / "wikitext-2-v1"
     files.mkdir(parents=True)

@@ -295,7 +295,7 @@ def lm(folder, tmp_path, monkeypatch):
     """Make a run on three words over and over, with changes; the model's logits are near 0."""
     text = "good bad day " * 250
     (tmp_path / "data" / "polish-books").mkdir(parents=True)
-    for split in data.SHARES:
+    for split in data.sources.SHARES:
         pq.write_table(pa.table({"text": [text] * 2}), tmp_path / "data" / "polish-books" / f"{split}.parquet")
     monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path / "data"))
     model = save_tiny(folder / "even", initializer_range=0.02)

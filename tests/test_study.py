@@ -20,8 +20,9 @@ from support.tiny_run import SWEEP, tiny_config, tiny_run
 
 from memstudy import launcher, machine, records
 from memstudy.kinds import PredictionRun
+from memstudy.latex import escape
 from memstudy.project import notebook_parameters
-from memstudy.study import Study, _escape
+from memstudy.study import Study
 
 ROOT = Path(__file__).parents[1]
 
@@ -278,7 +279,7 @@ def test_values_are_those_given_and_what_every_caption_says(printed):
     state = records.git_state()
     assert values["lab4_grid.commit"] == state["commit"][:7] + "+" * state["dirty"]
     assert values["lab4_grid.dataset"] == "random tokens"
-    assert values["lab4_grid.device"] == _escape(machine.device())
+    assert values["lab4_grid.device"] == escape(machine.device())
     assert values["lab4_grid.n_runs"] == str(len(PLANNED))
     assert values["lab4_grid.n_predictions"] == "0"
     assert values["lab4_grid.vocab_size"] == "10,000"
@@ -317,9 +318,9 @@ def plain(latex: str) -> str:
 
 def test_provenance_has_the_machine_the_versions_and_every_run(printed):
     text = plain((printed / "report/tables/lab4_grid_provenance.tex").read_text("utf-8"))
-    assert f"Machine: {_escape(machine.device())}" in text
+    assert f"Machine: {escape(machine.device())}" in text
     assert f"torch {torch.__version__}" in text
-    assert _escape("learning_rate = 0.001") in text
+    assert escape("learning_rate = 0.001") in text
     assert "results" not in text.partition("Parameters:")[2].partition("\n")[0]
     identifiers = [records.run_id(run.model_dump(mode="json")) for run in PLANNED]
     assert re.findall(r"\\run{lab4_grid}{(\w+)}", text) == identifiers
@@ -367,7 +368,7 @@ def test_a_figure_is_written_as_pdf_and_png_and_the_same_rows_give_the_same_pdf(
 @given(st.text(alphabet=st.characters(exclude_categories=["C", "Z"])))
 def test_escaped_text_has_no_character_left_that_latex_would_act_on(text):
     command = r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\[&%$#_{}]"
-    assert not set(re.sub(command, "", _escape(text))) & set("\\&%$#_{}~^")
+    assert not set(re.sub(command, "", escape(text))) & set("\\&%$#_{}~^")
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")

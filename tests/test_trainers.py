@@ -215,7 +215,7 @@ def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
 def folder_of_text(folder, text):
     """Make `folder` hold the data set polish-books, with one and the same text in each split."""
     (folder / "polish-books").mkdir(parents=True)
-    for split in data.SHARES:
+    for split in data.sources.SHARES:
         pq.write_table(pa.table({"text": [text]}), folder / "polish-books" / f"{split}.parquet")
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from memstudy.study import STYLE, write_figure
+from memstudy.figures import use_style, write_figure
 
 SAME = 1.0  # quality lost [%] up to which a technique counts as costing none, and time [%] likewise
 MUCH = 10.0
@@ -49,7 +49,7 @@ def draw(generated: Path, stems: Sequence[str]) -> bool:
     rows = read(generated / "report", stems)
     if rows.empty:
         return False
-    plt.style.use(STYLE)
+    use_style()
     rows["quality"] = pd.cut(rows["quality_lost"], [-float("inf"), SAME, MUCH, float("inf")], labels=list(COLORS)[:3])
     rows["quality"] = rows["quality"].cat.add_categories("not measured").fillna("not measured")
     figure, axes = plt.subplots(figsize=(5.83, 4.4))

@@ -24,7 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from memstudy import data, place_value, techniques
+from memstudy import data, techniques
+from memstudy.data import place_value
 from memstudy.profiler import MIB
 from memstudy.profiler.roles import Step
 from memstudy.studies.memsizer import pairs

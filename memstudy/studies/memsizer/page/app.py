@@ -9,7 +9,7 @@ from flask import Flask, Response, render_template, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import BaseWSGIServer, make_server
 
-from memstudy import place_value
+from memstudy.data import place_value
 from memstudy.studies.memsizer.page.answers import Model, load_all
 
 LONGEST = 200  # characters of a question that are read at all
