@@ -1,1 +1,1 @@
-
+"""The Reformer on running text."""
