@@ -334,5 +334,3 @@ def _row(record: dict) -> dict:
         "device": record["provenance"]["device"],
         "commit": record["provenance"]["commit"],
     }
-
-

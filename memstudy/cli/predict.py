@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from memstudy.cli.answers import as_dict, fit_row, readable, show, verdict
 from memstudy.cli.errors import one_line
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def predict(
         )  # fmt: skip
         report = _report(run, gpu, expandable_segments)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report, run), indent=2))
+        typer.echo(json.dumps(as_dict(report, run), indent=2))
     else:
-        _show(report, processes)
+        show(report, processes)
 
 
 def fit(
@@ -124,12 +125,12 @@ def fit(
                 search(more[place], verify=verify)
         steps = [(rung, tried[rung]) for rung in rungs if rung in tried]
     if as_json:
-        typer.echo(json.dumps([_row(techniques, found) for techniques, found in steps], indent=2))
+        typer.echo(json.dumps([fit_row(techniques, found) for techniques, found in steps], indent=2))
         return
     for techniques, found in steps:
-        typer.echo(f"{', '.join(techniques) or 'no technique'}: {_verdict(found)}")
+        typer.echo(f"{', '.join(techniques) or 'no technique'}: {verdict(found)}")
     if steps[-1][1].batch_size:
-        _show(steps[-1][1].report, processes)
+        show(steps[-1][1].report, processes)
     elif not advise:
         typer.echo("--advise says which techniques to add")
 
@@ -206,7 +207,7 @@ def advise(
         time = "" if row["time"] is None else f"{row['time']:.2f} ×"
         names = ", ".join(row["techniques"]) or "none"
         table.add_row(
-            names, _size(row["needed_mib"]), time, "yes" if row["exact"] else "no", style="bold" * row["fits"]
+            names, readable(row["needed_mib"]), time, "yes" if row["exact"] else "no", style="bold" * row["fits"]
         )
     console = Console(highlight=False)
     console.print(table)
@@ -327,73 +328,3 @@ def _one_line() -> Iterator[None]:
             if "overflow" not in str(error):
                 raise
             raise ValueError("a tensor would have more than 2^63 bytes: take a smaller batch or sequence") from None
-
-
-def _as_dict(report: MemoryReport, run: HubModelRun) -> dict:
-    return {
-        "run": run.model_dump(mode="json"),
-        "device": report.device,
-        "kind": report.kind,
-        "waterfall_mib": report.waterfall_mib(),
-        "peak_allocated_mib": report.peak_allocated_mib,
-        "peak_reserved_mib": report.peak_reserved_mib,
-        "whole_gpu_mib": report.whole_gpu_mib,
-        "peak_by_phase_mib": {phase: size / 2**20 for phase, size in report.peak_by_phase.items()},
-        "fits": None if report.memory_bytes is None else report.out_of_memory is None,
-        "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
-        "unverified": list(report.unverified),
-    }
-
-
-def _row(techniques: tuple[str, ...], found: Fit) -> dict:
-    return {
-        "techniques": techniques,
-        "device": found.report.device,
-        "batch_size": found.batch_size,
-        "accumulation": found.accumulation,
-        "budget_mib": found.budget_mib,
-        "needed_mib": found.needed_mib,
-        "headroom_percent": found.headroom_percent,
-        "refused_at": found.refused_at,
-        "tested": found.tested,
-    }
-
-
-def _verdict(found: Fit) -> str:
-    said = "tested" if found.tested else "predicted"
-    if not found.batch_size:
-        return f"nothing fits: a batch of 1 needs {_size(found.needed_mib)}, the budget is {_size(found.budget_mib)}"
-    parts = f", {found.accumulation} of them an update" if found.accumulation > 1 else ""
-    return f"largest batch {found.batch_size}{parts} ({said}), {found.headroom_percent:.1f} % left"
-
-
-def _size(mib: float) -> str:
-    return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
-
-
-def _show(report: MemoryReport, processes: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    parts = report.waterfall_mib()
-    whole = sum(parts.values())
-    where = report.device if processes == 1 else f"each of {processes} × {report.device}"
-    table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {where}, predicted")
-    for column in (1, 2):
-        table.columns[column].justify = "right"
-    for name, size in parts.items():
-        table.add_row(name, f"{size:,.0f}", f"{100 * size / whole:.0f} %", "█" * round(30 * size / whole))
-    table.add_row("whole GPU" if report.memory_bytes else "peak", f"{whole:,.0f}", "", "", style="bold")
-    console = Console(highlight=False)
-    console.print(table)
-    if report.memory_bytes is not None:
-        have = report.memory_bytes / 2**30
-        if report.out_of_memory is None:
-            console.print(f"fits: {whole / 1024:.1f} of {have:.1f} GiB")
-        else:
-            said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} there; {report.out_of_memory}"
-            console.print(said, soft_wrap=True)
-    if report.unverified:
-        console.print(
-            f"not checked against CUDA, ops taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -33,7 +34,7 @@ PROCESS_MIB = 1500  # what a process holds before its first tensor, and what it 
 SLACK = 1.3  # over the predicted peak, for what an allocator keeps and for evaluation
 
 
-class Run(BaseModel):
+class Run(BaseModel, ABC):
     """What all kinds of run share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -55,6 +56,7 @@ class Run(BaseModel):
         """
         return None
 
+    @abstractmethod
     def execute(self, checkpoints: Path) -> dict:
         """Carry it out in this process.
 
@@ -78,8 +80,8 @@ class Run(BaseModel):
         ValueError
             When the data set is not the one that the run names.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def needs(self, gpu: str = "") -> dict[str, int]:
         """What a job that carries it out has to ask for, predicted; in MB of 10^6 bytes, as schedulers count.
 
@@ -89,7 +91,6 @@ class Run(BaseModel):
             ``mem_mb``, of the host, of all processes; with ``gpu``, unless the run is itself a prediction, ``gpu`` (how
             many) and ``gpu_mem_mb`` (of each) too.
         """
-        raise NotImplementedError
 
 
 def megabytes(mib: float) -> int:
