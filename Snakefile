@@ -15,17 +15,19 @@ import shlex
 import sys
 from pathlib import Path
 
-from memstudy import parameters, runs
+from memstudy import records
+
+from memstudy import project
 
 SCALE = config.get("scale", "quick")
 STUDIES = str(config.get("studies", "")).split(",") if config.get("studies") else [
-    stem for stem in parameters.studies() if SCALE in parameters.scales(stem)
+    stem for stem in project.studies() if SCALE in project.scales(stem)
 ]
 WORK = config.get("work", f"build/snakemake/{SCALE}")
 RESULTS = config.get("results", f"{WORK}/results")
 GPU = config.get("gpu", "")
 if config.get("machine"):  # whose records count: not those of the machine that plans
-    os.environ[runs.MACHINE] = config["machine"]
+    os.environ[records.MACHINE] = config["machine"]
 MEMSTUDY = f"{shlex.quote(sys.executable)} -m memstudy.cli"
 
 

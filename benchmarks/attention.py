@@ -31,8 +31,8 @@ import psutil
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from memstudy import machine, runs
-from memstudy.trainers import LayerRun
+from memstudy import launcher, machine
+from memstudy.studies.attention_layer.run import LayerRun
 
 # Settings (max_len is the length), causal, across two sequences, whose layers besides ours.
 VARIANTS: dict[str, tuple[dict, bool, bool, list[str]]] = {
@@ -170,7 +170,7 @@ def compare(variants: list[str], lengths: list[int], rounds: int, report) -> lis
                         if not skipped[who]:
                             began = time.perf_counter()
                             config = plan(variant, who, n, seed=number).model_dump(mode="json")
-                            records[who].append(runs.spawn(config, Path(folder)))
+                            records[who].append(launcher.spawn(config, Path(folder)))
                             seconds[who] += time.perf_counter() - began
                         bar.update(n)
                 made = {

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from memstudy.attention import MemSizerConfig
 from memstudy.attention.memsizer import MemSizerAttention
-from memstudy.memory import MIB, measure
+from memstudy.profiler import MIB, measure
 
 HIDDEN, HEADS, SLOTS, BATCH = 512, 8, 32, 1
 FASTER, LEANER = 20, 10  # times, at least, from 2,048 tokens on

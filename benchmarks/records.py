@@ -25,7 +25,7 @@ TARGET_S, TARGET_MIB = 5, 500
 
 def generate(folder: Path, count: int) -> list[dict]:
     """Write ``count`` records below ``folder``; their configs."""
-    from memstudy import runs
+    from memstudy import records
 
     found = [json.loads(p.read_text("utf-8")) for p in sorted((ROOT / "results" / "memory_ablation").glob("*.json"))]
     models = [record for record in found if record["status"] == "ok" and "of" not in record["config"]]
@@ -34,7 +34,7 @@ def generate(folder: Path, count: int) -> list[dict]:
         record = models[number % len(models)]
         config = record["config"] | {"seed": 1000 + number}
         configs.append(config)
-        record = record | {"config": config, "run_id": runs.run_id(config)}
+        record = record | {"config": config, "run_id": records.run_id(config)}
         (folder / f"{record['run_id']}.json").write_text(json.dumps(record), encoding="utf-8")
     return configs
 
@@ -51,12 +51,12 @@ class Planned:
 
 def measure(folder: Path) -> dict:
     """In this process: seconds and MiB of what is left to do, given the records that are there."""
-    from memstudy import runs
-    from memstudy.parameters import notebook_parameters
+    from memstudy import records
+    from memstudy.project import notebook_parameters
     from memstudy.study import Study
 
     configs = json.loads((folder / "configs.json").read_text())
-    os.environ[runs.PLAN] = str(folder / "plan")
+    os.environ[records.PLAN] = str(folder / "plan")
     (folder / "plan").mkdir(exist_ok=True)
     process = psutil.Process()
     before, began = process.memory_info().rss, time.perf_counter()
@@ -64,7 +64,7 @@ def measure(folder: Path) -> dict:
     study = Study("memory_ablation", notebook_parameters("memory_ablation") | places)
     try:
         rows = study.sweep(map(Planned, configs))
-    except runs.MissingRecords:
+    except records.MissingRecords:
         pass
     else:
         study.table(rows.groupby("experiment")[["peak_allocated_mib", "step_time_ms"]].median(), "all", "{:.1f}")

@@ -28,9 +28,9 @@ from transformers import ReformerModelWithLMHead
 from transformers import logging as transformers_logging
 
 from memstudy.attention import Unavailable
-from memstudy.memory import measure
-from memstudy.peers import installed
-from memstudy.trainers import ReformerRun
+from memstudy.profiler import measure
+from memstudy.studies.attention_layer.peers import installed
+from memstudy.studies.reformer.run import ReformerRun
 
 LAYERS, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY, CHUNK = 6, 256, 2, 64, 512, 320, 64
 TOKENS = 16_384  # in a batch, or one sequence where that is longer

@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from memstudy.memory import measure
-from memstudy.trainers import LanguageModelRun, build
+from memstudy.profiler import measure
+from memstudy.trainers.language_model import LanguageModelRun
 
 TARGET = 1.1
 STEPS = 3
@@ -36,7 +36,7 @@ def timed_build(seconds: list[float]) -> Callable[[], Callable[[], None]]:
     """Build of the Lab-4 step that appends the time of each step [s] to ``seconds``."""
 
     def make():
-        step = build(LAB4)()
+        step = LAB4.build()()
 
         def timed():
             began = time.perf_counter()

@@ -11,9 +11,7 @@ study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 import sys
 import warnings
 from collections import Counter
@@ -21,19 +19,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from tqdm import tqdm
 
-from memstudy import machine
-from memstudy import runs as records
-from memstudy.parameters import notebook_parameters
+from memstudy import launcher, machine, records
+from memstudy.figures import use_style, write_figure
+from memstudy.latex import breakable, escape
+from memstudy.project import notebook_parameters
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
-STYLE = Path(__file__).with_name("paper.mplstyle")
-PUBLISHED = Path(__file__).with_name("published")
+PUBLISHED = Path(__file__).parent / "studies" / "published"
 
 
 class Run(Protocol):
@@ -73,7 +70,7 @@ class Study:
         self._verdicts: dict[str, str] = {}
         if self._run_missing:
             records.check_writable(self._results)
-        plt.style.use(STYLE)
+        use_style()
 
     def precision(self, asked: str | list[str]) -> list[str]:
         """The techniques for the precision of trainings: those ``asked`` for; of ``auto``, ``bf16`` where it is fast.
@@ -94,7 +91,7 @@ class Study:
         Raises
         ------
         MissingRecords
-            When rows are missing and ``run_missing`` is false, or they are only to be planned (``runs.PLAN``).
+            When rows are missing and ``run_missing`` is false, or they are only to be planned (``records.PLAN``).
         """
         configs = {records.run_id(c): c for c in (run.model_dump(mode="json") for run in runs)}
         known = self._known(configs)
@@ -112,14 +109,14 @@ class Study:
             with tqdm(missing, desc=self.stem, unit="run", file=sys.stderr, mininterval=1) as bar:
                 for name in bar:
                     bar.set_postfix_str(str(configs[name].get("experiment", name)))
-                    known[name] = records.spawn(configs[name], self._results)
+                    known[name] = launcher.spawn(configs[name], self._results)
                     if known[name]["status"] == "failed":
                         warnings.warn(f"run {name}: {known[name]['reason']}", stacklevel=2)
         self._used |= {name: known[name] for name in configs}
         return pd.DataFrame([_row(known[name]) for name in configs])
 
     def trials(self, run: Run, *, budget_mib: float) -> Callable[[int], float | None]:
-        """What ``memory.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
+        """What ``profiler.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
 
         def trial(batch_size: int) -> float | None:
             update = {"batch_size": batch_size, "budget_mib": budget_mib}
@@ -223,7 +220,7 @@ class Study:
             for name, v in scalars.items()
         }
         every = given | values | self._verdicts | said
-        lines = [f"\\defval{{{self.stem}.{key}}}{{{_escape(text)}}}" for key, text in every.items()]
+        lines = [f"\\defval{{{self.stem}.{key}}}{{{escape(text)}}}" for key, text in every.items()]
         path = self._file("report/values", f"{self.stem}.tex")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._file("report/tables", f"{self.stem}_provenance.tex").write_text(self._provenance(), encoding="utf-8")
@@ -294,7 +291,7 @@ class Study:
             lines.append(f"Nothing was run; predicted with {versions}.")
         parameters = "; ".join(f"{k} = {v}" for k, v in self._told_parameters().items())
         lines.append(f"Parameters: {parameters}.")
-        text = "\n\n".join(rf"\noindent {_breakable(line)}" for line in lines)
+        text = "\n\n".join(rf"\noindent {breakable(line)}" for line in lines)
         by_commit: dict[str, dict[str, list[dict]]] = {}
         for record in used:
             state = [record["status"]] * (record["status"] != "ok") + ["predicted"] * _is_prediction(record)
@@ -304,7 +301,7 @@ class Study:
             dates = sorted(r["provenance"]["started"][:10] for of_it in experiments.values() for r in of_it)
             days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
             listed = "; ".join(
-                f"{_breakable(name)}: " + " ".join(rf"\run{{{self.stem}}}{{{r['run_id']}}}" for r in of_it)
+                f"{breakable(name)}: " + " ".join(rf"\run{{{self.stem}}}{{{r['run_id']}}}" for r in of_it)
                 for name, of_it in experiments.items()
             )
             text += f"\n\n\\noindent Commit \\texttt{{{commit}}}, {days}: {listed}."
@@ -319,20 +316,6 @@ def _is_prediction(record: dict) -> bool:
 def _commit(state: dict) -> str:
     """The commit's first seven digits, with a plus when what a run depends on differed from it."""
     return state["commit"][:7] + "+" * state["dirty"]
-
-
-def _breakable(text: str) -> str:
-    """``text`` for LaTeX, to be broken after any underscore, plus sign or punctuation."""
-    return re.sub(r"(\\_|[+,;:=/\-])(?! )", r"\1\\allowbreak{}", _escape(text))
-
-
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write ``figure`` as PDF to ``path``, and as PNG beside it for web pages."""
-    # It warns that matplotlib's own Computer Modern files have no dates.
-    logging.getLogger("fontTools.ttLib").setLevel(logging.ERROR)
-    # Without a date, the same rows give the same file.
-    figure.savefig(path, metadata={"CreationDate": None})
-    figure.savefig(path.with_suffix(".png"), dpi=160)
 
 
 def _row(record: dict) -> dict:
@@ -351,13 +334,3 @@ def _row(record: dict) -> dict:
         "device": record["provenance"]["device"],
         "commit": record["provenance"]["commit"],
     }
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-}  # fmt: skip
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)

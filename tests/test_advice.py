@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstudy import advice, runs, techniques
-from memstudy.hub_configs import HubModelRun
-from memstudy.parameters import read_parameters
+from memstudy import records, techniques
+from memstudy.project import read_parameters
+from memstudy.studies.ablation import advice
+from memstudy.trainers.hub_model import HubModelRun
 
 LEVERS = [
     "bf16", "bf16_weights", "checkpointing", "selective_checkpointing=0.5", "chunked_loss", "adamw_8bit",
@@ -107,6 +108,6 @@ def test_the_reference_is_the_studys_model_at_full_scale():
 
 
 def test_without_reference_rows_it_is_said_how_to_make_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"no reference rows in .*: run memstudy report memory_ablation --scale full"):
         advice.reference()

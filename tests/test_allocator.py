@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import naive
 
-from memstudy.memory.allocator import CachingAllocator, replay
-from memstudy.memory.report import MIB, Event, OutOfMemory
+from memstudy.profiler.allocator import CachingAllocator, replay
+from memstudy.profiler.events import MIB, Event, OutOfMemory
 
 KIB = 1024
 

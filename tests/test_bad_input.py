@@ -13,8 +13,8 @@ from support.tiny_run import tiny_config
 from typer.testing import CliRunner
 
 from memstudy import data
-from memstudy.cli import app
-from memstudy.trainers import parse_run
+from memstudy.cli.main import app
+from memstudy.kinds import parse_run
 
 MANY = settings(
     max_examples=1000 if settings.get_current_profile_name() == "thousand" else 30,

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_run import tiny_run
 
-from memstudy import runs
-from memstudy.memory import largest_batch
-from memstudy.parameters import notebook_parameters
+from memstudy import records
+from memstudy.profiler import largest_batch
+from memstudy.project import notebook_parameters
 from memstudy.study import Study
 
 
@@ -86,9 +86,9 @@ def test_a_real_search_reports_what_its_runs_measured_and_repeats_none(study, tm
     run = tiny_run(seq_len=64)
     budget = 3  # MiB; a batch of 4 takes 2.3
     found = largest_batch(study.trials(run, budget_mib=budget), budget_mib=budget, start=4, limit=64)
-    records = {r["config"]["batch_size"]: r for r in runs.read_records(tmp_path / "results" / "lab4_grid")}
-    assert set(found.tested) == records.keys()
-    fitting, refused = records[found.batch_size], records[found.refused_at]
+    tried = {r["config"]["batch_size"]: r for r in records.read_records(tmp_path / "results" / "lab4_grid")}
+    assert set(found.tested) == tried.keys()
+    fitting, refused = tried[found.batch_size], tried[found.refused_at]
     assert fitting["status"] == "ok"
     assert fitting["metrics"]["peak_allocated_mib"] == found.peak_mib <= budget
     assert found.headroom_percent == pytest.approx(100 * (1 - found.peak_mib / budget))
@@ -98,7 +98,7 @@ def test_a_real_search_reports_what_its_runs_measured_and_repeats_none(study, tm
 
     again = largest_batch(study.trials(run, budget_mib=float(budget)), budget_mib=budget, start=4, limit=64)
     assert again == found
-    assert {r["config"]["batch_size"]: r for r in runs.read_records(tmp_path / "results" / "lab4_grid")} == records
+    assert {r["config"]["batch_size"]: r for r in records.read_records(tmp_path / "results" / "lab4_grid")} == records
 
 
 @pytest.mark.filterwarnings("ignore:run ")  # the sweep's own word on the failed run

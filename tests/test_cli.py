@@ -12,10 +12,10 @@ import pytest
 from support.command_line import assert_one_line, invoke
 from support.tiny_run import tiny_config
 
-from memstudy import runs
+from memstudy import records
 from memstudy.attention import ATTENTION
 from memstudy.data import DATASETS
-from memstudy.parameters import scales, studies
+from memstudy.project import scales, studies
 from memstudy.techniques import TECHNIQUES
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +173,7 @@ def project_of(folder: Path, **studies: str) -> None:
         (folder / place).mkdir(parents=True)
     for stem, then in studies.items():
         sweep = f"""from memstudy.study import Study
-from memstudy.trainers import parse_run
+from memstudy.kinds import parse_run
 
 Study("{stem}", globals()).sweep([parse_run({VALID})])"""
         cells = [
@@ -242,7 +242,7 @@ def test_help_teaches(command, taught):
 
 
 def test_the_run_that_help_shows_is_a_valid_one():
-    from memstudy.trainers import parse_run
+    from memstudy.kinds import parse_run
 
     text = " ".join(invoke("run", "--help").stdout.split())
     example = '{"kind"' + text.partition('{"kind"')[2].partition("}")[0] + "}"
@@ -267,7 +267,7 @@ def test_the_list_of_studies_has_their_scales():
 def test_the_list_of_runs_has_the_records_there_are(tmp_path):
     assert invoke("list", "runs", "--results", tmp_path).stdout == "no runs yet\n"
     nothing = {"metrics": {}, "curves": {}, "data": {}}
-    record = runs.perform(VALID, tmp_path / "lab4_grid", lambda checkpoints: nothing)
+    record = records.perform(VALID, tmp_path / "lab4_grid", lambda checkpoints: nothing)
     (line,) = invoke("list", "runs", "--results", tmp_path).stdout.splitlines()[1:]
     for word in ("lab4_grid", record["run_id"], "tiny", "ok", record["provenance"]["ended"][:19]):
         assert word in line

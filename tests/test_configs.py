@@ -12,11 +12,14 @@ from support.tiny_run import tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
-from memstudy import runs
-from memstudy.configs import LanguageModelRun
-from memstudy.hub_configs import FineTuneRun, HubModelRun, InferenceRun, hub_models
-from memstudy.memory import measure, predict
-from memstudy.trainers import build, load_data, parse_run
+from memstudy import records
+from memstudy.huggingface.catalogue import hub_models
+from memstudy.kinds import parse_run
+from memstudy.profiler import measure, predict
+from memstudy.studies.glue.run import FineTuneRun
+from memstudy.trainers.hub_model import HubModelRun
+from memstudy.trainers.inference import InferenceRun
+from memstudy.trainers.language_model import LanguageModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -92,7 +95,7 @@ def test_axial_positions_train_on_all_of_them_and_read_fewer():
     said = refusal(model="reformer-crime-and-punishment", seq_len=1024)
     assert "seq_len=1024: with the axial positions of reformer-crime-and-punishment it trains on 524288 tokens" in said
     run = InferenceRun(experiment="tiny", model="reformer-crime-and-punishment", batch_size=1, seq_len=128)
-    assert measure(build(run), iterations=1).peak_bytes > 4 * PARAMETERS["reformer-crime-and-punishment"]
+    assert measure(run.build(), iterations=1).peak_bytes > 4 * PARAMETERS["reformer-crime-and-punishment"]
 
 
 @pytest.mark.parametrize("name", POSITIONS)
@@ -131,7 +134,7 @@ TASKS = [
 
 @pytest.mark.parametrize(("family", "task"), slow_but(cover(TASKS), TASKS))
 def test_a_step_of_a_model_in_a_file_takes_what_is_predicted(family, task, tmp_path):
-    make = build(hub_run(config_file(tmp_path, family), task=task, techniques=("bf16",)))
+    make = hub_run(config_file(tmp_path, family), task=task, techniques=("bf16",)).build()
     measured, predicted = measure(make), predict(make)
     assert predicted.peak_bytes == measured.peak_bytes
     assert predicted.peak_by_category == measured.peak_by_category
@@ -241,7 +244,7 @@ def test_a_chunked_loss_is_for_no_others(model):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_torch", "adafactor", "sgd"])
 def test_the_optimizer_is_trainers(optimizer, tmp_path):
     run = hub_run(config_file(tmp_path, "gpt2"), optimizer=optimizer)
-    report = predict(build(run))
+    report = predict(run.build())
     state = report.peak_by_category["optimizer"] / report.peak_by_category["parameters"]
     assert state == pytest.approx({"adamw": 2, "adamw_torch": 2, "adafactor": 0.03, "sgd": 0}[optimizer], abs=0.03)
 
@@ -250,7 +253,8 @@ def test_the_optimizer_is_trainers(optimizer, tmp_path):
 def test_an_8bit_optimizer_takes_the_same_whatever_was_before(report_on, tmp_path):
     """bitsandbytes would remember that BERT's third parameter is an embedding, which it leaves in 32 bits."""
     makes = [
-        build(hub_run(config_file(tmp_path, family), techniques=("adamw_8bit",))) for family in ("gpt2", "bert", "gpt2")
+        hub_run(config_file(tmp_path, family), techniques=("adamw_8bit",)).build()
+        for family in ("gpt2", "bert", "gpt2")
     ]
     before, between, after = (report_on(make).peak_by_category["optimizer"] for make in makes)
     assert before == after != between
@@ -259,7 +263,7 @@ def test_an_8bit_optimizer_takes_the_same_whatever_was_before(report_on, tmp_pat
 # --- descriptions as JSON
 
 
-RECORDS = sorted((runs.ROOT / "results" / "lab4_grid").glob("*.json"))
+RECORDS = sorted((records.ROOT / "results" / "lab4_grid").glob("*.json"))
 
 
 def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say():
@@ -268,7 +272,7 @@ def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say()
         record = json.loads(path.read_text(encoding="utf-8"))
         run = parse_run(record["config"])
         assert isinstance(getattr(run, "of", run), LanguageModelRun)
-        assert runs.run_id(run.model_dump(mode="json")) == record["run_id"]
+        assert records.run_id(run.model_dump(mode="json")) == record["run_id"]
         assert path.stem.startswith(record["run_id"])
 
 
@@ -287,11 +291,11 @@ def test_a_run_of_a_model_in_a_file_leaves_a_record(tmp_path):
     path.write_text(run.model_dump_json())
     result = invoke("run", path, "--results", tmp_path / "results")
     assert result.exit_code == 0, result.output
-    (record,) = runs.read_records(tmp_path / "results")
+    (record,) = records.read_records(tmp_path / "results")
     assert (record["status"], record["config"]) == ("ok", run.model_dump(mode="json"))
     assert len(record["curves"]["step_times_ms"]) == 2
     assert record["metrics"]["n_parameters"] == sum(parameter.numel() for parameter in run.make_model().parameters())
-    assert record["metrics"]["peak_allocated_mib"] == predict(build(run)).peak_allocated_mib
+    assert record["metrics"]["peak_allocated_mib"] == predict(run.build()).peak_allocated_mib
 
 
 def test_a_run_whose_optimizer_is_not_installed_is_unavailable(tmp_path):
@@ -299,7 +303,7 @@ def test_a_run_whose_optimizer_is_not_installed_is_unavailable(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(run.model_dump_json())
     assert invoke("run", path, "--results", tmp_path / "results").exit_code == 0
-    (record,) = runs.read_records(tmp_path / "results")
+    (record,) = records.read_records(tmp_path / "results")
     assert record["status"] == "unavailable"
     assert "lomo" in record["reason"]
 
@@ -405,7 +409,7 @@ def test_a_fine_tuning_of_no_config_json_is_refused(tmp_path):
 
 def test_a_fine_tuning_on_an_unknown_data_set_is_refused_before_it_begins():
     with pytest.raises(ValueError, match=r"unknown data set 'glue/sst3'; known: polish-books") as refused:
-        load_data(fine_tune(dataset="glue/sst3"))
+        fine_tune(dataset="glue/sst3").load_data()
     assert "\n" not in str(refused.value)
 
 
@@ -425,12 +429,12 @@ def test_each_kind_of_run_survives_json(run):
     again = parse_run(json.loads(run.model_dump_json()))
     assert again == run
     assert type(again) is type(run)
-    assert runs.run_id(again.model_dump(mode="json")) == runs.run_id(run.model_dump(mode="json"))
+    assert records.run_id(again.model_dump(mode="json")) == records.run_id(run.model_dump(mode="json"))
 
 
 def test_the_layers_are_part_of_a_runs_name():
     names = {
-        runs.run_id(hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=layers).model_dump(mode="json"))
+        records.run_id(hub_run("bert-base-uncased", convert_to=LOW_RANK, layers=layers).model_dump(mode="json"))
         for layers in ((), (0,), (0, 1))
     }
     assert len(names) == 3

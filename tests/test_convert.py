@@ -22,9 +22,9 @@ from memstudy.attention import (
     SoftmaxConfig,
     WindowConfig,
 )
-from memstudy.convert import convert_attention, load_converted, save_converted
-from memstudy.models import decoder
-from memstudy.projections import known_attentions
+from memstudy.huggingface.convert import convert_attention, load_converted, save_converted
+from memstudy.huggingface.decoder import decoder
+from memstudy.huggingface.families import known_attentions
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENCODER = {**SMALL, "intermediate_size": 64, "max_position_embeddings": 40}

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memstudy.memory import CATEGORIES, MIB, predict
-from memstudy.memory.catalogue import Gpu, find_gpu
-from memstudy.trainers import LanguageModelRun, build
+from memstudy.profiler import CATEGORIES, MIB, predict
+from memstudy.profiler.catalogue import Gpu, find_gpu
+from memstudy.trainers.language_model import LanguageModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -849,9 +849,9 @@ def test_the_package_flash_attn_is_predicted_as_its_copy_in_pytorch(attention):
 
     package = run(attention | {"implementation": "flash_attention_2"})
     for _ in range(2):
-        report = predict(build(package, gpu=AMPERE), gpu=AMPERE)
+        report = predict(package.build(gpu=AMPERE), gpu=AMPERE)
     copy = run({"variant": "softmax", "implementation": "sdpa"})
-    assert report.peak_bytes == predict(build(copy, gpu=AMPERE), gpu=AMPERE).peak_bytes
+    assert report.peak_bytes == predict(copy.build(gpu=AMPERE), gpu=AMPERE).peak_bytes
     assert report.unverified == ()
     assert "flash_attn" not in sys.modules
     assert "bitsandbytes" in sys.modules

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.tiers import cover, slow_but
 
-from memstudy.memory import predict
+from memstudy.profiler import predict
 
 ORACLE = Path(__file__).resolve().parents[1] / "benchmarks" / "cuda_oracle"
 sys.path.insert(0, str(ORACLE))

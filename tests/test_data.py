@@ -30,9 +30,9 @@ def isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMSTUDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    data._online.cache_clear()
+    data.sources.online.cache_clear()
     yield
-    data._online.cache_clear()
+    data.sources.online.cache_clear()
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_miniature_by_name_is_prose_split_by_document(recwarn):
     assert not recwarn.list
     sizes = {split: sum(map(len, rows["text"])) for split, rows in loaded.splits.items()}
     assert sum(sizes.values()) > 300_000
-    for split, share in data.SHARES.items():
+    for split, share in data.sources.SHARES.items():
         assert sizes[split] / sum(sizes.values()) == pytest.approx(share / 100, abs=0.02)
     documents = [text for rows in loaded.splits.values() for text in rows["text"]]
     assert len(set(documents)) == len(documents)
@@ -128,7 +128,7 @@ def test_miniature_by_name_is_prose_split_by_document(recwarn):
 
 
 def test_hub_copy_is_fetched_at_the_pinned_commit_and_kept(tmp_path, serve):
-    repository, commit = data.WIKITEXT
+    repository, commit = data.sets.WIKITEXT
     served = tmp_path / "served"
     files = served / "datasets" / repository / "resolve" / commit / "wikitext-2-v1"
     names = [f"{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")]
@@ -157,7 +157,7 @@ def test_hub_copy_is_fetched_at_the_pinned_commit_and_kept(tmp_path, serve):
 
 
 def test_hub_copy_in_the_hubs_cache_serves_offline(tmp_path):
-    repository, commit = data.WIKITEXT
+    repository, commit = data.sets.WIKITEXT
     snapshot = tmp_path / "hub" / f"datasets--{repository.replace('/', '--')}" / "snapshots" / commit
     folder = snapshot / "wikitext-2-v1"
     folder.mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_hub_copy_in_the_hubs_cache_serves_offline(tmp_path):
 
 
 def test_another_folder_of_a_cached_repository_is_not_the_set(tmp_path):
-    repository, commit = data.GLUE
+    repository, commit = data.sets.GLUE
     snapshot = tmp_path / "hub" / f"datasets--{repository.replace('/', '--')}" / "snapshots" / commit
     write_set(snapshot / "cola", train=POLISH)
     assert data.load("glue/cola").source == "hub"
@@ -196,12 +196,12 @@ def test_speakleash_corpus_through_its_own_package(tmp_path, monkeypatch, may_as
     split_texts = {split: set(rows["text"]) for split, rows in loaded.splits.items()}
     assert set.union(*split_texts.values()) == set(documents)
     assert sum(map(len, split_texts.values())) == len(documents)
-    for split, share in data.SHARES.items():
+    for split, share in data.sources.SHARES.items():
         assert len(split_texts[split]) / len(documents) == pytest.approx(share / 100, abs=0.02)
 
     with pytest.raises(ValueError, match="speakleash/no_such: no such corpus"):
         data.load("speakleash/no_such")
-    data._online.cache_clear()
+    data.sources.online.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     again = data.load("speakleash/proba")
     assert (again.source, again.content_hash) == ("speakleash", loaded.content_hash)
@@ -224,7 +224,7 @@ def test_datasets_available_says_where_each_would_come_from(tmp_path):
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the folder of real data is not here")
 def test_real_folder_holds_every_set_named(monkeypatch):
     monkeypatch.delenv("MEMSTUDY_DATA")
-    for name in set(data.DATASETS) - {"miniature", data.SPEAKLEASH, "wikitext-103-v1"}:  # which are not in it
+    for name in set(data.DATASETS) - {"miniature", data.sets.SPEAKLEASH, "wikitext-103-v1"}:  # which are not in it
         assert data.load(name).source == "folder"
     assert data.load("polish-books").splits.num_rows == {
         "train": 5562, "validation": 310, "test": 314
@@ -309,13 +309,13 @@ def test_a_silent_server_counts_as_offline(monkeypatch, may_ask):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        assert address not in data._online()
+        assert address not in data.sources.online()
 
 
 def test_server_that_refuses_counts_as_online(monkeypatch, may_ask, serve, tmp_path):
     address = serve(tmp_path) + "not-there"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    assert address in data._online()
+    assert address in data.sources.online()
 
 
 def test_hf_hub_offline_asks_no_resolver():
@@ -364,7 +364,7 @@ def test_killed_training_leaves_no_tokenizer(tmp_path):
         "def half_saved(self, path):\n"
         "    open(path, 'w').write('{')\n"
         "    os.kill(os.getpid(), 9)\n"
-        "data.Tokenizer.save = half_saved\n"
+        "data.text.Tokenizer.save = half_saved\n"
         f"data.train_tokenizer({POLISH!r}, 300)"
     )
     assert fresh(code).returncode == -9

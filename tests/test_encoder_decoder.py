@@ -8,8 +8,8 @@ from support.tiers import slow_but
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel
 
 from memstudy.attention import MemSizerConfig
-from memstudy.encoder_decoder import PLACES, Seq2SeqLM, encoder_decoder
-from memstudy.seq2seq import decode
+from memstudy.studies.memsizer.encoder_decoder import PLACES, Seq2SeqLM, encoder_decoder
+from memstudy.studies.memsizer.seq2seq import decode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

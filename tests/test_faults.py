@@ -18,7 +18,7 @@ import pytest
 from support.hub_server import HubHandler
 from support.tiny_run import SWEEP, tiny_config
 
-from memstudy import data, runs
+from memstudy import data, launcher, records
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def trainings(count: int) -> list[dict]:
 
 def test_twenty_kills_at_random_moments_cost_no_finished_record_and_change_no_number(tmp_path):
     configs = trainings(8)
-    undisturbed = runs.spawn(configs[-1], tmp_path / "undisturbed")
+    undisturbed = launcher.spawn(configs[-1], tmp_path / "undisturbed")
     moments, finished = random.Random(0), {}
     for _ in range(20):
         process = sweeping(tmp_path, configs)
@@ -60,7 +60,7 @@ def test_twenty_kills_at_random_moments_cost_no_finished_record_and_change_no_nu
     assert json.loads(said) == [[n, "ok"] for n in range(8)]
     assert files_in(tmp_path).items() >= finished.items()
     assert list(tmp_path.glob("lab4_grid/*.corrupt")) == []
-    (last,) = (r for r in runs.read_records(tmp_path / "lab4_grid") if r["config"] == configs[-1])
+    (last,) = (r for r in records.read_records(tmp_path / "lab4_grid") if r["config"] == configs[-1])
     assert last["curves"]["train_loss"] == undisturbed["curves"]["train_loss"]
     assert last["metrics"]["test_loss"] == undisturbed["metrics"]["test_loss"]
 
@@ -136,7 +136,7 @@ class Cut(HubHandler):
 
 
 def test_a_download_that_is_cut_off_is_never_taken_for_the_set(tmp_path):
-    repository, commit = data.WIKITEXT
+    repository, commit = data.sets.WIKITEXT
     served = tmp_path / "served"
     files = served / "datasets" / repository / "resolve" / commit / "wikitext-2-v1"
     files.mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_a_download_that_is_cut_off_is_never_taken_for_the_set(tmp_path):
 
 def test_the_same_training_twice_gives_the_same_losses_to_the_last_digit(tmp_path):
     (config,) = trainings(1)
-    first, second = (runs.spawn(config, tmp_path / name) for name in ("first", "second"))
+    first, second = (launcher.spawn(config, tmp_path / name) for name in ("first", "second"))
     assert first["status"] == second["status"] == "ok"
     assert first["curves"] == second["curves"]
     losses = [name for name in first["metrics"] if name.endswith(("loss", "perplexity"))]

@@ -18,10 +18,12 @@ from support.tiny_pretrained import WORDS, labelled_rows, save_table, save_tiny
 from torch.nn import functional as F
 from transformers import set_seed
 
-from memstudy import data, finetuning, lever_trainer, pretrained
-from memstudy.hub_configs import FineTuneRun
-from memstudy.lever_trainer import LeverTrainer, last_whole_checkpoint, make_trainer
-from memstudy.trainers import execute, load_data
+from memstudy import data
+from memstudy.huggingface import pretrained
+from memstudy.studies.glue import finetuning
+from memstudy.studies.glue.run import FineTuneRun
+from memstudy.trainers import trainer as lever_trainer
+from memstudy.trainers.trainer import LeverTrainer, last_whole_checkpoint, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -65,7 +67,7 @@ def learnt(model, table, tmp_path_factory):
     known = {"dataset": table, "data_hash": data.load(table).content_hash}
     sizes = {"seq_len": 16, "batch_size": 8, "train_rows": 1000, "learning_rate": 3e-3, "epochs": 4}
     run = FineTuneRun(experiment="tiny", model=model, **known, **sizes)
-    return execute(run, tmp_path_factory.mktemp("learnt"))
+    return run.execute(tmp_path_factory.mktemp("learnt"))
 
 
 def test_a_task_that_one_word_decides_is_learnt(learnt):
@@ -96,7 +98,7 @@ def test_provenance_is_the_tables(learnt, table):
 
 
 def test_no_training_leaves_the_head_untrained(run, tmp_path):
-    result = execute(run(train_rows=0), tmp_path)
+    result = run(train_rows=0).execute(tmp_path)
     metrics, curves = result["metrics"], result["curves"]
     assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=0.1)
     assert (metrics["train_rows"], metrics["train_steps"]) == (0, 0)
@@ -109,7 +111,7 @@ def test_no_training_leaves_the_head_untrained(run, tmp_path):
 
 def test_the_loss_and_the_predictions_are_the_models(run, tmp_path):
     chosen = run(train_rows=0, eval_rows=13, batch_size=5)  # batches of 5, 5 and 3, padded to unequal lengths
-    result = execute(chosen, tmp_path)
+    result = chosen.execute(tmp_path)
     rows = data.load(chosen.dataset).splits["validation"][:13]
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(chosen.model).parent)
     set_seed(chosen.seed)
@@ -126,11 +128,11 @@ def test_rows_longer_than_the_sequence_are_cut_and_counted(run, tmp_path):
     chosen = run(seq_len=8, eval_rows=1)
     texts = data.load(chosen.dataset).splits["train"]["sentence"]
     longer = sum(len(text.split()) > 6 for text in texts)  # beside [CLS] and [SEP]
-    assert execute(chosen, tmp_path)["metrics"]["cut_rows"] == longer > 0
+    assert chosen.execute(tmp_path)["metrics"]["cut_rows"] == longer > 0
 
 
 def test_the_seed_decides_everything(run, tmp_path):
-    first, again, other = (execute(run(seed=seed, train_rows=60), tmp_path / str(seed)) for seed in (3, 3, 4))
+    first, again, other = (run(seed=seed, train_rows=60).execute(tmp_path / str(seed)) for seed in (3, 3, 4))
     assert without_times(first) == without_times(again)
     assert first["curves"]["train_loss"] != other["curves"]["train_loss"]
     assert first["metrics"]["eval_loss"] != other["metrics"]["eval_loss"]
@@ -163,7 +165,7 @@ CHANGES = [
 )
 def test_converted_models_and_techniques_learn(changes, run, tmp_path):
     chosen = run(epochs=6, learning_rate=6e-3, **changes)
-    metrics = execute(chosen, tmp_path)["metrics"]
+    metrics = chosen.execute(tmp_path)["metrics"]
     assert metrics["train_loss"] < 0.5
     assert metrics["accuracy"] > 0.65  # 0.63 for one and the same answer
     assert metrics["n_parameters"] == sum(p.numel() for p in chosen.load_model(2).parameters())
@@ -202,7 +204,7 @@ def test_a_regression_learns(run, tmp_path):
     rows = [(text, len(text.split()) / 4 + 0.1) for text, _ in labelled_rows(200)]
     path = save_table(tmp_path, rows)
     chosen = run(dataset=path, data_hash=data.load(path).content_hash, train_rows=160, epochs=5)
-    result = execute(chosen, tmp_path / "run")
+    result = chosen.execute(tmp_path / "run")
     predictions, labels = result["curves"]["predictions"], result["curves"]["labels"]
     assert result["metrics"]["pearson"] > 0.8
     assert result["metrics"]["pearson"] == pytest.approx(np.corrcoef(predictions, labels)[0, 1], abs=1e-3)
@@ -215,7 +217,7 @@ def test_one_of_glues_own_tasks(run, tmp_path):
     chosen = run(
         dataset="glue/cola", data_hash=data.load("glue/cola").content_hash, train_rows=16, eval_rows=20, epochs=2
     )
-    result = execute(chosen, tmp_path)
+    result = chosen.execute(tmp_path)
     assert {"matthews", "accuracy"} < set(result["metrics"])
     assert len(result["curves"]["predictions"]) == 20
     assert result["metrics"]["train_steps"] == 4
@@ -223,7 +225,7 @@ def test_one_of_glues_own_tasks(run, tmp_path):
 
 def test_other_data_than_planned_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"has content hash [0-9a-f]{16}.*planned with 0123456789abcdef: plan it aga"):
-        execute(run(data_hash="0123456789abcdef"), tmp_path)
+        run(data_hash="0123456789abcdef").execute(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_other_data_than_planned_is_refused(run, tmp_path):
 def test_a_data_set_that_is_no_task_is_refused_before_training(dataset, said, run):
     known = data.load(dataset).content_hash if dataset in data.DATASETS else ""
     with pytest.raises(ValueError, match=said):
-        load_data(run(dataset=dataset, data_hash=known))
+        run(dataset=dataset, data_hash=known).load_data()
 
 
 # --- going on
@@ -253,7 +255,7 @@ def killed_after(updates, run, checkpoints, monkeypatch):
         whole_step = LeverTrainer.training_step
         patch.setattr(LeverTrainer, "training_step", step)
         with pytest.raises(KeyboardInterrupt):
-            execute(run, checkpoints)
+            run.execute(checkpoints)
 
 
 KILLS = [
@@ -273,14 +275,14 @@ KILLS = [
 def test_a_training_killed_goes_on_as_if_nothing_had_been(epochs, saved, changes, run, tmp_path, monkeypatch):
     monkeypatch.setattr(lever_trainer, "SAVE_STEPS", 10)
     chosen = run(epochs=epochs, **changes)
-    whole = execute(chosen, tmp_path / "whole")
+    whole = chosen.execute(tmp_path / "whole")
     killed_after(saved + 3, chosen, tmp_path / "cut", monkeypatch)
     assert Path(last_whole_checkpoint(tmp_path / "cut")).name == f"checkpoint-{saved}"
     calls = []
     with monkeypatch.context() as patch:
         step = LeverTrainer.training_step
         patch.setattr(LeverTrainer, "training_step", lambda self, *a, **k: calls.append(1) or step(self, *a, **k))
-        resumed = execute(chosen, tmp_path / "cut")
+        resumed = chosen.execute(tmp_path / "cut")
     assert len(calls) == 15 * epochs - saved  # it did go on, not begin again
     assert without_times(resumed) == without_times(whole)  # to the last digit
 
@@ -293,7 +295,7 @@ def lm(folder, tmp_path, monkeypatch):
     """Make a run on three words over and over, with changes; the model's logits are near 0."""
     text = "good bad day " * 250
     (tmp_path / "data" / "polish-books").mkdir(parents=True)
-    for split in data.SHARES:
+    for split in data.sources.SHARES:
         pq.write_table(pa.table({"text": [text] * 2}), tmp_path / "data" / "polish-books" / f"{split}.parquet")
     monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path / "data"))
     model = save_tiny(folder / "even", initializer_range=0.02)
@@ -341,7 +343,7 @@ def test_pseudo_losses_are_the_formulas(family, batch_size, run, tmp_path):
 
 
 def test_an_untrained_model_knows_no_more_than_the_number_of_words(lm, tmp_path):
-    metrics = execute(lm(), tmp_path / "run")["metrics"]
+    metrics = lm().execute(tmp_path / "run")["metrics"]
     assert metrics["pseudo_perplexity"] == pytest.approx(len(WORDS) + 5, rel=0.15)
     assert metrics["pseudo_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert metrics["eval_tokens"] == 4 * 16
@@ -352,21 +354,21 @@ def test_an_untrained_model_knows_no_more_than_the_number_of_words(lm, tmp_path)
     "convert_to", slow_but([LOW_RANK], [{}, LOW_RANK, LINFORMER]), ids=["unchanged", "lowrank", "linformer"]
 )
 def test_what_repeats_itself_is_learnt(convert_to, lm, tmp_path):
-    result = execute(lm(convert_to=convert_to, train_rows=90, epochs=8), tmp_path / "run")
+    result = lm(convert_to=convert_to, train_rows=90, epochs=8).execute(tmp_path / "run")
     assert result["metrics"]["pseudo_perplexity"] < 3.2  # 3 from their shares alone, 21 at the beginning
     assert result["curves"]["train_loss"][0][1] == pytest.approx(math.log(21), rel=0.15)
     assert result["metrics"]["train_rows"] == 90
 
 
 def test_a_language_models_run_repeats_itself_and_follows_the_seed(lm, tmp_path):
-    first, again, other = (execute(lm(seed=seed, train_rows=20), tmp_path / str(seed)) for seed in (1, 1, 2))
+    first, again, other = (lm(seed=seed, train_rows=20).execute(tmp_path / str(seed)) for seed in (1, 1, 2))
     assert without_times(first) == without_times(again)
     assert first["curves"] != other["curves"]  # other tokens are masked
 
 
 def test_sentences_are_no_running_text(lm, table, tmp_path):
     with pytest.raises(ValueError, match=r"has no column text, only \['sentence', 'label'\]"):
-        execute(lm(dataset=table, data_hash=data.load(table).content_hash), tmp_path / "run")
+        lm(dataset=table, data_hash=data.load(table).content_hash).execute(tmp_path / "run")
 
 
 def test_a_model_without_a_mask_token_is_refused(lm, tmp_path):
@@ -375,7 +377,7 @@ def test_a_model_without_a_mask_token_is_refused(lm, tmp_path):
         path.unlink()
     data.train_tokenizer(["the film was long"], 257).save_pretrained(tmp_path / "maskless")
     with pytest.raises(ValueError, match=r"the tokenizer of .*maskless/config.json has no mask token; take a masked"):
-        execute(lm(model=model), tmp_path / "run")
+        lm(model=model).execute(tmp_path / "run")
 
 
 # --- where trained weights are
@@ -423,7 +425,7 @@ def test_weights_are_read_from_safetensors_and_nothing_else(left, run, tmp_path)
     for name in left:
         (tmp_path / "bare" / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # a pickle that calls a shell
     with pytest.raises(ValueError, match=r"bare/config.json: no model.safetensors beside it; save the model with"):
-        execute(run(model=model), tmp_path / "run")
+        run(model=model).execute(tmp_path / "run")
 
 
 def test_a_hub_that_is_not_reached_is_told_in_one_line(tmp_path, monkeypatch):

@@ -6,9 +6,8 @@ from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 from torch import nn
 
-from memstudy.memory import MIB, Gpu, find_gpu, fit, measure, predict
-from memstudy.memory.search import LIMIT
-from memstudy.trainers import build
+from memstudy.profiler import MIB, Gpu, find_gpu, fit, measure, predict
+from memstudy.profiler.search import LIMIT
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -84,7 +83,7 @@ def test_on_a_gpu_it_is_the_largest_of_all_batches_tried():
     ("gpu", "expandable_segments"), slow_but([("T4", False)], [("T4", False), ("A100-80GB", True)])
 )
 def test_the_batch_fits_the_gpu_and_the_next_one_does_not(gpu, expandable_segments):
-    counted = Counted(lambda batch: build(tiny_run(batch_size=batch, seq_len=512, hidden_size=256), gpu=gpu))
+    counted = Counted(lambda batch: tiny_run(batch_size=batch, seq_len=512, hidden_size=256).build(gpu=gpu))
     found = fit(counted, gpu=gpu, expandable_segments=expandable_segments)
     whole = {
         batch: predict(counted(batch), gpu=gpu, expandable_segments=expandable_segments)
@@ -195,7 +194,7 @@ def test_two_parts_of_an_update_take_all_the_memory_that_more_do(techniques, imp
     """What lets `fit` predict an effective batch of thousands as fast as one of two batches."""
     attention = {"variant": "softmax", "implementation": implementation}
     run = tiny_run(batch_size=16, techniques=(*techniques, "accumulation=8"), attention=attention)
-    whole, two, one = (predict(build(run, gpu=gpu, parts=parts), gpu=gpu) for parts in (None, 2, 1))
+    whole, two, one = (predict(run.build(gpu=gpu, parts=parts), gpu=gpu) for parts in (None, 2, 1))
     assert two.peak_bytes == whole.peak_bytes
     assert two.peak_by_category == whole.peak_by_category
     assert two.peak_by_phase == whole.peak_by_phase
@@ -205,7 +204,7 @@ def test_two_parts_of_an_update_take_all_the_memory_that_more_do(techniques, imp
 
 def test_two_parts_are_four_parts_but_for_their_tokens():
     two, four = (
-        predict(build(tiny_run(batch_size=2 * parts, techniques=(f"accumulation={parts}",)))) for parts in (2, 4)
+        predict(tiny_run(batch_size=2 * parts, techniques=(f"accumulation={parts}",)).build()) for parts in (2, 4)
     )
     tokens = 2 * 2 * 16 * torch.long.itemsize  # two more parts of two sequences of 16
     assert four.peak_bytes - two.peak_bytes == tokens

@@ -10,11 +10,12 @@ from support.tiers import slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
 
-from memstudy import advice, memory
+from memstudy import profiler
 from memstudy.attention import Unavailable
-from memstudy.hub_configs import HubModelRun, hub_models
+from memstudy.huggingface.catalogue import hub_models
+from memstudy.studies.ablation import advice
 from memstudy.techniques import TECHNIQUES, check_available, parse
-from memstudy.trainers import build
+from memstudy.trainers.hub_model import HubModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -77,7 +78,7 @@ def test_the_waterfall_on_a_gpu_adds_up_to_the_whole(model, models, small_gpu):
     assert "training step on small, predicted" in result.stdout
     parts = table(result)
     whole = parts.pop("whole GPU")
-    assert list(parts) == [*memory.CATEGORIES, "workspace", "fragmentation", "context"]
+    assert list(parts) == [*profiler.CATEGORIES, "workspace", "fragmentation", "context"]
     assert abs(sum(parts.values()) - whole) <= len(parts) / 2 + 0.5  # each is rounded
     assert parts["context"] == 100
     assert parts["parameters"] > 40
@@ -91,7 +92,7 @@ def test_the_waterfall_on_this_cpu_adds_up_to_the_peak(models):
     assert "training step on cpu, predicted" in result.stdout
     parts = table(result)
     whole = parts.pop("peak")
-    assert list(parts) == list(memory.CATEGORIES)
+    assert list(parts) == list(profiler.CATEGORIES)
     assert abs(sum(parts.values()) - whole) <= len(parts) / 2 + 0.5
     assert "fit" not in result.stdout  # how much memory there is has not been said
     assert "GPU" not in result.stdout
@@ -119,7 +120,7 @@ def test_the_json_of_a_prediction_is_the_librarys_report(batch, models, small_gp
     assert given.keys() == PREDICTED
     run = HubModelRun.model_validate(given["run"])
     assert (run.techniques, run.optimizer, run.batch_size) == (("bf16", "checkpointing"), "adafactor", batch)
-    report = memory.predict(build(run, gpu=memory.find_gpu(small_gpu)), gpu=small_gpu)
+    report = profiler.predict(run.build(gpu=profiler.find_gpu(small_gpu)), gpu=small_gpu)
     assert (given["kind"], given["device"]) == ("predicted", "small")
     assert given["waterfall_mib"] == report.waterfall_mib()
     assert sum(given["waterfall_mib"].values()) == pytest.approx(given["whole_gpu_mib"])
@@ -387,8 +388,8 @@ def test_parts_make_a_batch_fit(models, small_gpu):
 
 
 def test_a_verified_batch_has_been_run(models, monkeypatch):
-    measured, measure = [], memory.measure
-    monkeypatch.setattr(memory, "measure", lambda make: measured.append(measure(make)) or measured[-1])
+    measured, measure = [], profiler.measure
+    monkeypatch.setattr(profiler, "measure", lambda make: measured.append(measure(make)) or measured[-1])
     (found,) = answer(fit(models["gpt2"], "--budget-mib", 12, "--verify", "--json", "--effective-batch", 12))
     assert found["tested"] is True
     (report,) = measured
@@ -402,7 +403,7 @@ def test_a_verified_batch_has_been_run(models, monkeypatch):
     [MemoryError, pytest.param(lambda: RuntimeError("[enforce fail] can't allocate memory"), marks=pytest.mark.slow)],
 )
 def test_a_batch_that_runs_out_of_memory_when_run_is_not_the_answer(error, models, monkeypatch):
-    ran, measure = [], memory.measure
+    ran, measure = [], profiler.measure
 
     def scarce(make):
         ran.append(make)
@@ -410,7 +411,7 @@ def test_a_batch_that_runs_out_of_memory_when_run_is_not_the_answer(error, model
             raise error()
         return measure(make)
 
-    monkeypatch.setattr(memory, "measure", scarce)
+    monkeypatch.setattr(profiler, "measure", scarce)
     (found,) = answer(fit(models["gpt2"], "--budget-mib", 10, "--verify", "--json"))
     assert found["tested"] is True
     assert len(ran) == 3
@@ -421,7 +422,7 @@ def test_a_batch_that_runs_out_of_memory_when_run_is_not_the_answer(error, model
 # --- lists and help
 
 
-@pytest.mark.parametrize(("what", "names"), [("gpus", memory.gpus()), ("models", hub_models())])
+@pytest.mark.parametrize(("what", "names"), [("gpus", profiler.gpus()), ("models", hub_models())])
 def test_a_list_has_every_name_that_the_commands_know(what, names):
     result = invoke("list", what)
     assert result.exit_code == 0
@@ -431,7 +432,7 @@ def test_a_list_has_every_name_that_the_commands_know(what, names):
 
 def test_the_list_of_gpus_has_their_memory():
     (line,) = [line for line in invoke("list", "gpus").stdout.splitlines() if line.split()[0] == "T4"]
-    assert f"{memory.find_gpu('T4').memory_mib / 1024:.2f}" in line
+    assert f"{profiler.find_gpu('T4').memory_mib / 1024:.2f}" in line
     assert "7.5" in line
 
 
@@ -463,7 +464,7 @@ ADVISE = ["advise", "--batch", 4, "--seq-len", 16, "--model"]
     ("arguments", "words"),
     [
         ([*PREDICT, "gpt3"], ["unknown model 'gpt3'", *hub_models(), "config.json"]),
-        ([*PREDICT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'", *memory.gpus(), ".yaml"]),
+        ([*PREDICT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'", *profiler.gpus(), ".yaml"]),
         ([*PREDICT, "gpt2", "--technique", "fp8"], ["unknown technique 'fp8'", *TECHNIQUES]),
         ([*PREDICT, "gpt2", "--technique", "tf32", "--gpu", "T4"], ["tf32 needs compute capability 8.0", "7.5"]),
         ([*PREDICT, "gpt2", "--technique", "tf32"], ["tf32 needs a CUDA device"]),

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.tiny_pretrained import tiny_tokenizer
 
-from memstudy import data, glue
+from memstudy import data
+from memstudy.studies.glue import tasks as glue
 
 SIX = ["a", "b", "c", "d", "e", "f"]
 

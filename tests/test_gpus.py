@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memstudy.memory.catalogue import CATALOGUE, Gpu, find_gpu, gpus
-from memstudy.memory.report import MIB
+from memstudy.profiler.catalogue import CATALOGUE, Gpu, find_gpu, gpus
+from memstudy.profiler.events import MIB
 
 # From NVIDIA's table of CUDA GPUs and the data sheets: compute capability, and GB (or GiB) on the box.
 PUBLISHED = {

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from support.tiers import cover, slow_but
 from support.tiny_models import config_file
 
-from memstudy import inference
-from memstudy.hub_configs import InferenceRun
-from memstudy.memory import MIB, measure, predict
+from memstudy.kinds import PredictionRun, parse_run
+from memstudy.profiler import MIB, measure, predict
 from memstudy.techniques import TECHNIQUES
-from memstudy.trainers import PredictionRun, build, execute, parse_run
+from memstudy.trainers import inference
+from memstudy.trainers.inference import InferenceRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -54,14 +54,14 @@ PASSES = [
 @pytest.mark.parametrize(("variant", "task", "batch_size"), slow_but(cover(PASSES), PASSES))
 def test_a_forward_pass_takes_what_is_predicted(variant, task, batch_size, run):
     made = run(convert_to=VARIANTS[variant], batch_size=batch_size, task=task)
-    measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)
+    measured, predicted = measure(made.build(), iterations=1), predict(made.build(), iterations=1)
     assert predicted.iteration_peaks == measured.iteration_peaks
     assert highest(predicted) == highest(measured)
     assert {phase for _, phase, _ in measured.timeline} == {"forward"}
     parameters = 4 * sum(p.numel() for p in made.make_model().parameters())
     assert measured.most_by_category["parameters"] == parameters
     assert measured.most_by_category["gradients"] == measured.most_by_category["optimizer"] == 0
-    metrics = execute(made, None)["metrics"]
+    metrics = made.execute(None)["metrics"]
     assert metrics["peak_allocated_mib"] * MIB == measured.iteration_peaks[0]
     assert metrics["parameters_mib"] * MIB == parameters
     assert metrics["beside_parameters_mib"] * MIB == measured.iteration_peaks[0] - parameters > 0
@@ -69,7 +69,7 @@ def test_a_forward_pass_takes_what_is_predicted(variant, task, batch_size, run):
 
 def test_the_unchanged_classifiers_peak_is_in_its_pass(run):
     made = run(task="classification")
-    assert measure(build(made), iterations=1).peak_bytes == predict(build(made), iterations=1).iteration_peaks[0]
+    assert measure(made.build(), iterations=1).peak_bytes == predict(made.build(), iterations=1).iteration_peaks[0]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def test_the_unchanged_classifiers_peak_is_in_its_pass(run):
 def test_what_making_a_model_takes_is_not_the_passes(changes, run):
     """A head is made before it is tied to the embedding, and projections are there before they are factored."""
     made = run(batch_size=1, seq_len=2, **changes)
-    whole = measure(build(made), iterations=1).peak_allocated_mib
-    reported = execute(made, None)["metrics"]["peak_allocated_mib"]
+    whole = measure(made.build(), iterations=1).peak_allocated_mib
+    reported = made.execute(None)["metrics"]["peak_allocated_mib"]
     assert reported < 0.9 * whole
-    execute(made.model_copy(update={"budget_mib": reported}), None)
+    made.model_copy(update={"budget_mib": reported}).execute(None)
 
 
 def test_a_pass_keeps_nothing_for_a_backward_pass(run):
@@ -90,20 +90,20 @@ def test_a_pass_keeps_nothing_for_a_backward_pass(run):
     beside = []
     for layers in (2, 4):
         made = run(model=config_file(folder, "bert", num_hidden_layers=layers), batch_size=16, task="classification")
-        beside.append(execute(made, None)["metrics"]["beside_parameters_mib"])
+        beside.append(made.execute(None)["metrics"]["beside_parameters_mib"])
     assert beside[0] == beside[1]
 
 
 def test_low_rank_takes_less_and_a_rank_of_more_than_half_the_width_takes_more(run):
     unchanged, small, large = (
-        execute(run(convert_to=convert_to), None)["metrics"]["peak_allocated_mib"]
+        run(convert_to=convert_to).execute(None)["metrics"]["peak_allocated_mib"]
         for convert_to in ({}, *({"variant": "lowrank", "rank": rank} for rank in (4, 128)))
     )
     assert small < unchanged < large
 
 
 def test_a_gpu_is_predicted(run):
-    report = predict(build(run(), gpu="T4"), gpu="T4")
+    report = predict(run().build(gpu="T4"), gpu="T4")
     assert report.whole_gpu_mib > report.peak_reserved_mib >= report.peak_allocated_mib > 0
     assert report.out_of_memory is None
     assert report.peak_by_category["parameters"] >= 4 * sum(p.numel() for p in run().make_model().parameters())
@@ -114,10 +114,10 @@ def test_a_gpu_is_predicted(run):
 
 
 def test_a_peak_past_the_budget_is_out_of_memory(run):
-    peak = execute(run(), None)["metrics"]["peak_allocated_mib"]
-    execute(run(budget_mib=peak), None)
+    peak = run().execute(None)["metrics"]["peak_allocated_mib"]
+    run(budget_mib=peak).execute(None)
     with pytest.raises(MemoryError, match=r"peak \d+\.\d MiB passes the budget of \d"):
-        execute(run(budget_mib=0.99 * peak), None)
+        run(budget_mib=0.99 * peak).execute(None)
 
 
 RANKS = [(1, 1), (2, 2), (10, 10), (19, 19), (20, 19), (21, 20), (40, 38), (100, 95)]
@@ -129,7 +129,7 @@ def test_the_95th_percentile_is_the_time_of_the_nearest_rank(count, rank, run, m
     times = [0.001 * (i + 1) for i in reversed(range(count))]
     left = list(times)
     monkeypatch.setattr(inference, "timed", lambda step: left.pop())
-    result = execute(run(measure_steps=count, batch_size=2), None)
+    result = run(measure_steps=count, batch_size=2).execute(None)
     metrics = result["metrics"]
     assert metrics["sample_time_p95_ms"] == pytest.approx(rank / 2)  # a sample is one sequence of two
     assert metrics["sample_time_ms"] == pytest.approx((count + 1) / 2 / 2)
@@ -137,7 +137,7 @@ def test_the_95th_percentile_is_the_time_of_the_nearest_rank(count, rank, run, m
 
 
 def test_what_a_run_reports(run):
-    result = execute(run(measure_steps=7), None)
+    result = run(measure_steps=7).execute(None)
     json.dumps(result, allow_nan=False)
     assert result["metrics"]["sample_time_p95_ms"] >= result["metrics"]["sample_time_ms"] > 0
     assert len(result["curves"]["sample_times_ms"]) == 7
@@ -184,7 +184,7 @@ def test_a_run_survives_json(run):
 
 
 def executed(run, *names, **changes):
-    return execute(run(techniques=names, **changes), None)["metrics"]
+    return run(techniques=names, **changes).execute(None)["metrics"]
 
 
 PRUNED = ["masks=0.5", "pruned=0.5", "narrow=0.5", "fewer_heads=0.5"]
@@ -193,7 +193,7 @@ PRUNED = ["masks=0.5", "pruned=0.5", "narrow=0.5", "fewer_heads=0.5"]
 @pytest.mark.parametrize("text", slow_but(PRUNED[1:3], PRUNED))
 def test_a_pruned_models_pass_takes_what_is_predicted(text, run):
     made = run(techniques=(text,), task="classification")
-    measured, predicted = measure(build(made), iterations=1), predict(build(made), iterations=1)
+    measured, predicted = measure(made.build(), iterations=1), predict(made.build(), iterations=1)
     assert predicted.iteration_peaks == measured.iteration_peaks
     assert highest(predicted) == highest(measured)
 

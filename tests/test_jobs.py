@@ -14,10 +14,12 @@ from support.tiers import slow_but
 from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
-from memstudy import jobs, runs
-from memstudy.cli import app
-from memstudy.memory import MIB, predict
-from memstudy.trainers import LayerRun, PredictionRun, build, parse_run
+from memstudy import records
+from memstudy.cli import jobs
+from memstudy.cli.main import app
+from memstudy.kinds import PredictionRun, parse_run
+from memstudy.profiler import MIB, predict
+from memstudy.studies.attention_layer.run import LayerRun
 
 ROOT = Path(__file__).parents[1]
 STUDY = "what_fits"  # the quickest to plan
@@ -57,7 +59,7 @@ def test_a_plan_has_every_missing_run_and_what_it_needs(planned):
     assert configs
     assert configs.keys() == needs.keys()
     for name, config in configs.items():
-        assert runs.run_id(parse_run(config).model_dump(mode="json")) == name
+        assert records.run_id(parse_run(config).model_dump(mode="json")) == name
         assert needs[name]["mem_mb"] > 1000
 
 
@@ -70,11 +72,11 @@ def test_a_plan_of_an_unknown_study_says_so_in_one_line(tmp_path):
 
 def test_a_job_asks_for_what_is_predicted():
     run = tiny_run()
-    peak = predict(build(run)).peak_allocated_mib
+    peak = predict(run.build()).peak_allocated_mib
     asked = jobs.needs(run)
     assert asked == {"mem_mb": pytest.approx((jobs.PROCESS_MIB + jobs.SLACK * peak) * MIB / 1e6, abs=1)}
     on_gpu = jobs.needs(run, gpu="T4")
-    whole = predict(build(run, gpu="T4"), gpu="T4").whole_gpu_mib
+    whole = predict(run.build(gpu="T4"), gpu="T4").whole_gpu_mib
     assert (on_gpu["gpu"], on_gpu["gpu_mem_mb"]) == (1, pytest.approx(whole * MIB / 1e6, abs=1))
     assert "gpu" not in jobs.needs(PredictionRun(experiment="tiny", of=run, gpu="T4"), gpu="T4")
     layer = LayerRun(experiment="layer", attention={"variant": "softmax"}, seq_len=4096, is_causal=True)

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import nbformat
 import pytest
 
-from memstudy import parameters
+from memstudy import project
 
 ROOT = Path(__file__).parents[1]
 QUICKEST = "what_fits"
@@ -59,7 +59,7 @@ def lab(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stem",
-    [pytest.param(stem, marks=[pytest.mark.by_hand] * (stem != QUICKEST)) for stem in parameters.studies()],
+    [pytest.param(stem, marks=[pytest.mark.by_hand] * (stem != QUICKEST)) for stem in project.studies()],
 )
 def test_a_notebook_runs_from_the_first_cell_to_the_last(browser, lab, stem):
     cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells

@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the package, read from its source."""
+"""Who may import whom, read from the source: a room imports rooms of the floors below alone."""
 
 import ast
 import json
@@ -11,133 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "memstudy"
-ANY = None  # no rule
-
-# layer: (layers of memstudy it may import, third-party packages it may import)
-LAYERS = {
-    "__init__": (set(), set()),
-    "attention": (set(), {"torch", "flash_attn"}),
-    "memory": (set(), {"accelerate", "torch", "transformers", "pydantic", "yaml"}),
-    "techniques": ({"attention", "projections"}, ANY),
-    "place_value": (set(), set()),
-    "machine": (set(), {"torch"}),
-    "quick_imports": (ANY, {"bitsandbytes", "torch"}),
-    "data": ({"machine", "place_value"}, ANY),
-    "pairs": ({"data"}, {"sacrebleu", "rouge_score"}),
-    "models": ({"attention", "convert"}, ANY),
-    "reformer": ({"attention", "models"}, {"torch", "transformers"}),
-    "encoder_decoder": ({"attention", "models"}, {"torch", "transformers"}),
-    "projections": ({"attention"}, {"torch", "transformers"}),
-    "dispatch": ({"attention", "projections"}, {"torch", "transformers"}),
-    "convert": ({"attention", "dispatch", "projections"}, {"torch", "transformers", "safetensors"}),
-    "peers": ({"attention"}, ANY),
-    "configs": ({"attention", "machine", "models", "peers", "techniques"}, ANY),
-    "reformer_configs": ({"configs", "reformer"}, ANY),
-    "seq2seq_configs": ({"attention", "configs", "encoder_decoder"}, ANY),
-    "pretrained": (set(), {"huggingface_hub"}),
-    "hub_configs": ({"attention", "configs", "convert", "pretrained"}, ANY),
-    "prediction_configs": (
-        {"configs", "hub_configs", "memory", "published", "reformer_configs", "seq2seq_configs"},
-        ANY,
-    ),
-    "layers": ({"configs", "memory"}, {"torch", "transformers"}),
-    "inference": ({"hub_configs", "layers", "memory", "techniques"}, {"psutil", "torch", "transformers"}),
-    "lever_trainer": ({"configs"}, {"torch", "transformers"}),
-    "glue": ({"data"}, ANY),
-    "finetuning": ({"data", "glue", "hub_configs", "lever_trainer", "pretrained", "techniques"}, ANY),
-    "seq2seq": (
-        {
-            "data",
-            "encoder_decoder",
-            "layers",
-            "lever_trainer",
-            "memory",
-            "pairs",
-            "place_value",
-            "seq2seq_configs",
-            "techniques",
-        },
-        ANY,
-    ),
-    "step": (
-        {"attention", "configs", "hub_configs", "inference", "lever_trainer", "memory", "techniques"},
-        {"transformers"},
-    ),
-    "published": ({"hub_configs", "memory", "prediction_configs"}, ANY),
-    "significance": (set(), {"numpy", "scipy"}),
-    "trainers": (
-        {
-            "attention",
-            "configs",
-            "data",
-            "finetuning",
-            "glue",
-            "hub_configs",
-            "inference",
-            "layers",
-            "lever_trainer",
-            "memory",
-            "pairs",
-            "prediction_configs",
-            "published",
-            "reformer_configs",
-            "seq2seq",
-            "seq2seq_configs",
-            "step",
-            "techniques",
-        },
-        ANY,
-    ),
-    "parameters": (set(), {"nbformat", "yaml"}),
-    "fresh": ({"quick_imports", "trainers", "cli"}, set()),
-    "runs": ({"fresh", "machine"}, set()),
-    "study": ({"machine", "runs", "parameters"}, {"pandas", "matplotlib", "seaborn", "tqdm"}),
-    "synthesis": ({"study"}, {"pandas", "matplotlib"}),
-    "advice": ({"hub_configs", "machine", "parameters", "runs", "techniques"}, set()),
-    "bad_input": (set(), {"typer", "pydantic"}),
-    "forecast": (
-        {"advice", "attention", "bad_input", "hub_configs", "memory", "quick_imports", "step", "techniques"},
-        {"rich", "typer"},
-    ),
-    "jobs": (
-        {
-            "attention",
-            "configs",
-            "layers",
-            "memory",
-            "parameters",
-            "prediction_configs",
-            "runs",
-            "step",
-            "trainers",
-        },
-        {"nbclient", "papermill"},
-    ),
-    "cli": (ANY, ANY),
-    "qa": (ANY, ANY),
-    "notebooks": (
-        {
-            "advice",
-            "attention",
-            "convert",
-            "data",
-            "glue",
-            "memory",
-            "published",
-            "significance",
-            "study",
-            "techniques",
-            "trainers",
-        },
-        ANY,
-    ),
-}
-
-
-def layer_of(module: str) -> str:
-    """Return the layer of a dotted name; what is no submodule belongs to the package itself."""
-    name = [*module.split("."), "__init__"][1]
-    return name if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file() else "__init__"
+# The ground imports nothing of ours, but for the machine's name and speed.
+FLOORS = [
+    {"attention", "data", "figures", "latex", "machine", "profiler", "project", "records"},
+    {"huggingface", "launcher"},
+    {"study", "techniques"},
+    {"trainers"},
+    {"studies"},
+    {"kinds"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def imported_modules(tree: ast.AST, package: str) -> set[str]:
@@ -153,46 +37,40 @@ def imported_modules(tree: ast.AST, package: str) -> set[str]:
     return modules
 
 
-def violations(layer: str, modules: set[str]) -> list[str]:
-    """Return the imports among `modules` that `layer` is not allowed, sorted."""
-    inside, outside = LAYERS[layer]
-    refused = []
-    for module in modules:
-        top = module.split(".")[0]
-        if top == "memstudy":
-            allowed = inside is ANY or layer_of(module) in {layer, "__init__", *inside}
-        else:
-            allowed = outside is ANY or top in outside or top in sys.stdlib_module_names
-        if not allowed:
-            refused.append(module)
-    return sorted(refused)
+def rooms_of(modules: set[str]) -> set[str]:
+    """Return the rooms among dotted names: what is no room belongs to the package itself."""
+    return {
+        room for module in modules if (room := [*module.split("."), ""][1]) in FLOOR and module.startswith("memstudy.")
+    }
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_its_own_layer_and_those_below(path):
+def test_a_room_imports_from_the_floors_below_alone(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    layer = parts[1]
-    assert layer in LAYERS, f"{path.name} has no layer: give it a line in LAYERS"
+    room = parts[1]
+    if room == "__init__":
+        return
     modules = imported_modules(ast.parse(path.read_text("utf-8")), ".".join(parts[:-1]))
-    assert violations(layer, modules) == []
+    others = rooms_of(modules) - {room, "machine"}
+    assert {other for other in others if FLOOR[other] >= FLOOR[room]} == set()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_a_notebook_imports_only_the_public_layers(path):
+def test_a_notebook_imports_neither_the_command_line_nor_a_folder_put_on_the_path(path):
     cells = json.loads(path.read_text("utf-8"))["cells"]
-    code = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"]]
-    source = "\n".join(line.rstrip("\n") for line in code if not line.startswith(("%", "!")))
-    assert violations("notebooks", imported_modules(ast.parse(source), "")) == []
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "cli" not in rooms_of(imported_modules(ast.parse(source), ""))
+    assert "sys.path" not in source
 
 
 @pytest.mark.parametrize(
     ("package", "source", "modules"),
     [
-        ("memstudy.memory", "from .trace import trace", {"memstudy.memory.trace.trace"}),
-        ("memstudy.memory", "from .. import trainers", {"memstudy.trainers"}),
-        ("memstudy", "from . import runs", {"memstudy.runs"}),
+        ("memstudy.profiler", "from .roles import Roles", {"memstudy.profiler.roles.Roles"}),
+        ("memstudy.profiler", "from .. import kinds", {"memstudy.kinds"}),
+        ("memstudy", "from . import records", {"memstudy.records"}),
         ("memstudy", "def f():\n    import torch.nn as nn", {"torch.nn"}),
-        ("memstudy", "from memstudy.runs import read", {"memstudy.runs.read"}),
+        ("memstudy", "from memstudy.records import read", {"memstudy.records.read"}),
     ],
 )
 def test_imports_are_found_in_every_form(package, source, modules):
@@ -209,7 +87,7 @@ def test_every_file_that_is_no_module_is_installed_too():
 
 
 def test_rows_tables_and_figures_need_no_torch():
-    code = "import sys, memstudy.runs, memstudy.study; sys.exit('torch' in sys.modules)"
+    code = "import sys, memstudy.records, memstudy.study; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

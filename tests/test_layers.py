@@ -11,12 +11,13 @@ from pydantic import ValidationError
 from support.tiers import cover, slow_but
 from torch import nn
 
-from memstudy import layers, runs
+from memstudy import records
 from memstudy.attention import ATTENTION, Unavailable
-from memstudy.configs import LayerRun
-from memstudy.memory import MIB, measure, predict
-from memstudy.peers import PEERS
-from memstudy.trainers import execute, parse_run
+from memstudy.kinds import parse_run
+from memstudy.profiler import MIB, measure, predict
+from memstudy.studies.attention_layer import layers
+from memstudy.studies.attention_layer.peers import PEERS
+from memstudy.studies.attention_layer.run import LayerRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -92,13 +93,13 @@ def test_the_peak_repeats_itself_and_is_predicted_to_the_byte(variant, is_causal
     run = layer_run(variant, is_causal=is_causal, batch_size=2)
     peak = layers.peak_bytes(run, measure)
     assert peak == layers.peak_bytes(run, measure) == layers.peak_bytes(run, predict)
-    metrics = execute(run, tmp_path)["metrics"]
+    metrics = run.execute(tmp_path)["metrics"]
     assert metrics["predicted_peak_mib"] == metrics["peak_allocated_mib"] == peak / MIB
     assert metrics["peak_u"] == peak / (2 * 32 * 16 * 4)
 
 
 def test_what_a_run_reports(tmp_path):
-    result = execute(layer_run(measure_steps=3), tmp_path)
+    result = layer_run(measure_steps=3).execute(tmp_path)
     json.dumps(result, allow_nan=False)
     metrics, curves = result["metrics"], result["curves"]
     for name in ("step", "projections"):
@@ -177,8 +178,8 @@ def test_memsizer_as_released_equals_the_variant(is_causal):
 def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "local_attention", None)
     run = layer_run(who="local-attention")
-    record = runs.perform(
-        run.model_dump(mode="json"), tmp_path, lambda folder: execute(run, folder), unavailable=(Unavailable,)
+    record = records.perform(
+        run.model_dump(mode="json"), tmp_path, lambda folder: run.execute(folder), unavailable=(Unavailable,)
     )
     assert record["status"] == "unavailable"
     assert record["reason"].startswith("local-attention cannot be imported")
@@ -189,6 +190,6 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_install(monkeyp
 def test_a_record_names_the_peers_versions():
     for package in ("local-attention", "reformer-pytorch", "linformer", "performer-pytorch"):
         try:
-            assert runs.versions()[package] == importlib.metadata.version(package)
+            assert records.versions()[package] == importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            assert runs.versions()[package] == "not installed"
+            assert records.versions()[package] == "not installed"

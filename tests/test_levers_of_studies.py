@@ -14,10 +14,9 @@ from support.levers import EXACT, HERE
 from support.study_models import MODELS
 from support.tiers import cover, slow_but
 
-from memstudy.lever_trainer import make_trainer
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.techniques import TECHNIQUES
-from memstudy.trainers import build
+from memstudy.trainers.trainer import make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -42,10 +41,10 @@ STEPS = list(itertools.product(HERE, [name for name in MODELS if name != "masked
 def test_a_step_takes_what_is_predicted(name, model, tmp_path):
     if (name, model) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[name, model]):
-            build(MODELS[model](tmp_path, techniques=(name,)))()
+            MODELS[model](tmp_path, techniques=(name,)).build()()
         return
     run = MODELS[model](tmp_path, techniques=(name,))
-    measured, predicted = measure(build(run)), predict(build(run))
+    measured, predicted = measure(run.build()), predict(run.build())
     if TECHNIQUES[name].packages and name != "lora":  # their kernels have scratch of their own, which is not predicted
         for category in ("parameters", "optimizer"):
             assert predicted.most_by_category[category] == pytest.approx(measured.most_by_category[category], abs=64)
@@ -61,7 +60,7 @@ ON_A_GPU = [(name, model) for name, t in sorted(TECHNIQUES.items()) if t.in_trai
 @pytest.mark.parametrize(("name", "model"), slow_but(cover(ON_A_GPU), ON_A_GPU))
 def test_what_needs_a_gpu_is_predicted_for_one(name, model, tmp_path):
     run = MODELS[model](tmp_path, techniques=(name,))
-    assert predict(build(run, gpu="A100-40GB"), gpu="A100-40GB").peak_bytes > 0
+    assert predict(run.build(gpu="A100-40GB"), gpu="A100-40GB").peak_bytes > 0
 
 
 def updated(made, folder, *techniques):

@@ -10,9 +10,8 @@ import torch
 from support.tiers import slow_but
 
 from memstudy.attention import LowRankConfig
-from memstudy.hub_configs import HubModelRun
-from memstudy.memory import measure, predict
-from memstudy.trainers import build
+from memstudy.profiler import measure, predict
+from memstudy.trainers.hub_model import HubModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -45,40 +44,40 @@ def less(unchanged, report):
 
 @pytest.fixture(scope="module")
 def minilm():
-    return predict(build(run()))
+    return predict(run().build())
 
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_the_prediction_saves_what_the_formula_says(rank, minilm):
-    assert less(minilm, predict(build(run(rank)))) == saved("all-MiniLM-L6-v2", rank)
+    assert less(minilm, predict(run(rank).build())) == saved("all-MiniLM-L6-v2", rank)
 
 
 def test_the_measurement_saves_what_the_formula_says_and_is_the_prediction(minilm):
-    unchanged, low = measure(build(run())), measure(build(run(16)))
+    unchanged, low = measure(run().build()), measure(run(16).build())
     assert less(unchanged, low) == saved("all-MiniLM-L6-v2", 16)
     assert most(unchanged) == most(minilm)
     assert unchanged.peak_by_category == minilm.peak_by_category
-    assert low.peak_by_category == predict(build(run(16))).peak_by_category
+    assert low.peak_by_category == predict(run(16).build()).peak_by_category
 
 
 def test_one_layer_saves_a_sixth(minilm):
-    assert less(minilm, predict(build(run(16, layers=(3,))))) == saved("all-MiniLM-L6-v2", 16, layers=1)
+    assert less(minilm, predict(run(16, layers=(3,)).build())) == saved("all-MiniLM-L6-v2", 16, layers=1)
 
 
 def test_half_the_width_saves_no_weights_and_costs_the_counters(minilm):
     counters = {"parameters": 0, "gradients": 0, "optimizer": -4 * 4 * 6}
-    assert less(minilm, predict(build(run(192)))) == saved("all-MiniLM-L6-v2", 192) == counters
+    assert less(minilm, predict(run(192).build())) == saved("all-MiniLM-L6-v2", 192) == counters
 
 
 @pytest.mark.parametrize("rank", slow_but(RANKS[:1], RANKS))
 def test_bert_base_saves_what_the_formula_says(rank, bert_base):
-    low = predict(build(run(rank, "bert-base-uncased", seq_len=128, batch_size=16)))
+    low = predict(run(rank, "bert-base-uncased", seq_len=128, batch_size=16).build())
     assert less(bert_base, low) == saved("bert-base-uncased", rank)
 
 
 @pytest.fixture(scope="module")
 def bert_base():
-    return predict(build(run(None, "bert-base-uncased", seq_len=128, batch_size=16)))
+    return predict(run(None, "bert-base-uncased", seq_len=128, batch_size=16).build())
 
 
 def test_the_optimizers_state_is_two_moments_and_a_counter_for_each_tensor(minilm):

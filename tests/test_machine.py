@@ -5,9 +5,9 @@ import json
 import pytest
 from support.tiny_run import tiny_run
 
-from memstudy import jobs, machine, parameters, runs
+from memstudy import machine, project, records
+from memstudy.cli import jobs
 from memstudy.study import Study
-from memstudy.trainers import execute
 
 SLOW, FAST = 0.02, 1.9
 AVX2 = "sse4_2 avx avx2"
@@ -81,8 +81,8 @@ def test_a_processor_without_a_name_goes_by_its_family_and_number(processor):
 def test_every_committed_record_is_read_with_instruction_sets():
     devices = {
         record["provenance"]["device"]
-        for folder in (runs.ROOT / "results").iterdir()
-        for record in runs.read_records(folder)
+        for folder in (records.ROOT / "results").iterdir()
+        for record in records.read_records(folder)
     }
     assert devices
     assert all("AVX-512 bf16" in device and "thread" in device for device in devices)
@@ -108,7 +108,7 @@ def test_the_probe_measures():
 @pytest.mark.parametrize(("speed", "emulated"), [(SLOW, True), (FAST, False)])
 def test_a_step_in_emulated_bfloat16_is_measured_and_not_timed(probe, tmp_path, speed, emulated):
     probe(speed)
-    metrics = execute(tiny_run(techniques=("bf16",)), tmp_path)["metrics"]
+    metrics = tiny_run(techniques=("bf16",)).execute(tmp_path)["metrics"]
     assert metrics.get("emulated", False) == emulated
     assert ("step_time_ms" in metrics) != emulated
     assert ("tokens_per_s" in metrics) != emulated
@@ -117,7 +117,7 @@ def test_a_step_in_emulated_bfloat16_is_measured_and_not_timed(probe, tmp_path, 
 
 def test_a_step_in_fp32_is_timed_on_any_machine(probe, tmp_path):
     probe(SLOW)
-    metrics = execute(tiny_run(), tmp_path)["metrics"]
+    metrics = tiny_run().execute(tmp_path)["metrics"]
     assert "emulated" not in metrics
     assert metrics["step_time_ms"] > 0
 
@@ -127,16 +127,16 @@ def test_a_step_in_fp32_is_timed_on_any_machine(probe, tmp_path):
 ])  # fmt: skip
 def test_auto_asks_the_machine_and_a_list_does_not(probe, tmp_path, asked, speed, techniques):
     probe(speed)
-    namespace = parameters.notebook_parameters("glue_lowrank") | {
+    namespace = project.notebook_parameters("glue_lowrank") | {
         "results_dir": str(tmp_path / "results"), "out_dir": str(tmp_path),
     }  # fmt: skip
     assert Study("glue_lowrank", namespace).precision(asked) == techniques
 
 
 def test_the_reference_never_asks_the_machine():
-    for stem in parameters.studies():
-        if "precision" in parameters.notebook_parameters(stem):
-            assert parameters.read_parameters(stem, "full")["precision"] == ["bf16"]
+    for stem in project.studies():
+        if "precision" in project.notebook_parameters(stem):
+            assert project.read_parameters(stem, "full")["precision"] == ["bf16"]
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_what_a_study_plans_on_a_slow_machine_differs_in_precision_alone(probe, 
 
 def test_a_record_says_how_fast_bfloat16_was(probe, tmp_path):
     probe(SLOW)
-    record = runs.perform(
+    record = records.perform(
         tiny_run().model_dump(mode="json"), tmp_path, lambda _: {"metrics": {}, "curves": {}, "data": {}}
     )
     assert record["provenance"]["bf16_speed"] == SLOW
@@ -165,4 +165,4 @@ def test_a_record_says_how_fast_bfloat16_was(probe, tmp_path):
 @pytest.mark.parametrize("stem", ["glue_lowrank", "lab4_grid"])
 def test_the_reference_lacks_no_record_on_a_slow_machine(probe, stem):
     probe(SLOW)
-    assert jobs.missing(stem, "full", runs.ROOT / "results") == {}
+    assert jobs.missing(stem, "full", records.ROOT / "results") == {}

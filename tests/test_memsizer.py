@@ -9,7 +9,7 @@ from support.tiers import pairwise, slow_but
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memstudy.attention import MemSizerConfig, memsizer
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 
 
 @pytest.fixture(autouse=True)

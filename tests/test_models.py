@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from memstudy.attention import SoftmaxConfig, WindowConfig
-from memstudy.models import DecoderLM, decoder
+from memstudy.huggingface.decoder import DecoderLM, decoder
 
 MIXERS = [SoftmaxConfig("eager"), SoftmaxConfig("sdpa"), WindowConfig(8)]
 every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["eager", "sdpa", "window"])

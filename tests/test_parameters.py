@@ -5,7 +5,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memstudy.parameters import check_parameters, notebook_parameters, read_parameters, scales, studies
+from memstudy.project import check_parameters, notebook_parameters, read_parameters, scales, studies
 
 DEFAULTS = {"dataset": "miniature", "n_layers": 2, "learning_rate": 0.001, "run_missing": True, "seeds": [0]}
 

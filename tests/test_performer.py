@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memstudy.attention import PerformerConfig, performer, performer_attention, softmax_attention
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 
 
 @pytest.fixture(autouse=True)

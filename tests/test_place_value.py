@@ -40,7 +40,7 @@ def test_questions_without_an_answer(question, reason):
 @pytest.mark.parametrize("split", place_value.ENTROPIES)
 def test_generated_questions_are_like_deepminds(split):
     """The shipped rows are from their own generator: ours have the same numbers of digits, as often, and places."""
-    theirs = data.load(data.PLACE_VALUE)
+    theirs = data.load(data.sets.PLACE_VALUE)
     if theirs.source == "nowhere":
         pytest.skip("DeepMind's rows are not here")
     theirs = theirs.splits[split]

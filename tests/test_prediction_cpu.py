@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.optimization import Adafactor
 
 from memstudy.attention import ATTENTION
-from memstudy.convert import convert_attention
-from memstudy.memory import measure, predict
-from memstudy.models import decoder
+from memstudy.huggingface.convert import convert_attention
+from memstudy.huggingface.decoder import decoder
+from memstudy.profiler import measure, predict
 from memstudy.techniques import Checkpointing, ChunkedLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")

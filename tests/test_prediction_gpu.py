@@ -1,10 +1,10 @@
-"""The prediction for GPUs against published readings of real ones (`memstudy.published`)."""
+"""The prediction for GPUs against published readings of real ones (`memstudy.studies.published`)."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from memstudy.published.rows import TRAININGS, length_differences, predicted_rows, savings
+from memstudy.studies.published.rows import TRAININGS, length_differences, predicted_rows, savings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

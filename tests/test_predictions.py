@@ -8,10 +8,12 @@ from pydantic import ValidationError
 from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 
-from memstudy import runs
-from memstudy.memory import MIB, fit, predict
+from memstudy import records
+from memstudy.kinds import LargestBatchRun, PredictionRun, parse_run
+from memstudy.profiler import MIB, fit, predict
+from memstudy.studies.reformer.run import ReformerRun
 from memstudy.techniques import parse
-from memstudy.trainers import InferenceRun, LargestBatchRun, PredictionRun, ReformerRun, build, execute, parse_run
+from memstudy.trainers.inference import InferenceRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 REFORMER = ReformerRun(
@@ -33,33 +35,33 @@ def test_a_prediction_survives_json(run, gpu):
 
 @pytest.mark.parametrize("run", [tiny_run(), REFORMER], ids=lambda run: run.kind)
 def test_on_this_machine_it_is_what_is_measured_to_the_byte(run, tmp_path):
-    predicted = execute(PredictionRun(experiment="tiny", of=run), tmp_path)["metrics"]
-    measured = execute(run, tmp_path)["metrics"]
+    predicted = PredictionRun(experiment="tiny", of=run).execute(tmp_path)["metrics"]
+    measured = run.execute(tmp_path)["metrics"]
     assert set(predicted) < set(measured)
     assert {name: measured[name] for name in predicted} == predicted
 
 
 def test_of_a_forward_pass_it_is_what_is_measured_to_the_byte(tmp_path):
-    predicted = execute(PredictionRun(experiment="tiny", of=FORWARD), tmp_path)["metrics"]
-    assert predicted["step_peak_max_mib"] == execute(FORWARD, tmp_path)["metrics"]["peak_allocated_mib"]
+    predicted = PredictionRun(experiment="tiny", of=FORWARD).execute(tmp_path)["metrics"]
+    assert predicted["step_peak_max_mib"] == FORWARD.execute(tmp_path)["metrics"]["peak_allocated_mib"]
 
 
 def test_for_a_gpu_it_says_the_whole_of_it_and_whether_it_fits(tmp_path):
-    small = execute(PredictionRun(experiment="tiny", of=tiny_run(), gpu="T4"), tmp_path)
+    small = PredictionRun(experiment="tiny", of=tiny_run(), gpu="T4").execute(tmp_path)
     json.dumps(small, allow_nan=False)
-    report = predict(build(tiny_run(), gpu="T4"), gpu="T4")
+    report = predict(tiny_run().build(gpu="T4"), gpu="T4")
     assert small["metrics"]["whole_gpu_mib"] == report.whole_gpu_mib
     assert small["metrics"]["fits"] is True
     assert small["curves"]["unverified_ops"] == list(report.unverified)
-    large = execute(PredictionRun(experiment="tiny", of=tiny_run(batch_size=2**21), gpu="T4"), tmp_path)
+    large = PredictionRun(experiment="tiny", of=tiny_run(batch_size=2**21), gpu="T4").execute(tmp_path)
     assert large["metrics"]["fits"] is False
 
 
 def test_the_largest_batch_is_what_fit_finds_whatever_the_batch_of_the_run(tmp_path):
     search = LargestBatchRun(experiment="tiny", of=tiny_run(batch_size=3), gpu="T4")
     assert parse_run(json.loads(search.model_dump_json())) == search
-    metrics = execute(search, tmp_path)["metrics"]
-    found = fit(lambda size: build(tiny_run(batch_size=size), gpu="T4"), gpu="T4")
+    metrics = search.execute(tmp_path)["metrics"]
+    found = fit(lambda size: tiny_run(batch_size=size).build(gpu="T4"), gpu="T4")
     assert (metrics["largest_batch"], metrics["headroom_percent"]) == (found.batch_size, found.headroom_percent)
     assert metrics["whole_gpu_mib"] == found.report.whole_gpu_mib
     with pytest.raises(ValidationError, match="gpu"):
@@ -85,7 +87,7 @@ def test_bad_choices_are_refused(choices, said):
 def committed() -> list[dict]:
     """Of each study's committed predictions that can be made here, and of each machine, the one of fewest tokens."""
     fewest: dict[tuple, dict] = {}
-    for path in sorted((runs.ROOT / "results").glob("*/*.json")):
+    for path in sorted((records.ROOT / "results").glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         config = record["config"]
         if config["kind"] != "prediction" or record["status"] != "ok":
@@ -104,7 +106,7 @@ ONE_OF_A_KIND = cover(committed(), lambda record: {record["config"]["of"]["kind"
 
 @pytest.mark.parametrize("record", slow_but(ONE_OF_A_KIND, committed()), ids=lambda record: record["run_id"])
 def test_committed_predictions_are_made_again_to_the_byte(record, tmp_path):
-    again = execute(parse_run(record["config"]), tmp_path)["metrics"]
+    again = parse_run(record["config"]).execute(tmp_path)["metrics"]
     assert {name: round(value * MIB) for name, value in again.items() if name.endswith("_mib")} == {
         name: round(value * MIB) for name, value in record["metrics"].items() if name.endswith("_mib")
     }

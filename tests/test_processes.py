@@ -18,11 +18,13 @@ from support.tiers import cover, slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_config, tiny_run
 
-from memstudy import data, jobs, runs
-from memstudy.memory import MIB, fit, measure, predict
-from memstudy.memory.processes import first_of
+from memstudy import data, records
+from memstudy.cli import jobs
+from memstudy.kinds import parse_run
+from memstudy.profiler import MIB, fit, measure, predict
+from memstudy.profiler.ranks import first_of
 from memstudy.techniques import TECHNIQUES
-from memstudy.trainers import HubModelRun, build, foretell, parse_run
+from memstudy.trainers.hub_model import HubModelRun
 
 ROOT = Path(__file__).parents[1]
 MESH_BYTES = 64  # the indices of the processes that shards are spread over; in a prediction they are made beside it
@@ -48,7 +50,7 @@ def trained(folder: Path, **changes) -> dict:
     config = tiny_config(batch_size=4, eval_blocks=8, **learn, **changes)
     done = memstudy_run(config, folder)
     assert done.returncode == 0, done.stderr
-    (record,) = (r for r in runs.read_records(folder / "results") if r["config"] == config)
+    (record,) = (r for r in records.read_records(folder / "results") if r["config"] == config)
     assert record["status"] == "ok"
     return record
 
@@ -78,7 +80,7 @@ def test_two_processes_learn_what_one_does(techniques, alone, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
     for name in ("train_loss", "validation_loss", "test_loss"):
         assert record["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5)
-    predicted = foretell(parse_run(record["config"]), None)
+    predicted = parse_run(record["config"]).foretell(None)
     assert record["metrics"]["most_parameters_mib"] == predicted.most_by_category["parameters"] / MIB
     # Gloo's threads let go of what was sent a moment late, unseen by the profiler; how late is chance.
     assert 0.999 < record["metrics"]["peak_allocated_mib"] / predicted.peak_allocated_mib < 1.5
@@ -98,7 +100,7 @@ def test_another_number_of_processes_than_the_runs_is_refused(tmp_path):
 def first(run, processes=2):
     """Measure the first process's step, the others' part of the work left out."""
     with first_of(processes):
-        return measure(build(run), iterations=3)
+        return measure(run.build(), iterations=3)
 
 
 SIZES = {"batch_size": 12, "seq_len": 24, "vocab_size": 301}
@@ -111,7 +113,7 @@ SOME = ["accumulation", "checkpointing", "adamw_8bit", "bf16_weights"]  # in the
 def test_with_ddp_a_process_takes_what_is_predicted(name):
     text = {"accumulation": "accumulation=2"}.get(name, name)
     run = tiny_run(techniques=(text,), processes=3, **SIZES)
-    measured, predicted = first(run, 3), foretell(run, None)
+    measured, predicted = first(run, 3), run.foretell(None)
     if TECHNIQUES[name].packages and name != "lora":  # their kernels have scratch of their own, which is not predicted
         assert predicted.peak_bytes <= measured.peak_bytes
         return
@@ -128,7 +130,7 @@ def takes_shards(name: str) -> bool:
 def test_with_fsdp_a_process_takes_what_is_predicted(name):
     text = {None: (), "accumulation": ("accumulation=2",)}.get(name, (name,))
     run = tiny_run(techniques=(*text, "fsdp"), processes=3, **SIZES)  # who share no matrix evenly
-    predicted, measured = foretell(run, None), first(run, 3)
+    predicted, measured = run.foretell(None), first(run, 3)
     bytes_off = 512 if name == "bf16_weights" else MESH_BYTES
     assert 0 <= measured.peak_bytes - predicted.peak_bytes <= bytes_off
     assert predicted.most_by_category["parameters"] == measured.most_by_category["parameters"]
@@ -146,13 +148,13 @@ def test_a_process_of_another_models_takes_what_is_predicted(family, techniques,
     else:
         model = config_file(tmp_path, family)
         run = HubModelRun(experiment="tiny", model=model, seq_len=32, batch_size=4, **choices)
-    assert 0 <= first(run).peak_bytes - foretell(run, None).peak_bytes <= MESH_BYTES
+    assert 0 <= first(run).peak_bytes - run.foretell(None).peak_bytes <= MESH_BYTES
 
 
 def test_the_processes_divide_all_state_and_ddp_none():
     sizes = {"hidden_size": 128, "feed_forward": 512, "n_layers": 4, "batch_size": 8}
     of = {
-        (processes, sharded): foretell(tiny_run(processes=processes, techniques=sharded, **sizes), None)
+        (processes, sharded): tiny_run(processes=processes, techniques=sharded, **sizes).foretell(None)
         for processes, sharded in [(1, ()), (4, ()), (2, ("fsdp",)), (4, ("fsdp",)), (8, ("fsdp",))]
     }
     plain = of[1, ()].most_by_category
@@ -197,8 +199,8 @@ def test_a_loop_of_ones_own_is_predicted_for_each_of_its_processes():
 
 
 def test_a_gpu_is_predicted_with_fsdps_streams_and_what_is_not_counted_is_said():
-    report = foretell(tiny_run(processes=4, batch_size=4, techniques=("fsdp",)), "A100-80GB")
-    alone = foretell(tiny_run(batch_size=1), "A100-80GB")
+    report = tiny_run(processes=4, batch_size=4, techniques=("fsdp",)).foretell("A100-80GB")
+    alone = tiny_run(batch_size=1).foretell("A100-80GB")
     assert "NCCL's buffers (not counted)" in report.unverified
     assert not [name for name in alone.unverified if "NCCL" in name]
     # What is gathered and what is reduced comes from segments of their own streams: 2 MiB each here.
@@ -209,16 +211,16 @@ def test_a_gpu_is_predicted_with_fsdps_streams_and_what_is_not_counted_is_said()
 def test_nothing_is_left_behind():
     state = dict(os.environ), torch.get_num_threads(), sys.excepthook, threading.active_count()
     for techniques in ((), ("fsdp",)):
-        foretell(tiny_run(processes=2, techniques=techniques), None)
+        tiny_run(processes=2, techniques=techniques).foretell(None)
     assert (dict(os.environ), torch.get_num_threads(), sys.excepthook, threading.active_count()) == state
     assert not dist.is_initialized()
-    once = foretell(tiny_run(), None)
-    assert once.peak_bytes == measure(build(tiny_run())).peak_bytes
+    once = tiny_run().foretell(None)
+    assert once.peak_bytes == measure(tiny_run().build()).peak_bytes
 
 
 def test_a_process_that_is_one_of_several_predicts_for_no_other_number():
     with first_of(2), pytest.raises(ValueError, match="processes=3: this process is one of 2 already"):
-        predict(build(tiny_run()), processes=3)
+        predict(tiny_run().build(), processes=3)
 
 
 # --- the largest batch, and a cluster's job
@@ -226,14 +228,14 @@ def test_a_process_that_is_one_of_several_predicts_for_no_other_number():
 
 def test_the_largest_batch_is_one_that_the_processes_share():
     def made(batch):
-        return build(tiny_run(batch_size=batch, processes=4, techniques=("fsdp",)), parts=2)
+        return tiny_run(batch_size=batch, processes=4, techniques=("fsdp",)).build(parts=2)
 
     found = fit(made, budget_mib=1.0, processes=4)
     assert found.batch_size % 4 == found.refused_at % 4 == 0
     assert found.batch_size > 4
     for batch, fits in ((found.batch_size, True), (found.refused_at, False)):
         run = tiny_run(batch_size=batch, processes=4, techniques=("fsdp",))
-        assert (foretell(run, None).peak_allocated_mib <= 1.0) is fits
+        assert (run.foretell(None).peak_allocated_mib <= 1.0) is fits
     with pytest.raises(ValueError, match="effective_batch=6: processes=4 do not share it evenly"):
         fit(made, budget_mib=1.0, effective_batch=6, processes=4)
 
@@ -242,7 +244,7 @@ def test_a_job_asks_for_every_process():
     run = tiny_run(processes=2)
     asked = jobs.needs(run, gpu="T4")
     assert asked["gpu"] == 2
-    assert asked["gpu_mem_mb"] == pytest.approx(foretell(run, "T4").whole_gpu_mib * MIB / 1e6, abs=1)
+    assert asked["gpu_mem_mb"] == pytest.approx(run.foretell("T4").whole_gpu_mib * MIB / 1e6, abs=1)
     assert jobs.needs(run)["mem_mb"] > 1.9 * jobs.needs(tiny_run())["mem_mb"]
 
 
@@ -258,7 +260,7 @@ def test_runs_in_one_process_are_named_as_ever(study):
     for record in records:
         config = parse_run(record["config"]).model_dump(mode="json")
         assert config == record["config"]
-        assert runs.run_id(config) == record["run_id"]
+        assert records.run_id(config) == record["run_id"]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_runs_that_go_in_one_process_alone_say_so(kind):
 @pytest.mark.parametrize("techniques", [(), ("fsdp",)], ids="+".join)
 def test_a_step_of_two_processes_is_not_taken_in_one(techniques):
     with pytest.raises(ValueError, match="processes=2, but 1 were started: memstudy run starts as many"):
-        build(tiny_run(batch_size=2, processes=2, techniques=techniques))()
+        tiny_run(batch_size=2, processes=2, techniques=techniques).build()()
 
 
 def test_a_model_without_blocks_is_refused():

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from memstudy import data
-from memstudy.cli import app as cli
-from memstudy.qa import answers
-from memstudy.qa.app import BOTH, EXAMPLES, HEADERS, create_app, make_server_for
-from memstudy.qa.serve import quick_runs
-from memstudy.trainers import Seq2SeqRun, execute
+from memstudy.cli.main import app as cli
+from memstudy.cli.serve import quick_runs
+from memstudy.studies.memsizer.page import answers
+from memstudy.studies.memsizer.page.app import BOTH, EXAMPLES, HEADERS, create_app, make_server_for
+from memstudy.studies.memsizer.run import Seq2SeqRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTION = "What is the tens digit of 89290?"
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
                 target_vocab_size=16, target_len=4, memsizer=memsizer, train_steps=2, batch_size=4, eval_rows=4,
                 dataset=loaded.name, data_hash=loaded.content_hash,
             )  # fmt: skip
-            execute(run, root / "checkpoints" / name)
+            run.execute(root / "checkpoints" / name)
     return root / "models"
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.tiers import slow_but
 from typer.testing import CliRunner
 
-from memstudy.cli import app
+from memstudy.cli.main import app
 from memstudy.techniques import parse
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, ReformerConfig, ReformerModelWith
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from memstudy.attention import lsh
-from memstudy.hub_configs import hub_models
-from memstudy.memory import measure, predict
-from memstudy.reformer import ReformerLM, ReversibleConfig
+from memstudy.huggingface.catalogue import hub_models
+from memstudy.profiler import measure, predict
+from memstudy.studies.reformer.model import ReformerLM, ReversibleConfig
 
 PUBLISHED = {
     name: value

@@ -9,8 +9,9 @@ from support.tiers import slow_but
 
 from memstudy import data
 from memstudy.attention import LSHConfig
-from memstudy.memory import measure, predict
-from memstudy.trainers import ReformerRun, build, execute, parse_run
+from memstudy.kinds import parse_run
+from memstudy.profiler import measure, predict
+from memstudy.studies.reformer.run import ReformerRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 LSH = {"variant": "lsh", "num_hashes": 2, "chunk_length": 8, "hash_seed": 1}
@@ -71,14 +72,14 @@ STEPS = [(LSH, True), (LSH, False), ({"variant": "softmax"}, True), ({"variant":
 @pytest.mark.parametrize(("attention", "reversible"), slow_but([STEPS[0], STEPS[3]], STEPS))
 def test_a_step_is_predicted_to_the_byte(attention, reversible):
     run = tiny(attention=attention, reversible=reversible, axial_shape=(4, 8), axial_widths=(8, 24))
-    measured, predicted = measure(build(run)), predict(build(run))
+    measured, predicted = measure(run.build()), predict(run.build())
     assert predicted.peak_bytes == measured.peak_bytes
     assert predicted.peak_by_category == measured.peak_by_category
 
 
 def test_a_step_is_predicted_for_a_gpu():
     run = tiny(techniques=("bf16",))
-    report = predict(build(run, gpu="T4"), gpu="T4")
+    report = predict(run.build(gpu="T4"), gpu="T4")
     assert report.peak_bytes > 4 * sum(p.numel() for p in run.make_model().parameters())
 
 
@@ -90,15 +91,15 @@ def training(**changes) -> ReformerRun:
 
 @pytest.mark.parametrize("changes", [{}, {"vocabulary": "bytes"}], ids=["pieces", "bytes"])
 def test_training_learns_and_is_validated_on_the_way(changes, tmp_path):
-    result = execute(training(validations=4, **changes), tmp_path)
+    result = training(validations=4, **changes).execute(tmp_path)
     curve = result["curves"]["validation_loss"]
     assert [step for step, _ in curve] == [3, 6, 9, 12]
     assert curve[-1][1] < curve[0][1] < math.log(300) + 0.5
     assert curve[-1][1] == pytest.approx(result["metrics"]["validation_loss"], abs=1e-4)
-    again = execute(training(validations=4, **changes), tmp_path)
+    again = training(validations=4, **changes).execute(tmp_path)
     assert again["curves"] == result["curves"]
 
 
 def test_another_vocabulary_than_planned_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary 'miniature' has content hash .*, the run was planned with 0ff"):
-        execute(training(vocabulary_hash="0ff"), tmp_path)
+        training(vocabulary_hash="0ff").execute(tmp_path)

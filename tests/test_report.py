@@ -8,10 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from memstudy import parameters
+from memstudy import project
 
 ROOT = Path(__file__).parents[1]
-STEMS = parameters.studies()
+STEMS = project.studies()
 
 
 def code_cells(stem):
@@ -26,7 +26,7 @@ def test_there_are_studies():
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("scale", ["quick", "full", "gpu"])
 def test_parameter_files_set_what_the_notebook_has(stem, scale):
-    assert parameters.read_parameters(stem, scale)
+    assert project.read_parameters(stem, scale)
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -9,10 +9,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from support.tiers import slow_but
 
-from memstudy import data, pairs, seq2seq
-from memstudy.encoder_decoder import Seq2SeqLM
-from memstudy.memory import measure, predict
-from memstudy.trainers import Seq2SeqRun, build, execute, load_data, parse_run
+from memstudy import data
+from memstudy.kinds import parse_run
+from memstudy.profiler import measure, predict
+from memstudy.studies.memsizer import pairs, seq2seq
+from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM
+from memstudy.studies.memsizer.run import Seq2SeqRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 EVERYWHERE = {"encoder": {"slots": 8}, "decoder": {"slots": 4}, "cross": {"slots": 8}}
@@ -68,7 +70,7 @@ QUICK = [({}, ()), (EVERYWHERE, ("checkpointing",))]
 @pytest.mark.parametrize(("memsizer", "techniques"), slow_but(QUICK, STEPS))
 def test_predicted_is_measured_to_the_byte(memsizer, techniques):
     run = tiny(memsizer=memsizer, techniques=techniques)
-    measured, predicted = measure(build(run), iterations=2), predict(build(run))
+    measured, predicted = measure(run.build(), iterations=2), predict(run.build())
     assert predicted.peak_allocated_mib == measured.peak_allocated_mib
     assert predicted.peak_by_category == measured.peak_by_category
 
@@ -78,13 +80,13 @@ def test_training_memory_is_linear_in_the_length():
     sizes = {"hidden_size": 64, "feed_forward": 64, "batch_size": 1, "memsizer": EVERYWHERE}
     peaks = {}
     for n in (1024, 2048, 4096):
-        report = predict(build(tiny(seq_len=n, target_len=n, **sizes)))
+        report = predict(tiny(seq_len=n, target_len=n, **sizes).build())
         peaks[n] = report.peak_allocated_mib
     assert peaks[4096] - peaks[2048] == pytest.approx(2 * (peaks[2048] - peaks[1024]), rel=0.02)
 
 
 def test_a_measured_run():
-    found = execute(tiny(memsizer=EVERYWHERE, generated=5, dropout=0.0), None)
+    found = tiny(memsizer=EVERYWHERE, generated=5, dropout=0.0).execute(None)
     metrics = found["metrics"]
     assert metrics["step_time_ms"] > 0
     assert metrics["generation_tokens_per_s"] > 0
@@ -96,7 +98,7 @@ def test_a_measured_run():
 @both
 def test_answers_are_trained_judged_and_kept(memsizer, tmp_path):
     run = answering(memsizer=memsizer, validations=3)
-    found = execute(run, tmp_path / "checkpoints" / "run")
+    found = run.execute(tmp_path / "checkpoints" / "run")
     metrics, curves = found["metrics"], found["curves"]
     assert metrics["train_rows"] == 400
     assert curves["train_loss"][-1][1] < curves["train_loss"][0][1]
@@ -118,7 +120,7 @@ def test_answers_are_trained_judged_and_kept(memsizer, tmp_path):
 def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
     """Also where most are right: a model that has learned a few answers by heart."""
     run = answering(train_rows=8, train_steps=150, learning_rate=3e-3, dropout=0.0, eval_rows=8, batch_size=8)
-    loaded = load_data(run)
+    loaded = run.load_data()
     task = pairs.task_of(loaded)
     read, write = seq2seq.vocabularies(run, task, [task.read(row) for row in loaded.splits["train"]])
     rows = [task.read(row) for row in loaded.splits["train"].select(range(8))]
@@ -151,7 +153,7 @@ def test_texts_are_trained_on_and_scored(name, metric, tmp_path):
         dataset=name, data_hash=loaded.content_hash, train_steps=2, train_rows=16, eval_rows=6, measure_steps=0,
         vocab_size=400, memsizer={"decoder": {"slots": 4}}, num_beams=2, validations=1,
     )  # fmt: skip
-    found = execute(run, tmp_path / "checkpoints" / "run")
+    found = run.execute(tmp_path / "checkpoints" / "run")
     split = pairs.task_of(loaded).tests[0]
     assert 0 <= found["metrics"][f"{split}_{metric}"] <= 100
     assert found["metrics"][f"{split}_perplexity"] > 1
@@ -162,13 +164,13 @@ def test_texts_are_trained_on_and_scored(name, metric, tmp_path):
 
 def test_more_characters_than_the_model_knows():
     with pytest.raises(ValueError, match=r"target_vocab_size=12: place-value-400 has 14 characters and special tokens"):
-        execute(answering(target_vocab_size=12), None)
+        answering(target_vocab_size=12).execute(None)
 
 
 def test_a_set_without_pairs():
     loaded = data.load("miniature")
     with pytest.raises(ValueError, match="miniature holds no pairs of source and target; take one of wmt16-de-en"):
-        load_data(answering(dataset="miniature", data_hash=loaded.content_hash))
+        answering(dataset="miniature", data_hash=loaded.content_hash).load_data()
 
 
 def test_scores_are_the_libraries():

@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from memstudy import significance
-from memstudy.significance import compare, mcnemar
+from memstudy.studies.glue import significance
+from memstudy.studies.glue.significance import compare, mcnemar
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_run import SWEEP, tiny_config, tiny_run
 
-from memstudy import machine, runs
-from memstudy.parameters import notebook_parameters
-from memstudy.study import Study, _escape
-from memstudy.trainers import PredictionRun, execute
+from memstudy import launcher, machine, records
+from memstudy.kinds import PredictionRun
+from memstudy.latex import escape
+from memstudy.project import notebook_parameters
+from memstudy.study import Study
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +33,7 @@ def make_study(folder: Path, *, run_missing: bool = True) -> Study:
 
 
 def records_in(folder: Path) -> dict[str, dict]:
-    return {record["run_id"]: record for record in runs.read_records(folder / "lab4_grid")}
+    return {record["run_id"]: record for record in records.read_records(folder / "lab4_grid")}
 
 
 def started(records: dict[str, dict]) -> dict[str, str]:
@@ -90,7 +91,7 @@ def test_a_sweep_has_one_row_a_run_in_order_whatever_became_of_it(swept):
     _, rows = swept
     assert rows["experiment"].tolist() == [run.experiment for run in PLANNED]
     assert rows["status"].tolist() == ["ok", "oom", "unavailable", "failed", "ok"]
-    assert rows["run_id"].tolist() == [runs.run_id(run.model_dump(mode="json")) for run in PLANNED]
+    assert rows["run_id"].tolist() == [records.run_id(run.model_dump(mode="json")) for run in PLANNED]
     ran = rows["status"] == "ok"
     assert (rows.loc[ran, "peak_allocated_mib"] > 0).all()
     assert rows.loc[~ran, "peak_allocated_mib"].isna().all()
@@ -115,7 +116,7 @@ def test_a_truncated_record_is_run_again_and_the_others_are_not(swept, folder, t
     shutil.copytree(folder / "lab4_grid", tmp_path / "lab4_grid")
     before = started(records_in(tmp_path))
     planned = [PLANNED[0], PLANNED[4]]
-    spoilt, kept = (runs.run_id(run.model_dump(mode="json")) for run in planned)
+    spoilt, kept = (records.run_id(run.model_dump(mode="json")) for run in planned)
     path = tmp_path / "lab4_grid" / f"{spoilt}.json"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.warns(UserWarning, match=f"{spoilt}.json is not a whole record: kept as {spoilt}.json.corrupt"):
@@ -129,8 +130,8 @@ def test_a_truncated_record_is_run_again_and_the_others_are_not(swept, folder, t
 def from_another_machine(folder: Path, place: Path) -> None:
     """Copy the baseline's record into `place`, as another machine would have written it."""
     place.mkdir()
-    record = records_in(folder)[runs.run_id(PLANNED[0].model_dump(mode="json"))]
-    runs.write_record(place, record | {"provenance": record["provenance"] | {"device": "another GPU"}})
+    record = records_in(folder)[records.run_id(PLANNED[0].model_dump(mode="json"))]
+    records.write_record(place, record | {"provenance": record["provenance"] | {"device": "another GPU"}})
 
 
 def test_timings_of_another_machine_are_used_only_when_nothing_may_be_run(swept, folder, tmp_path):
@@ -147,8 +148,8 @@ def test_timings_of_another_machine_are_used_only_when_nothing_may_be_run(swept,
 def test_where_nothing_may_be_run_the_machine_with_most_records_is_used_alone(swept, folder, tmp_path):
     place = tmp_path / "lab4_grid"
     from_another_machine(folder, place)
-    elsewhere = records_in(folder)[runs.run_id(PLANNED[4].model_dump(mode="json"))]
-    runs.write_record(place, elsewhere | {"provenance": elsewhere["provenance"] | {"device": "another GPU"}})
+    elsewhere = records_in(folder)[records.run_id(PLANNED[4].model_dump(mode="json"))]
+    records.write_record(place, elsewhere | {"provenance": elsewhere["provenance"] | {"device": "another GPU"}})
     shutil.copy(folder / "lab4_grid" / f"{elsewhere['run_id']}.json", place / "of_here.json")
     rows = make_study(tmp_path, run_missing=False).sweep([PLANNED[0], PLANNED[4]])
     assert rows["device"].tolist() == ["another GPU", "another GPU"]
@@ -161,13 +162,13 @@ def test_where_nothing_may_be_run_the_machine_with_most_records_is_used_alone(sw
 )
 def test_another_machines_prediction_is_used_when_this_one_would_predict_the_same(gpu, changed, reused, tmp_path):
     prediction = PredictionRun(experiment="foretold", of=tiny_run(), gpu=gpu)
-    record = runs.perform(
-        prediction.model_dump(mode="json"), tmp_path / "lab4_grid", lambda _: execute(prediction, tmp_path)
+    record = records.perform(
+        prediction.model_dump(mode="json"), tmp_path / "lab4_grid", lambda _: prediction.execute(tmp_path)
     )
     where = record["provenance"] | {"device": "another GPU", "packages": record["provenance"]["packages"] | changed}
     (path,) = tmp_path.glob("lab4_grid/*.json")
     path.unlink()
-    runs.write_record(path.parent, record | {"provenance": where})
+    records.write_record(path.parent, record | {"provenance": where})
     study = make_study(tmp_path)
     assert study.sweep([prediction])["device"].tolist() == ["another GPU" if reused else machine.device()]
     study.values({})
@@ -179,7 +180,7 @@ def test_another_machines_prediction_is_used_when_this_one_would_predict_the_sam
 
 def test_missing_rows_are_counted_and_named_when_nothing_may_be_run(swept, folder, tmp_path):
     planned = [PLANNED[0], tiny_run(experiment="new", seed=5), tiny_run(experiment="newer", seed=6)]
-    first = runs.run_id(planned[1].model_dump(mode="json"))
+    first = records.run_id(planned[1].model_dump(mode="json"))
     with pytest.raises(ValueError, match=r"^2 of 3 runs have no record in ") as caught:
         make_study(folder, run_missing=False).sweep(planned)
     assert str(folder / "lab4_grid") in str(caught.value)
@@ -275,10 +276,10 @@ def read_values(folder: Path) -> dict[str, str]:
 def test_values_are_those_given_and_what_every_caption_says(printed):
     values = read_values(printed)
     assert values["lab4_grid.plain"] == "1,098"
-    state = runs.git_state()
+    state = records.git_state()
     assert values["lab4_grid.commit"] == state["commit"][:7] + "+" * state["dirty"]
     assert values["lab4_grid.dataset"] == "random tokens"
-    assert values["lab4_grid.device"] == _escape(machine.device())
+    assert values["lab4_grid.device"] == escape(machine.device())
     assert values["lab4_grid.n_runs"] == str(len(PLANNED))
     assert values["lab4_grid.n_predictions"] == "0"
     assert values["lab4_grid.vocab_size"] == "10,000"
@@ -305,7 +306,7 @@ def test_a_study_that_only_predicts_says_that_nothing_was_run(tmp_path):
     values = read_values(out)
     assert values["lab4_grid.whole_mib"] == "2,661"
     assert values["lab4_grid.device"] == "nothing was run"
-    assert values["lab4_grid.commit"].rstrip("+") == runs.git_state()["commit"][:7]
+    assert values["lab4_grid.commit"].rstrip("+") == records.git_state()["commit"][:7]
     provenance = (out / "report/tables/lab4_grid_provenance.tex").read_text("utf-8")
     assert "Nothing was run; predicted with memstudy" in provenance
     assert "torch" in provenance
@@ -317,13 +318,13 @@ def plain(latex: str) -> str:
 
 def test_provenance_has_the_machine_the_versions_and_every_run(printed):
     text = plain((printed / "report/tables/lab4_grid_provenance.tex").read_text("utf-8"))
-    assert f"Machine: {_escape(machine.device())}" in text
+    assert f"Machine: {escape(machine.device())}" in text
     assert f"torch {torch.__version__}" in text
-    assert _escape("learning_rate = 0.001") in text
+    assert escape("learning_rate = 0.001") in text
     assert "results" not in text.partition("Parameters:")[2].partition("\n")[0]
-    identifiers = [runs.run_id(run.model_dump(mode="json")) for run in PLANNED]
+    identifiers = [records.run_id(run.model_dump(mode="json")) for run in PLANNED]
     assert re.findall(r"\\run{lab4_grid}{(\w+)}", text) == identifiers
-    state = runs.git_state()
+    state = records.git_state()
     assert rf"Commit \texttt{{{state['commit'][:7]}{'+' * state['dirty']}}}, " in text
     assert rf"baseline: \run{{lab4_grid}}{{{identifiers[0]}}}; over 50 \% of it (oom): \run" in text
 
@@ -336,8 +337,8 @@ def test_provenance_names_the_data_of_trained_rows_once(swept, folder, tmp_path)
     planned = [tiny_run(experiment="trained", seed=seed) for seed in (3, 4)]
     for run in planned:
         config = run.model_dump(mode="json")
-        trained = baseline | {"config": config, "run_id": runs.run_id(config), "data": data}
-        runs.write_record(tmp_path / "lab4_grid", trained)
+        trained = baseline | {"config": config, "run_id": records.run_id(config), "data": data}
+        records.write_record(tmp_path / "lab4_grid", trained)
     study = make_study(tmp_path, run_missing=False)
     study.sweep([PLANNED[0], *planned])
     study.values({})
@@ -367,7 +368,7 @@ def test_a_figure_is_written_as_pdf_and_png_and_the_same_rows_give_the_same_pdf(
 @given(st.text(alphabet=st.characters(exclude_categories=["C", "Z"])))
 def test_escaped_text_has_no_character_left_that_latex_would_act_on(text):
     command = r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\[&%$#_{}]"
-    assert not set(re.sub(command, "", _escape(text))) & set("\\&%$#_{}~^")
+    assert not set(re.sub(command, "", escape(text))) & set("\\&%$#_{}~^")
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
@@ -400,7 +401,7 @@ def test_a_wrapped_column_breaks_into_lines(swept, tmp_path):
 
 
 def test_a_sweep_of_finished_runs_starts_no_process_and_warns_of_nothing(swept, folder, monkeypatch):
-    monkeypatch.setattr(runs, "forker", lambda: pytest.fail("a process was to be started"))
+    monkeypatch.setattr(launcher, "forker", lambda: pytest.fail("a process was to be started"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_study(folder).sweep([PLANNED[0], PLANNED[1], PLANNED[4]])

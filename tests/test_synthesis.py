@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from memstudy import synthesis
+from memstudy.cli import synthesis
 
 ROWS = {
     "one": [

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memstudy import data
 from memstudy.attention import Unavailable
-from memstudy.memory import measure, predict
+from memstudy.profiler import measure, predict
 from memstudy.techniques import (
     TECHNIQUES,
     Accumulation,
@@ -26,7 +26,7 @@ from memstudy.techniques import (
     parse,
 )
 from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, _feed_forwards
-from memstudy.trainers import LanguageModelRun, build, execute
+from memstudy.trainers.language_model import LanguageModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
@@ -85,7 +85,7 @@ def train(techniques, folder, steps=STEPS, **changes):
     """Loss of every step (4 digits), and that of the validation split after the last (all digits)."""
     known = data.load("miniature").content_hash
     changes = {"measure_steps": 0, "train_steps": steps, "eval_blocks": 4, **changes}
-    result = execute(lm(techniques, dataset="miniature", data_hash=known, **changes), folder)
+    result = lm(techniques, dataset="miniature", data_hash=known, **changes).execute(folder)
     return [loss for _, loss in result["curves"]["train_loss"]], result["metrics"]["validation_loss"]
 
 
@@ -144,7 +144,7 @@ def test_other_ways_lower_the_loss_too(text, falls, baseline, tmp_path):
 @pytest.fixture(scope="module")
 def plain():
     """Measure a step without techniques."""
-    return measure(build(lm(batch_size=8)))
+    return measure(lm(batch_size=8).build())
 
 
 def activations(report):
@@ -158,7 +158,7 @@ def gradients(report):
 def with_technique(text):
     for package in TECHNIQUES[text.partition("=")[0]].packages:
         pytest.importorskip(package)
-    return measure(build(lm((text,), batch_size=8)))
+    return measure(lm((text,), batch_size=8).build())
 
 
 def test_bf16_keeps_smaller_activations(plain):
@@ -181,10 +181,10 @@ def test_checkpointing_keeps_little_but_the_blocks_inputs(plain):
 
 def test_checkpointing_every_second_block_is_in_the_middle(plain):
     every, second = (
-        activations(measure(build(lm((text,), batch_size=8, n_layers=4))))
+        activations(measure(lm((text,), batch_size=8, n_layers=4).build()))
         for text in ("checkpointing", "checkpointing=2")
     )
-    none = activations(measure(build(lm(batch_size=8, n_layers=4))))
+    none = activations(measure(lm(batch_size=8, n_layers=4).build()))
     assert second - every == pytest.approx((none - every) / 2, rel=0.01)
 
 
@@ -218,7 +218,7 @@ class Count(TorchDispatchMode):
 
 def test_selective_checkpointing_recomputes_less_with_its_budget():
     def products(*techniques):
-        step = build(lm(techniques))()
+        step = lm(techniques).build()()
         step()  # the first block of the first step is recomputed whole: it makes the plan
         with Count() as count:
             step()
@@ -247,7 +247,7 @@ def test_the_budget_is_kept():
 
 
 def test_accumulation_keeps_the_activations_of_a_part(plain):
-    quarter = activations(measure(build(lm(batch_size=2))))
+    quarter = activations(measure(lm(batch_size=2).build()))
     report = with_technique("accumulation=4")
     assert activations(report) == pytest.approx(quarter, abs=64)
     assert report.peak_bytes < plain.peak_bytes
@@ -451,19 +451,19 @@ def test_optimizer_in_backward_has_few_gradients_at_once(plain):
 
 @pytest.fixture(scope="module")
 def plain_on_a_gpu():
-    return predict(build(lm(), gpu="A100-40GB"), gpu="A100-40GB")
+    return predict(lm().build(gpu="A100-40GB"), gpu="A100-40GB")
 
 
 @pytest.mark.parametrize("name", sorted(ALONE))
 def test_each_can_be_predicted_for_a_gpu(name, plain_on_a_gpu):
-    report = predict(build(lm((name,)), gpu="A100-40GB"), gpu="A100-40GB")
+    report = predict(lm((name,)).build(gpu="A100-40GB"), gpu="A100-40GB")
     assert report.peak_bytes != plain_on_a_gpu.peak_bytes or name in ("tf32", "pruned", "optimizer_in_backward")
 
 
 def test_fp16_is_predicted_as_bf16_but_for_what_the_scaler_takes():
     """Autocast to either halves the same tensors; the scaler has a scale, a count and what it found."""
     of = {
-        name: predict(build(lm((name,)), gpu="A100-40GB"), gpu="A100-40GB").forward_end_by_category
+        name: predict(lm((name,)).build(gpu="A100-40GB"), gpu="A100-40GB").forward_end_by_category
         for name in ("fp16", "bf16")
     }
     assert of["fp16"]["parameters"] == of["bf16"]["parameters"]
@@ -579,14 +579,14 @@ def test_text_becomes_the_technique():
 @pytest.mark.parametrize("name", [name for name, t in TECHNIQUES.items() if t.in_training and t.requires])
 def test_what_needs_cuda_says_so(name, tmp_path):
     with pytest.raises(Unavailable, match=f"^{name} needs a CUDA device"):
-        build(lm((name,)))
+        lm((name,)).build()
     with pytest.raises(Unavailable, match="needs a CUDA device"):
         train((name,), tmp_path)
 
 
 @pytest.mark.gpu
 def test_offloading_keeps_the_loss_and_frees_the_device(baseline, tmp_path):
-    plain, offloaded = (measure(build(lm(t, batch_size=8))) for t in ((), ("offload_activations",)))
+    plain, offloaded = (measure(lm(t, batch_size=8).build()) for t in ((), ("offload_activations",)))
     assert activations(offloaded) < 0.5 * activations(plain)
     curve, _ = train(("offload_activations",), tmp_path / "offloaded")
     assert curve == pytest.approx(train((), tmp_path / "plain")[0], abs=1.01e-4)

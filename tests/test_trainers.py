@@ -18,12 +18,12 @@ from support.results import without_times
 from support.tiny_run import tiny_run
 from transformers import set_seed
 
-from memstudy import data, runs, trainers
+from memstudy import data, kinds, records
 from memstudy.attention import SoftmaxConfig, WindowConfig
-from memstudy.lever_trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
-from memstudy.memory import MIB, measure
+from memstudy.kinds import TIMELINE_POINTS, parse_run
+from memstudy.profiler import MIB, measure
 from memstudy.techniques import Bf16
-from memstudy.trainers import TIMELINE_POINTS, build, execute, parse_run
+from memstudy.trainers.trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
@@ -97,11 +97,11 @@ def test_a_run_survives_json_and_cannot_be_changed():
 
 def test_what_a_measured_run_reports(tmp_path):
     run = tiny_run(measure_steps=3)
-    result = execute(run, tmp_path)
+    result = run.execute(tmp_path)
     metrics, curves = result["metrics"], result["curves"]
     json.dumps(result, allow_nan=False)
     assert metrics["n_parameters"] == sum(p.numel() for p in run.make_model().parameters())
-    assert metrics["peak_allocated_mib"] == measure(build(run)).peak_allocated_mib
+    assert metrics["peak_allocated_mib"] == measure(run.build()).peak_allocated_mib
     assert metrics["peak_parameters_mib"] == 4 * metrics["n_parameters"] / MIB
     assert len(curves["step_times_ms"]) == 3
     assert metrics["step_time_min_ms"] <= metrics["step_time_ms"] <= metrics["step_time_max_ms"]
@@ -114,14 +114,14 @@ def test_what_a_measured_run_reports(tmp_path):
 
 
 def test_a_peak_past_the_budget_is_out_of_memory(tmp_path):
-    peak = measure(build(tiny_run())).peak_allocated_mib
-    execute(tiny_run(budget_mib=peak), tmp_path)
+    peak = measure(tiny_run().build()).peak_allocated_mib
+    tiny_run(budget_mib=peak).execute(tmp_path)
     with pytest.raises(MemoryError, match=r"MiB passes the budget of"):
-        execute(tiny_run(budget_mib=0.99 * peak), tmp_path)
+        tiny_run(budget_mib=0.99 * peak).execute(tmp_path)
 
 
 def test_building_twice_gives_the_same_step():
-    first, second = measure(build(tiny_run())), measure(build(tiny_run()))
+    first, second = measure(tiny_run().build()), measure(tiny_run().build())
     assert [live for _, _, live in first.timeline] == [live for _, _, live in second.timeline]
 
 
@@ -147,8 +147,8 @@ def test_the_measured_step_is_the_one_of_a_training(techniques, tmp_path):
         rows = datasets.Dataset.from_dict({"input_ids": rows})
         return make_trainer(run, run.make_model(), tmp_path, train_steps=3, train=rows).train
 
-    build(run)()()  # bitsandbytes makes its code tables once a process
-    alone, trained = measure(build(run), iterations=3), measure(make, iterations=1)
+    run.build()()()  # bitsandbytes makes its code tables once a process
+    alone, trained = measure(run.build(), iterations=3), measure(make, iterations=1)
     assert 0 <= trained.peak_bytes - alone.peak_bytes <= 16  # a training counts its labels
     for category in ("parameters", "gradients", "optimizer", "temporary"):
         assert trained.peak_by_category[category] == alone.peak_by_category[category]
@@ -168,7 +168,7 @@ def test_what_is_predicted_for_a_gpu_stays_on_the_cpu_where_there_is_a_gpu(tmp_p
 
 
 def test_two_steps(tmp_path):
-    result = execute(training(2), tmp_path)
+    result = training(2).execute(tmp_path)
     metrics, curve = result["metrics"], result["curves"]["train_loss"]
     assert [step for step, _ in curve] == [1, 2]
     assert all(4 < loss < 7 for _, loss in curve)  # ln 300 = 5.7
@@ -187,8 +187,8 @@ def test_two_steps(tmp_path):
 
 
 def test_measuring_and_training_in_one_run(tmp_path):
-    both = execute(training(2, measure_steps=1), tmp_path)
-    alone = execute(training(2), tmp_path)
+    both = training(2, measure_steps=1).execute(tmp_path)
+    alone = training(2).execute(tmp_path)
     assert both["curves"]["train_loss"] == alone["curves"]["train_loss"]
     assert both["metrics"]["validation_loss"] == alone["metrics"]["validation_loss"]
     assert both["metrics"]["peak_allocated_mib"] > 0
@@ -198,10 +198,10 @@ def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
     """Trainer's mean over the blocks against the mean over all their tokens."""
     run = training(2, batch_size=2, eval_blocks=3)  # two batches, the second of one block
     kept = []
-    make = trainers.make_trainer
+    make = kinds.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers, "make_trainer", lambda *a, **k: kept.append(make(*a, **k)) or kept[0])
-        result = execute(run, tmp_path)
+        patch.setattr(kinds, "make_trainer", lambda *a, **k: kept.append(make(*a, **k)) or kept[0])
+        result = run.execute(tmp_path)
     loaded = data.load("miniature")
     tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
     tokens = torch.tensor(data.blocks(loaded, tokenizer, run.seq_len)["validation"][:3]["input_ids"])
@@ -215,7 +215,7 @@ def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
 def folder_of_text(folder, text):
     """Make `folder` hold the data set polish-books, with one and the same text in each split."""
     (folder / "polish-books").mkdir(parents=True)
-    for split in data.SHARES:
+    for split in data.sources.SHARES:
         pq.write_table(pa.table({"text": [text]}), folder / "polish-books" / f"{split}.parquet")
 
 
@@ -230,7 +230,7 @@ def one_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("techniques", [(), ("chunked_loss",)], ids=["baseline", "chunked"])
 def test_the_loss_of_the_first_step_is_that_of_the_untrained_model(techniques, one_batch, tmp_path):
     run = training(1, **one_batch, techniques=techniques)
-    result = execute(run, tmp_path / "run")
+    result = run.execute(tmp_path / "run")
     loaded = data.load(run.dataset)
     tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
     tokens = torch.tensor(data.blocks(loaded, tokenizer, run.seq_len)["train"][:]["input_ids"])
@@ -242,7 +242,7 @@ def test_the_loss_of_the_first_step_is_that_of_the_untrained_model(techniques, o
 
 
 def test_one_batch_is_learnt_by_heart(one_batch, tmp_path):
-    result = execute(training(80, **one_batch, learning_rate=5e-3), tmp_path / "run")
+    result = training(80, **one_batch, learning_rate=5e-3).execute(tmp_path / "run")
     assert result["metrics"]["epoch_steps"] == 1
     assert result["metrics"]["train_loss"] < 0.05
     assert result["metrics"]["validation_perplexity"] < 1.1  # the same text
@@ -250,7 +250,7 @@ def test_one_batch_is_learnt_by_heart(one_batch, tmp_path):
 
 
 def test_the_seed_decides_the_curve(tmp_path):
-    first, again, other = (execute(training(12, seed=seed), tmp_path) for seed in (3, 3, 4))
+    first, again, other = (training(12, seed=seed).execute(tmp_path) for seed in (3, 3, 4))
     assert without_times(first) == without_times(again)
     assert first["curves"]["train_loss"] != other["curves"]["train_loss"]
     assert first["metrics"]["validation_loss"] != other["metrics"]["validation_loss"]
@@ -262,15 +262,15 @@ def test_other_data_than_planned_is_refused(tmp_path):
         with pytest.raises(
             ValueError, match=f"'miniature' has content hash {known}.*planned with {said}: plan it again"
         ):
-            execute(training(2, data_hash=planned), tmp_path)
+            training(2, data_hash=planned).execute(tmp_path)
 
 
 def test_without_the_data_the_miniature_stands_in(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path))
     with pytest.warns(UserWarning, match="the miniature stands in"):
-        result = execute(training(2, dataset="polish-books"), tmp_path)
+        result = training(2, dataset="polish-books").execute(tmp_path)
     assert (result["data"]["name"], result["data"]["source"]) == ("polish-books", "miniature")
-    assert without_times(result)[:2] == without_times(execute(training(2), tmp_path))[:2]
+    assert without_times(result)[:2] == without_times(training(2).execute(tmp_path))[:2]
 
 
 # --- going on
@@ -299,24 +299,24 @@ def alter(checkpoint):
     ids=lambda techniques: "+".join(techniques) or "baseline",
 )
 def test_a_training_goes_on_from_its_checkpoint_as_if_nothing_had_been(techniques, tmp_path):
-    whole = execute(training(LONG, techniques=techniques), tmp_path / "whole")
-    execute(training(SHORT, techniques=techniques), tmp_path / "cut")
+    whole = training(LONG, techniques=techniques).execute(tmp_path / "whole")
+    training(SHORT, techniques=techniques).execute(tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut").iterdir()] == [f"checkpoint-{SHORT}"]
     loss = alter(tmp_path / "cut" / f"checkpoint-{SHORT}")
-    resumed = execute(training(LONG, techniques=techniques), tmp_path / "cut")
+    resumed = training(LONG, techniques=techniques).execute(tmp_path / "cut")
     assert resumed["curves"]["train_loss"][0][1] == 99.0  # it did go on, not begin again
     resumed["curves"]["train_loss"][0][1] = round(loss, 4)
     assert without_times(resumed) == without_times(whole)  # to the last digit
 
 
 def test_the_time_of_updates_before_a_kill_is_counted(tmp_path):
-    execute(training(SHORT), tmp_path)
+    training(SHORT).execute(tmp_path)
     path = tmp_path / f"checkpoint-{SHORT}" / "trainer_state.json"
     state = json.loads(path.read_text())
     assert 0 < state["log_history"][0]["trained_s"] < state["log_history"][-1]["trained_s"] < 100
     state["log_history"][-1]["trained_s"] = 1000.0
     path.write_text(json.dumps(state))
-    assert 1000 < execute(training(LONG), tmp_path)["metrics"]["train_time_s"] < 1100
+    assert 1000 < training(LONG).execute(tmp_path)["metrics"]["train_time_s"] < 1100
 
 
 @pytest.mark.parametrize(
@@ -324,14 +324,14 @@ def test_the_time_of_updates_before_a_kill_is_counted(tmp_path):
 )
 def test_a_checkpoint_cut_short_is_passed_over(left, tmp_path):
     """A kill in the middle of saving leaves some of the files, the last of them half written."""
-    before = execute(training(SHORT), tmp_path)
+    before = training(SHORT).execute(tmp_path)
     whole, cut = tmp_path / f"checkpoint-{SHORT}", tmp_path / f"checkpoint-{SHORT + 10}"
     alter(whole)
     cut.mkdir()
     for name in left:
         content = (whole / name).read_bytes()
         (cut / name).write_bytes(content[: len(content) // 2] if name == left[-1] else content)
-    resumed = execute(training(LONG), tmp_path)["curves"]["train_loss"]
+    resumed = training(LONG).execute(tmp_path)["curves"]["train_loss"]
     assert resumed[0][1] == 99.0
     assert resumed[1 : SHORT // 2] == before["curves"]["train_loss"][1:]
     assert resumed[-1][0] == LONG
@@ -340,12 +340,12 @@ def test_a_checkpoint_cut_short_is_passed_over(left, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     run = training(4 * SAVE_STEPS)
-    whole = execute(run, tmp_path / "whole")
+    whole = run.execute(tmp_path / "whole")
     config, results = tmp_path / "run.json", tmp_path / "results"
     config.write_text(run.model_dump_json())
-    checkpoints = runs.ROOT / "build" / "checkpoints" / runs.run_id(run.model_dump(mode="json"))
+    checkpoints = records.ROOT / "build" / "checkpoints" / records.run_id(run.model_dump(mode="json"))
     command = [sys.executable, "-m", "memstudy.cli", "run", str(config), "--results", str(results)]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": runs.ROOT, "stdout": subprocess.PIPE}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": records.ROOT, "stdout": subprocess.PIPE}
 
     with subprocess.Popen(command, **options) as process:
         deadline = time.monotonic() + 120
@@ -358,7 +358,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     loss = alter(Path(saved))
 
     assert subprocess.run(command, **options).returncode == 0
-    (record,) = runs.read_records(results)
+    (record,) = records.read_records(results)
     assert record["status"] == "ok"
     assert record["curves"]["train_loss"][0][1] == 99.0
     record["curves"]["train_loss"][0][1] = round(loss, 4)

@@ -26,8 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from memstudy.memory.report import Event, MemoryReport, account
-from memstudy.memory.trace import Roles
+from memstudy.profiler.accounting import account
+from memstudy.profiler.events import Event
+from memstudy.profiler.report import MemoryReport
+from memstudy.profiler.roles import Roles
 
 TABLE = Path(__file__).with_name("oracle.csv")
 ITERATIONS = 2
@@ -39,7 +41,7 @@ class Recorder(TorchDispatchMode):
     Attributes
     ----------
     events : list of Event
-        For :func:`~memstudy.memory.report.account`.
+        For :func:`~memstudy.profiler.report.account`.
     ops : list of str
         ``phase, op, bytes of new storages, shapes and dtypes of its results`` of each op, in order.
     """

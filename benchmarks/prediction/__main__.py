@@ -2,7 +2,7 @@
 
 python benchmarks/prediction [ops|bert|inference]... [--json FILE]
 
-It needs no GPU, and two minutes for all. How each constant was chosen is said in ``memstudy/published/eras.py``.
+It needs no GPU, and two minutes for all. How each constant was chosen: ``memstudy/studies/published/eras.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from memstudy.published.rows import length_differences, predicted_rows, savings
+from memstudy.studies.published.rows import length_differences, predicted_rows, savings
 
 
 def ops() -> list[pd.DataFrame]:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memstudy.attention.base import Unavailable
 from memstudy.attention.memsizer import MemSizerAttention
-from memstudy.projections import known_attentions
+from memstudy.huggingface.families import known_attentions
 from memstudy.techniques.base import Technique
 
 

@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from memstudy.cli import app
+from memstudy.cli.main import app
 
 
 def invoke(*arguments: object):

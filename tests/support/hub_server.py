@@ -15,5 +15,5 @@ class HubHandler(http.server.SimpleHTTPRequestHandler):
     def end_headers(self):
         # What the hub says of a file, without which its client takes none.
         self.send_header("ETag", Path(self.path.split("?")[0]).name)
-        self.send_header("X-Repo-Commit", data.WIKITEXT[1])
+        self.send_header("X-Repo-Commit", data.sets.WIKITEXT[1])
         super().end_headers()

@@ -1,6 +1,8 @@
 """The models of the studies other than the decoder of Lab 4, tiny."""
 
-from memstudy.trainers import HubModelRun, ReformerRun, Seq2SeqRun
+from memstudy.studies.memsizer.run import Seq2SeqRun
+from memstudy.studies.reformer.run import ReformerRun
+from memstudy.trainers.hub_model import HubModelRun
 from support.tiny_models import config_file
 
 SIZES = {"experiment": "tiny", "batch_size": 4, "measure_steps": 1}

@@ -2,7 +2,7 @@
 
 import os
 
-from memstudy.trainers import LanguageModelRun
+from memstudy.trainers.language_model import LanguageModelRun
 
 # Two threads that wait for each other take a hundred times as long when something else has one of their two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +31,7 @@ def tiny_config(**changes) -> dict:
 # A notebook's kernel in small: a study and one sweep; its arguments are the results' folder and the configs as JSON.
 SWEEP = """
 import json, sys
-from memstudy.parameters import notebook_parameters
+from memstudy.project import notebook_parameters
 from memstudy.study import Study
 
 class Planned(dict):

@@ -1,0 +1,3 @@
+from memstudy.cli.main import app
+
+app(prog_name="memstudy")

@@ -1,0 +1,128 @@
+"""``memstudy list``: what there is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memstudy import project, records
+from memstudy.cli.errors import one_line
+
+RESULTS = "Folder of the records; a study's are in its own below it."
+
+
+class Listing(StrEnum):
+    """What `memstudy list` can list."""
+
+    variants = "variants"
+    techniques = "techniques"
+    datasets = "datasets"
+    gpus = "gpus"
+    models = "models"
+    studies = "studies"
+    runs = "runs"
+
+
+def list_(
+    what: Annotated[Listing, typer.Argument(help="What to list.")],
+    results: Annotated[Path, typer.Option(help=RESULTS)] = records.ROOT / "results",
+) -> None:
+    """List variants, techniques, datasets, gpus, models, studies or runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    with one_line():
+        rows = _LISTINGS[what](results)
+    if not rows:
+        typer.echo(f"no {what.value} yet")
+        return
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+
+
+def _variants(results: Path) -> list[dict]:
+    from memstudy.attention import ATTENTION
+
+    return [{"variant": name, "causal": config.causal, "paper": config.paper} for name, config in ATTENTION.items()]
+
+
+def _techniques(results: Path) -> list[dict]:
+    from memstudy.techniques import TECHNIQUES
+
+    return [
+        {
+            "technique": name,
+            "for": " ".join(["training"] * lever.in_training + ["inference"] * lever.at_inference),
+            "exact": "yes" if lever.exact else "no",
+            "needs": lever.requires or "–",
+            "what it does": lever.summary,
+        }
+        for name, lever in TECHNIQUES.items()
+    ]
+
+
+def _datasets(results: Path) -> list[dict]:
+    from memstudy import data
+
+    return data.datasets_available()
+
+
+def _gpus(results: Path) -> list[dict]:
+    from memstudy.profiler import gpus
+
+    return [
+        {
+            "gpu": card.name,
+            "memory [GiB]": f"{card.memory_mib / 1024:.2f}",
+            "CUDA context [MiB]": f"{card.context_mib:.0f}",
+            "compute capability": ".".join(map(str, card.compute_capability)),
+            "source of the context": re.split(r":| \(|,", card.context_source)[0],
+        }
+        for card in gpus().values()
+    ]
+
+
+def _models(results: Path) -> list[dict]:
+    from memstudy.huggingface.catalogue import hub_models
+
+    return [
+        {"model": name, "family": settings["model_type"], "class": settings["architectures"][0]}
+        for name, settings in hub_models().items()
+    ]
+
+
+def _studies(results: Path) -> list[dict]:
+    return [{"study": stem, "scales": ", ".join(project.scales(stem))} for stem in project.studies()]
+
+
+def _runs(results: Path) -> list[dict]:
+    return [
+        {
+            "study": folder.name,
+            "run": record["run_id"],
+            "experiment": record["config"].get("experiment", ""),
+            "status": record["status"],
+            "device": record["provenance"]["device"],
+            "ended": record["provenance"]["ended"][:19],
+        }
+        for folder in sorted(path for path in results.glob("*") if path.is_dir())
+        for record in records.read_records(folder)
+    ]
+
+
+_LISTINGS = {
+    Listing.variants: _variants,
+    Listing.techniques: _techniques,
+    Listing.datasets: _datasets,
+    Listing.gpus: _gpus,
+    Listing.models: _models,
+    Listing.studies: _studies,
+    Listing.runs: _runs,
+}

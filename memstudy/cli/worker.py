@@ -1,0 +1,64 @@
+"""The process that imports what runs need, and forks a process for each run that `launcher` asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what an import prints is no answer
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run and for who asked for it
+    from memstudy.cli.quick_imports import import_step
+
+    import_step()
+    from memstudy import kinds  # noqa: F401 - imported for the processes to come
+    from memstudy.cli.main import app
+
+    for line in sys.stdin:
+        arguments, log = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, interrupted)
+            with contextlib.suppress(OSError):  # short of memory, Linux shall kill the run, not who waits for it
+                Path("/proc/self/oom_score_adj").write_text("1000")
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            _end_with(app, arguments)
+        answers.write(f"{child}\n")
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            # Nothing is asked during a run: when there is something to read, it is that who asked for it is gone. Left
+            # alone, the run would spoil the timings of the next sweep.
+            if select.select([sys.stdin], [], [], 0.02)[0]:
+                os.kill(child, signal.SIGKILL)
+                return
+        answers.write(f"{os.waitstatus_to_exitcode(ended[1])}\n")
+
+
+def _end_with(app: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
+    """End this process as ``app`` does, but without taking the interpreter apart: that takes two seconds."""
+    status: object = 1
+    try:
+        app(arguments)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,108 @@
+"""The kinds of run, by name; among them predictions of the others."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from memstudy.profiler import find_gpu, fit
+from memstudy.studies.attention_layer.run import LayerRun
+from memstudy.studies.glue.run import FineTuneRun
+from memstudy.studies.memsizer.run import Seq2SeqRun
+from memstudy.studies.published.rows import PublishedRowRun
+from memstudy.studies.reformer.run import ReformerRun
+from memstudy.trainers.base import PROCESS_MIB, Run, megabytes
+from memstudy.trainers.hub_model import HubModelRun
+from memstudy.trainers.inference import InferenceRun
+from memstudy.trainers.language_model import LanguageModelRun
+
+Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | Seq2SeqRun
+
+
+class PredictionRun(Run):
+    """Every choice of one prediction: the step of the run ``of``, on ``gpu`` or, where that is empty, on this CPU.
+
+    Nothing of it depends on the machine that predicts. As a run it leaves a record, so that it is made once.
+    """
+
+    kind: Literal["prediction"] = "prediction"
+    of: Annotated[Predictable, Field(discriminator="kind")]
+    gpu: str = ""
+
+    @field_validator("of")
+    @classmethod
+    def _of_pytorch(cls, of: Predictable) -> Predictable:
+        for text, lever in zip(of.techniques, of.levers(), strict=True):
+            if lever.group == "engine":
+                raise ValueError(f"what {text} takes is its own to say and not predicted: leave it out, for PyTorch's")
+        return of
+
+    @field_validator("gpu")
+    @classmethod
+    def _in_the_catalogue(cls, gpu: str) -> str:
+        if gpu:
+            find_gpu(gpu)
+        return gpu
+
+    def execute(self, checkpoints):
+        report = self.of.foretell(self.gpu)
+        metrics = report.scalars()
+        if self.gpu:
+            metrics |= {"whole_gpu_mib": report.whole_gpu_mib, "fits": report.out_of_memory is None}
+        return {"metrics": metrics, "curves": {"unverified_ops": list(report.unverified)}, "data": {}}
+
+    def needs(self, gpu=""):
+        return {"mem_mb": megabytes(2 * PROCESS_MIB)}  # of what is followed, millions of small objects
+
+
+class LargestBatchRun(PredictionRun):
+    """The search for the largest batch of the step of the run ``of``, whose own batch does not matter, on ``gpu``."""
+
+    kind: Literal["largest_batch"] = "largest_batch"  # type: ignore[assignment]
+    gpu: str = Field(min_length=1)
+
+    def execute(self, checkpoints):
+        found = fit(
+            lambda size: self.of.model_copy(update={"batch_size": size}).build(gpu=self.gpu),
+            gpu=self.gpu,
+            processes=self.of.processes,
+        )
+        metrics = {
+            "largest_batch": found.batch_size,
+            "headroom_percent": found.headroom_percent,
+        } | found.report.scalars()
+        curves = {"unverified_ops": list(found.report.unverified)}
+        return {"metrics": metrics | {"whole_gpu_mib": found.needed_mib}, "curves": curves, "data": {}}
+
+
+KINDS: dict[str, type[Run]] = {
+    "language_model": LanguageModelRun,
+    "hub_model": HubModelRun,
+    "inference": InferenceRun,
+    "fine_tune": FineTuneRun,
+    "layer": LayerRun,
+    "reformer": ReformerRun,
+    "seq2seq": Seq2SeqRun,
+    "prediction": PredictionRun,
+    "largest_batch": LargestBatchRun,
+    "published_row": PublishedRowRun,
+}
+
+
+def parse_run(given: object) -> Run:
+    """The run that the JSON value ``given`` describes; its ``kind`` says which.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind or field, a value out of range, choices that contradict each other.
+    """
+    kind = given.get("kind") if isinstance(given, dict) else given
+    if not isinstance(given, dict) or not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown kind of run {kind!r}; known: {', '.join(KINDS)}")
+    known = KINDS[given["kind"]].model_fields
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown field {name!r} of a {given['kind']} run; known: {', '.join(known)}")
+    return KINDS[given["kind"]].model_validate(given)

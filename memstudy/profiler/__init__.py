@@ -1,0 +1,30 @@
+"""Training memory: measured, predicted for a GPU that is not there, and the largest batch that fits.
+
+It knows nothing else of memstudy, and stands alone.
+"""
+
+import importlib
+
+# Name: its module. Imported when asked for, since the catalogue of GPUs needs no PyTorch.
+_PLACES = {
+    "CATEGORIES": "events",
+    "MIB": "events",
+    "PHASES": "events",
+    "MemoryReport": "report",
+    "Fit": "search",
+    "fit": "search",
+    "Gpu": "catalogue",
+    "find_gpu": "catalogue",
+    "gpus": "catalogue",
+    "LargestBatch": "batch_size",
+    "largest_batch": "batch_size",
+    "measure": "measurement",
+    "predict": "prediction",
+}
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

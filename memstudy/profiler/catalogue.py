@@ -1,0 +1,108 @@
+"""The GPUs that a prediction can be made for: ``gpus.yaml``, one entry a card, each figure with its source."""
+
+from __future__ import annotations
+
+import reprlib
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from memstudy.profiler.events import MIB
+
+CATALOGUE = Path(__file__).with_name("gpus.yaml")
+EXAMPLE = '{compute_capability: "8.0", memory_mib: 40448, context_mib: 501}'
+
+
+class Gpu(BaseModel):
+    """One card; sizes in MiB.
+
+    Attributes
+    ----------
+    name : str
+        As in the catalogue.
+    compute_capability : tuple of int
+        Major and minor; decides which kernels there are.
+    memory_mib : float
+        All memory that CUDA reports (``torch.cuda.get_device_properties().total_memory``).
+    context_mib : float
+        What a process takes besides the caching allocator's segments: CUDA's context and loaded kernels.
+    memory_source, context_source : str
+        Where the two figures come from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    compute_capability: tuple[Annotated[int, Field(ge=5)], Annotated[int, Field(ge=0)]]
+    memory_mib: Annotated[float, Field(gt=0)]
+    context_mib: Annotated[float, Field(ge=0)]
+    memory_source: str = ""
+    context_source: str = ""
+
+    @field_validator("compute_capability", mode="before")
+    @classmethod
+    def _from_text(cls, given: object) -> object:
+        if isinstance(given, tuple):
+            return given
+        major, _, minor = str(given).partition(".")
+        if not (major.isdecimal() and minor.isdecimal()):
+            raise ValueError("major and minor number are needed, with a dot between them")
+        return int(major), int(minor)
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Gpu:
+        if self.context_mib >= self.memory_mib:
+            raise ValueError("context_mib must be less than memory_mib")
+        return self
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What is left for the caching allocator's segments [bytes]."""
+        return int((self.memory_mib - self.context_mib) * MIB)
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name in the catalogue, or the one that a YAML file of that path describes.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, and for a file that is missing or describes no GPU.
+    """
+    if name.endswith((".yaml", ".yml")):
+        where = f"GPU file {name}"
+        try:
+            given = yaml.safe_load(Path(name).read_bytes())
+        except OSError as error:
+            raise ValueError(f"{where}: {error.strerror}; known GPUs: {', '.join(gpus())}") from None
+        except Exception as error:  # PyYAML lets errors of any kind out: KeyError for '!!bool x', RecursionError, ...
+            raise ValueError(f"{where}: no YAML: {' '.join(str(error).split())}; needed is {EXAMPLE}") from None
+        return _parse(Path(name).stem, given, where=where)
+    known = gpus()
+    if name not in known:
+        raise ValueError(f"unknown GPU {name!r}; known: {', '.join(known)}, or a .yaml file that describes one")
+    return known[name]
+
+
+def gpus() -> dict[str, Gpu]:
+    """The catalogue, by name."""
+    return {name: _parse(name, given, where=name) for name, given in yaml.safe_load(CATALOGUE.read_bytes()).items()}
+
+
+def _parse(name: str, given: object, *, where: str) -> Gpu:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: {reprlib.repr(given)} is no mapping; needed is {EXAMPLE}")
+    try:
+        return Gpu.model_validate({"name": name} | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        wrong = f"{field} is missing"
+    elif first["type"] == "extra_forbidden":
+        wrong = f"unknown key {field}; known: {', '.join(Gpu.model_fields)}"
+    else:
+        wrong = f"{field}={reprlib.repr(first['input'])}: {first['msg']}"
+    raise ValueError(f"{where}: {wrong}; needed is {EXAMPLE}")

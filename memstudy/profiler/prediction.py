@@ -1,0 +1,167 @@
+"""Training memory, predicted: the real step on fake tensors, which have shapes but no bytes.
+
+The step runs under PyTorch's ``FakeTensorMode``, so it takes no memory and no arithmetic; a dispatch mode
+sees each new storage once and, by a weak reference, its release. What a kernel allocates inside itself is
+seen where it is written in Python (a ``torch.library.custom_op``), and else said by rules: `cpu` for this machine,
+`cuda` for a GPU, for which the step also runs with CUDA's semantics and its requests go through the caching allocator
+(`allocator`). The events go through the same accounting as the measured ones (`accounting`).
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from memstudy.profiler import cuda
+from memstudy.profiler.accounting import account
+from memstudy.profiler.allocator import replay
+from memstudy.profiler.catalogue import Gpu, find_gpu
+from memstudy.profiler.events import MIB
+from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
+from memstudy.profiler.report import MemoryReport
+from memstudy.profiler.roles import Roles, Step, watch_modules
+
+# What a CPU build of PyTorch says to it where no tensor is made.
+_NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
+
+
+def predict(
+    build: Callable[[], Step],
+    *,
+    gpu: str | Gpu | None = None,
+    iterations: int = 2,
+    expandable_segments: bool = False,
+    processes: int = 1,
+    semantics: cuda.Semantics = cuda.TODAY,
+) -> MemoryReport:
+    """Predict what :func:`~memstudy.profiler.measure` would report, without running the step.
+
+    Parameters
+    ----------
+    build : callable
+        Makes model, optimizer and inputs, and returns ``step``; runs on fake tensors. It makes everything on the CPU,
+        also for a GPU; ``torch.autocast("cuda")`` and ``GradScaler("cuda")`` may be used.
+    gpu : str or Gpu, optional
+        The GPU to predict for: a name of the catalogue (`gpus`), or the path of a YAML file that describes one. None
+        predicts this CPU.
+    iterations : int
+        How many steps to follow; at least 1.
+    expandable_segments : bool
+        Whether the GPU's allocator runs with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
+    processes : int
+        How many processes share the step, each with such a GPU. ``torch.distributed`` is set up in ``build``, as
+        ``torchrun`` and ``init_process_group`` leave it in the first of them, which is the one that is predicted.
+    semantics : Semantics
+        What an older PyTorch did otherwise on a GPU.
+
+    Returns
+    -------
+    MemoryReport
+        ``kind="predicted"``. For a GPU allocated bytes are those of the caching allocator's blocks, and the report says
+        what is reserved, what the whole GPU shows, and which request would fail if the step does not fit.
+
+    Raises
+    ------
+    ValueError
+        When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains what ``build`` has not
+        made, ``build`` asks for a CUDA device, or this process is one of several already.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: at least 1 step must run")
+    if processes < 1:
+        raise ValueError(f"processes={processes}: at least 1 process must run the step")
+    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    # When the step goes, so does what it holds.
+    recorder, _step = _follow(build, iterations, card, processes, semantics)
+    if card is None:
+        return account(recorder.events, device="cpu", kind="predicted")
+    replayed = replay(recorder.events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
+    return account(
+        replayed.events,
+        device=card.name,
+        kind="predicted",
+        peak_reserved_bytes=replayed.peak_reserved,
+        requested_bytes=recorder.requested_bytes,
+        context_bytes=int(card.context_mib * MIB),
+        memory_bytes=int(card.memory_mib * MIB),
+        out_of_memory=replayed.out_of_memory,
+        unverified=(*sorted(recorder.below.unverified), *["NCCL's buffers (not counted)"] * (processes > 1)),
+    )
+
+
+def _follow(
+    build: Callable[[], Step], iterations: int, card: Gpu | None, processes: int, semantics: cuda.Semantics
+) -> tuple[Recorder, Step]:
+    """Run everything on fake tensors under a recorder; also gives the step."""
+    if "transformers" in sys.modules:
+        # It imports its models when they are asked for, and must not look for flash-attn while a stand-in is there.
+        import transformers.modeling_utils  # noqa: F401
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder(fake, card, semantics)
+    if processes > 1:
+        from torch.distributed.tensor import DTensor
+
+        from memstudy.profiler.ranks import first_of, on_fake_tensors
+
+        recorder.wrapper = DTensor
+    roles = Roles(mark=lambda: recorder.mark(roles.told[-1]), key=key_of)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a Trainer counts so
+        stack.enter_context(roles.watch())
+        stack.enter_context(recorder.watch_optimizer())
+        stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
+        stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
+        stack.enter_context(patch("torch.compile", recorder.compiled))
+        # Else lists of fake parameters are taken one by one where real ones are taken together.
+        types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
+        for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
+            stack.enter_context(patch(f"{module}._foreach_supported_types", types))
+        if card is not None:
+            stack.enter_context(cuda.as_on(card, semantics))
+        else:
+            # Its tensor is made below dispatch; checkpointing keeps one for each block.
+            stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))
+        stack.enter_context(patch("torch.utils.swap_tensors", partial(_swap, fake)))
+        stack.enter_context(fake)
+        stack.enter_context(recorder)
+        if processes > 1:
+            stack.enter_context(first_of(processes))
+            stack.enter_context(on_fake_tensors())
+            stack.enter_context(patch("torch.UntypedStorage.resize_", recorder.resizing(torch.UntypedStorage.resize_)))
+        if "transformers" in sys.modules:
+            # Told that it traces a graph, it would make every mask that data might call for.
+            stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
+        # Cycles must go between steps, or when their memory is released is chance. Only the step's own need a look.
+        gc.freeze()
+        stack.callback(gc.unfreeze)
+        try:
+            step = build()
+            recorder.end_build()
+            roles.watch_gradients()
+            for _ in range(iterations):
+                gc.collect()
+                recorder.begin_step()
+                roles.tell_parameters()
+                step()
+        except (AssertionError, RuntimeError) as error:
+            if not any(text in str(error) for text in _NO_CUDA):
+                raise
+            raise ValueError(ON_CUDA) from error
+    return recorder, step
+
+
+def _swap(fake: FakeTensorMode, one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
+    """A module that is cast or moved swaps its parameters, which refuse while the mode remembers how it made them."""
+    memo = fake.fake_tensor_converter.meta_converter.tensor_memo
+    for key in [key for key, made in memo.items() if made is one or made is other]:
+        del memo[key]
+    swap(one, other)

@@ -1,0 +1,271 @@
+"""Follows a step on fake tensors, op by op: what is allocated and released when, as :class:`Event` s."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
+from typing import NamedTuple
+
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from memstudy.profiler import cpu, cuda
+from memstudy.profiler.catalogue import Gpu
+from memstudy.profiler.events import Event
+from memstudy.profiler.results import Results, tensors
+from memstudy.profiler.values import Values
+
+ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
+
+
+def key_of(tensor: torch.Tensor) -> int:
+    """By what events know the tensor's storage."""
+    return tensor.untyped_storage()._cdata
+
+
+def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
+    """Whether autograd's engine asks for the sum of two gradients, and nobody else has the first one's storage.
+
+    It then adds in place, except to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
+    """
+    # Up from here: __torch_dispatch__, and who called the op.
+    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
+    alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
+    # One user is the tensor, the other the object that Python has made to be asked.
+    return engine_asks and alike and torch._C._storage_Use_Count(key_of(gradient)) == 2
+
+
+class _Op(NamedTuple):
+    """What is asked of each op, and costs too much to ask each time."""
+
+    name: str
+    queries: bool  # only where a tensor is
+    computes: bool
+
+
+@functools.cache
+def _traits(func: torch._ops.OpOverload) -> _Op:
+    return _Op(func._schema.name, func is torch.ops.prim.device.default, func.namespace != "profiler")
+
+
+class Recorder(TorchDispatchMode):
+    """Tells each storage that an op makes, and its release, as :class:`Event` s.
+
+    With a GPU also what CUDA's kernels allocate besides (`cuda`); ``requested_bytes`` is the peak of the tensors alone.
+    """
+
+    def __init__(self, fake: FakeTensorMode, card: Gpu | None, semantics: cuda.Semantics):
+        super().__init__()
+        self.events: list[Event] = []
+        self.modules: list[str] = []  # whose forward runs, outermost first
+        self.requested_bytes = 0
+        self.wrapper: type[torch.Tensor] | None = None  # of tensors of which each process has a part
+        self._fake, self._card = fake, card
+        self._alive: dict[int, weakref.ref] = {}
+        self._live_bytes = 0
+        self._phase = "build"
+        self._in_optimizer = self._in_one_kernel = False
+        if card is None:
+            self.below = cpu.BelowDispatch(self._tell)
+        else:
+            self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
+        self._values = Values()
+        self._results = Results(fake)
+        self._corrected = cpu.corrected if card is None else cuda.corrected
+
+    def end_build(self) -> None:
+        """Forget what building made and dropped: a model is built on the host, and what is left moves to the GPU."""
+        if self._card is None:
+            return
+        gc.collect()
+        dropped = {e.block: i for i, e in enumerate(self.events) if e.kind == "free"}
+        kept = {e.block: i for i, e in enumerate(self.events) if e.kind == "alloc" and dropped.get(e.block, -1) < i}
+        self.events = [e for i, e in enumerate(self.events) if kept.get(e.block) == i or e.kind in ("is", "phase")]
+        self.requested_bytes = self._live_bytes
+
+    def empty_cache(self) -> None:
+        self._tell("empty_cache")
+
+    def begin_step(self) -> None:
+        self._enter("forward")
+        self._tell("iteration")
+
+    def mark(self, told: tuple[str, list[int]]) -> None:
+        category, keys = told
+        for key in keys:
+            self._tell("is", block=key, label=category)
+
+    @contextmanager
+    def watch_optimizer(self) -> Iterator[None]:
+        def begin(optimizer, args, kwargs):
+            self._in_optimizer = True
+            self._enter("optimizer")
+
+        def end(optimizer, args, kwargs):
+            self._in_optimizer = False
+
+        handles = [register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def noting(self, make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """``make``, whose tensor counts although no dispatch mode sees it."""
+
+        def noted():
+            made = make()
+            self._note(made.untyped_storage())
+            return made
+
+        return noted
+
+    def resizing(self, resize: Callable[[torch.UntypedStorage, int], None]) -> Callable:
+        """``resize``, after which a storage has other memory: FSDP takes and gives back whole layers so."""
+
+        def resized(storage, size):
+            known = self._alive.pop(storage._cdata, None)
+            if known is not None and known() is not None and storage.nbytes():
+                self._release(storage._cdata, storage.nbytes())
+            resize(storage, size)
+            if size:
+                self._note(storage)
+
+        return resized
+
+    def compiled(self, function: Callable | None = None, **options) -> Callable:
+        """Stands for ``torch.compile``, which follows no fake tensors: of what it makes the results alone count.
+
+        Its kernels hold the rest in registers. True of functions of elements, as of an optimizer's; a reduction between
+        them has a buffer that is not counted.
+        """
+        if function is None:
+            return partial(self.compiled, **options)
+
+        @wraps(function)
+        def run(*args, **kwargs):
+            outer, self._in_one_kernel = self._in_one_kernel, True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self._in_one_kernel = outer
+            for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
+                self._alive.pop(key_of(tensor), None)
+                self._note(tensor.untyped_storage())
+            return result
+
+        return run
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch._dynamo is imported, and stands between each op and this mode
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.wrapper in types:
+            return NotImplemented  # it asks for the same of its part
+        op = _traits(func)
+        if not op.queries:
+            self.below.before(func)
+        if self._phase != "build" and not self._in_optimizer and op.computes:
+            in_backward = torch._C._current_autograd_node() is not None
+            self._enter("backward" if in_backward else "forward")
+        if op.queries and type(args[0]) is FakeTensor:
+            return args[0].device
+        key = self._results.key(func, args, kwargs)
+        if key is None:  # only then may one be real
+            real = any(not isinstance(tensor, FakeTensor) for tensor in tensors((*args, *kwargs.values())))
+            if real and func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
+                args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
+            return self._values.answer(args[0])
+        if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
+            return args[0]
+        if op.name in OPDEFS:  # a kernel written in Python: what it allocates can be seen
+            with self:
+                return OPDEFS[op.name]._init_fn(*args, **kwargs)
+        if self._card is None and op.name.startswith("bitsandbytes::optimizer_update"):  # as are these
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+        known, result = self._results.recall(key, args) if key else (False, None)
+        if not known:
+            result = self._corrected(func, args, func(*args, **kwargs))
+            if key:
+                self._results.remember(key, func, args, kwargs, result)
+        self._values.follow(func, args, kwargs, result)
+        if self._card is not None and self._in_optimizer and func is torch.ops.aten.lift_fresh.default:
+            self._ignore(result)  # a count of steps, which stays on the host
+            return result
+        for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            if not known and tensor.is_cuda:
+                raise ValueError(ON_CUDA)
+            if self._in_one_kernel:
+                self._ignore_new(tensor)
+            else:
+                self._note(tensor.untyped_storage())
+        if self._in_one_kernel:
+            return result
+        if self._card is None or self._phase != "build":  # for a GPU, building happens on the host
+            self.below.after(func, args, result)
+        return result
+
+    def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.requires_grad:
+            raise ValueError(
+                f"a parameter of shape {tuple(tensor.shape)} was made before build() was called: make the model in it"
+            )
+        faked = self._fake.from_tensor(tensor)
+        self._ignore(faked)  # memory from before
+        return faked
+
+    def _ignore(self, tensor: torch.Tensor) -> None:
+        """Neither count the tensor's storage nor its release."""
+        storage = tensor.untyped_storage()
+        self._alive[storage._cdata] = weakref.ref(storage)
+
+    def _ignore_new(self, tensor: torch.Tensor) -> None:
+        known = self._alive.get(key_of(tensor))
+        if known is None or known() is None:
+            self._ignore(tensor)
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._alive.get(key)
+        if known is None or known() is None:
+            self._alive[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            stream = torch.cpu.current_stream()  # FSDP's code runs on streams on a CPU too, where they are idle objects
+            self._tell(
+                "alloc",
+                block=key,
+                size=size,
+                label=self.modules[-1] if self.modules else "",
+                stream=0 if stream is torch.cpu._default_cpu_stream else id(stream),
+            )
+            self._live_bytes += size
+            self.requested_bytes = max(self.requested_bytes, self._live_bytes)
+
+    def _release(self, key: int, size: int) -> None:
+        self._live_bytes -= size
+        self._tell("free", block=key)
+
+    def _enter(self, phase: str) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._tell("phase", label=phase)
+
+    def _tell(self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0) -> None:
+        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label, stream))

@@ -1,0 +1,180 @@
+"""The largest batch that a memory budget holds, by prediction; run to be sure where the machine can."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memstudy.profiler.catalogue import Gpu, find_gpu
+from memstudy.profiler.prediction import predict
+from memstudy.profiler.report import MemoryReport
+from memstudy.profiler.roles import Step
+
+LIMIT = 65_536  # no batch beyond this is looked at
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found.
+
+    Attributes
+    ----------
+    batch_size : int
+        The largest batch that fits, over all processes; 0 when a batch of 1 for each does not.
+    accumulation : int
+        How many such batches make the effective batch; 1 when none was asked for.
+    budget_mib, needed_mib : float
+        The budget, and what the largest batch takes of it: on a GPU the whole of it, else what is allocated. With batch
+        0: what a batch of 1 would take.
+    report : MemoryReport
+        The prediction for that batch, or for a batch of 1.
+    refused_at : int or None
+        The smallest batch that was found not to fit.
+    tested : bool
+        Whether the batch has been run and was within the budget; else it is only predicted.
+    """
+
+    batch_size: int
+    accumulation: int
+    budget_mib: float
+    needed_mib: float
+    report: MemoryReport
+    refused_at: int | None
+    tested: bool
+
+    @property
+    def headroom_percent(self) -> float:
+        """What is left of the budget; negative when nothing fits."""
+        return 100 * (1 - self.needed_mib / self.budget_mib)
+
+
+def steps_to_settle(processes: int) -> int:
+    """After how many steps nothing changes any more: the first has no optimizer state before its end, and after it DDP
+    puts its buckets together anew."""
+    return 2 if processes == 1 else 3
+
+
+def check_budget(budget_mib: float) -> None:
+    """Raise ValueError for a budget that is not above 0 and finite."""
+    if not 0 < budget_mib < math.inf:
+        raise ValueError(f"budget_mib={budget_mib}: a budget above 0 MiB is needed")
+
+
+def fit(
+    build_for_batch: Callable[[int], Callable[[], Step]],
+    *,
+    gpu: str | Gpu | None = None,
+    budget_mib: float | None = None,
+    effective_batch: int | None = None,
+    expandable_segments: bool = False,
+    processes: int = 1,
+    limit: int = LIMIT,
+    run: Callable[[int], float | None] | None = None,
+) -> Fit:
+    """Find the largest batch that fits a GPU, or a budget on this CPU.
+
+    The batch itself and the next larger one have both been predicted. (What an allocator reserves may fall as the batch
+    grows: in rare cases a still larger one would fit.)
+
+    Parameters
+    ----------
+    build_for_batch : callable
+        From a batch size to what :func:`~memstudy.profiler.predict` takes. With ``effective_batch`` its step shall go
+        through at least two batches, so that it has gradients when the second comes.
+    gpu : str or Gpu, optional
+        The GPU, all of whose memory is the budget unless ``budget_mib`` is given.
+    budget_mib : float, optional
+        The budget [MiB]; needed without a GPU. A GPU is then taken to have so much memory.
+    effective_batch : int, optional
+        Sequences in one update: the batch must divide it, and is accumulated up to it.
+    expandable_segments, processes
+        As in :func:`~memstudy.profiler.predict`; the processes share the batch, and the budget is each one's.
+    limit : int
+        No larger batch is looked at; ``processes`` at least.
+    run : callable, optional
+        Runs a batch for real: its measured peak [MiB], or None when it did not fit. The batch that prediction gives is
+        then run, and smaller ones until one fits.
+
+    Raises
+    ------
+    ValueError
+        Without a budget, for one that is not above 0 and finite, and for an effective batch that is below 1 or that the
+        processes do not share evenly.
+    """
+    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    if budget_mib is None and card is None:
+        raise ValueError("fit needs a GPU or budget_mib")
+    budget = card.memory_mib if budget_mib is None else budget_mib
+    check_budget(budget)
+    if card is not None:
+        card = card.model_copy(update={"memory_mib": budget})
+    if effective_batch is not None and effective_batch < 1:
+        raise ValueError(f"effective_batch={effective_batch}: at least 1 sequence is needed")
+    if effective_batch is not None and effective_batch % processes:
+        raise ValueError(f"effective_batch={effective_batch}: processes={processes} do not share it evenly")
+    sizes: Sequence[int] = range(processes, limit + 1, processes)
+    if effective_batch is not None:
+        sizes = [size for size in sizes[: effective_batch // processes] if effective_batch % size == 0]
+    reports: dict[int, MemoryReport] = {}
+
+    def needed(size: int) -> float:
+        if size not in reports:
+            reports[size] = predict(
+                build_for_batch(size),
+                gpu=card,
+                iterations=steps_to_settle(processes),
+                expandable_segments=expandable_segments,
+                processes=processes,
+            )
+        report = reports[size]
+        return report.peak_allocated_mib if card is None else report.whole_gpu_mib
+
+    places, tested = _largest(needed, sizes, budget), False
+    while run is not None and places and not (tested := run(sizes[places - 1]) is not None):
+        places -= 1
+    size = sizes[places - 1] if places else 0
+    return Fit(
+        batch_size=size,
+        accumulation=effective_batch // size if effective_batch and size else 1,
+        budget_mib=budget,
+        needed_mib=needed(size or sizes[0]),
+        report=reports[size or sizes[0]],
+        refused_at=sizes[places] if places < len(sizes) else None,
+        tested=tested,
+    )
+
+
+def _largest(needed: Callable[[int], float], sizes: Sequence[int], budget: float) -> int:
+    """The place among ``sizes``, counted from 1, of the largest that fits; 0 when none does.
+
+    What batches take is nearly a line, but for small ones, whose peak is in the optimizer, and for the steps in which
+    an allocator reserves. So a line leads to the next batch: through the last two as long as all fit, then through the
+    nearest on either side. Every fourth time the distance is halved, lest steps slow it down.
+    """
+    before, fits, refused, place = 0, 0, len(sizes) + 1, 1
+    for turn in itertools.count(1):
+        if needed(sizes[place - 1]) <= budget:
+            before, fits = fits, place
+        else:
+            refused = place
+        if refused - fits <= 1:
+            return fits
+        if refused > len(sizes) and not before:
+            place = min(4, len(sizes))
+        elif refused > len(sizes):
+            place = min(_on_line(needed, sizes, budget, before, fits), 16 * fits, len(sizes))
+        elif turn % 4:
+            place = min(_on_line(needed, sizes, budget, fits, refused), refused - 1)
+        else:
+            place = (fits + refused) // 2
+        place = max(place, fits + 1)
+
+
+def _on_line(needed, sizes, budget, low: int, high: int) -> int:
+    """The place of the largest that should fit, by the line through those at the places ``low`` and ``high``."""
+    small, large = sizes[low - 1], sizes[high - 1]
+    slope = (needed(large) - needed(small)) / (large - small)
+    return bisect.bisect_right(sizes, small + (budget - needed(small)) / slope) if slope > 0 else len(sizes)

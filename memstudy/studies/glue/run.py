@@ -1,0 +1,86 @@
+"""A fine-tuning of a trained model, as a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import transformers
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from memstudy.huggingface.pretrained import PRETRAINED, weights_folder
+from memstudy.studies.glue import finetuning, tasks
+from memstudy.trainers.hub_model import HubModelRun
+from memstudy.trainers.language_model import data_as_planned
+
+
+class FineTuneRun(HubModelRun):
+    """Every choice of one fine-tuning: trained weights, converted, trained on a data set, and judged on rows held back.
+
+    ``model`` is a name in ``pretrained.PRETRAINED``, or the path of a ``config.json`` with ``model.safetensors`` and
+    the tokenizer's files beside it. With task ``classification`` ``dataset`` is one of GLUE's tasks, ``glue/sst2``, or
+    the path of a ``.csv`` (see `tasks`); with task ``lm`` it is running text, for a masked language model.
+    ``train_rows`` rows (blocks of text) are drawn for all epochs, all where there are fewer; 0 leaves the head
+    untrained. ``eval_rows`` bounds the rows that it is judged on. The rate falls in a straight line to 0 after a tenth
+    of the updates.
+    """
+
+    kind: Literal["fine_tune"] = "fine_tune"
+    task: Literal["lm", "classification"] = "classification"
+    dataset: str
+    data_hash: str
+    train_rows: NonNegativeInt
+    eval_rows: PositiveInt = 10_000
+    epochs: PositiveInt = 1
+    measure_steps: Literal[0] = 0
+    processes: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _clips(self):
+        if "optimizer_in_backward" in self.techniques:
+            raise ValueError("optimizer_in_backward never has all gradients, which a fine-tuning clips: leave it out")
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def _has_weights(cls, model: str) -> str:
+        if model not in PRETRAINED and not model.endswith(".json"):
+            raise ValueError(
+                f"no trained weights are known for model {model!r}; known: {', '.join(PRETRAINED)}; for another give "
+                "the path of its config.json, with model.safetensors beside it"
+            )
+        return model
+
+    def load_model(self, n_labels: int) -> transformers.PreTrainedModel:
+        """The model with trained weights, converted; its head is drawn from torch's global generator.
+
+        Parameters
+        ----------
+        n_labels : int
+            Of a classifier; 1 is for a regression. Without effect on a language model.
+        """
+        options: dict = {"use_safetensors": True, "attn_implementation": self.attention}
+        family = transformers.AutoModelForMaskedLM
+        if self.task == "classification":
+            family, options["num_labels"] = transformers.AutoModelForSequenceClassification, n_labels
+        # The weights are fp32, whatever they were saved in: so is the training.
+        return self.converted(family.from_pretrained(weights_folder(self.model), dtype=torch.float32, **options))
+
+    def flags(self):
+        return super().flags() | {
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0.1,
+            "weight_decay": 0.01,
+            "max_grad_norm": 1.0,
+            "train_sampling_strategy": "group_by_length",
+            "prediction_loss_only": False,
+        }
+
+    def load_data(self):
+        loaded = data_as_planned("data set", self.dataset, self.data_hash)
+        if self.task == "classification":
+            tasks.task_of(loaded)
+        return loaded
+
+    def carry_out(self, checkpoints):
+        return finetuning.execute(self, self.load_data(), checkpoints)

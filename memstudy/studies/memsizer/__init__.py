@@ -1,0 +1,1 @@
+"""The encoder-decoder, exact or with MemSizer, and the page that asks it."""

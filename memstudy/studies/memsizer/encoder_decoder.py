@@ -1,0 +1,236 @@
+"""An encoder-decoder whose attention is chosen place by place: exact, or MemSizer's memory of fixed size.
+
+Hugging Face's Marian, which is the Transformer of Vaswani et al. (2017, arXiv:1706.03762): norms behind the residual
+sums, sinusoidal positions, the output tied to the decoder's embeddings. A place is ``encoder``, ``decoder`` or
+``cross``; one that is named in ``memsizer`` has no queries, keys, values and output projection, but
+`MemSizerAttention` (Zhang & Cai 2022, arXiv:2203.12644).
+
+``generate`` is Hugging Face's. What MemSizer keeps from one token to the next stands in the layers of its cache: the
+sum and the count of a decoder's tokens, the summary of the encoder's. They have one size whatever the length, and beams
+reorder them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, EncoderDecoderCache, MarianConfig, MarianMTModel
+from transformers.cache_utils import CacheLayerMixin
+
+from memstudy.attention import MemSizerConfig
+from memstudy.attention.memsizer import MemSizerAttention, MemSizerState
+from memstudy.huggingface.decoder import LossInTraining
+
+PLACES = ("encoder", "decoder", "cross")
+
+
+class Seq2SeqConfig(MarianConfig):
+    """A Marian config whose ``memsizer`` maps places to the settings of a `MemSizerConfig`; the others are exact."""
+
+    model_type = "memstudy_encoder_decoder"
+    memsizer: dict | None = None
+    forced_eos_token_id: int | None = None
+
+
+class StateLayer(CacheLayerMixin):
+    """What decoding keeps of one MemSizer: tensors (beams, ...), of one size whatever the length.
+
+    Attributes
+    ----------
+    tensors : tuple of torch.Tensor
+        Sum and count of a `MemSizerState`, or the encoder's summary; empty before the first token.
+    length : int
+        Tokens that they sum up.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: tuple[torch.Tensor, ...] = ()
+        self.length = 0
+
+    def lazy_initialization(self, key_states, value_states):
+        raise NotImplementedError("MemSizer keeps no keys and values")
+
+    update = lazy_initialization
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.tensors = tuple(tensor.index_select(0, beam_idx.to(tensor.device)) for tensor in self.tensors)
+
+
+class PlacedMemSizer(MemSizerAttention):
+    """MemSizer in the place of one of Marian's attentions, called as that is."""
+
+    def __init__(self, hidden_size: int, num_heads: int, config: MemSizerConfig, *, is_causal: bool, layer_idx: int):
+        super().__init__(hidden_size, num_heads, config, is_causal=is_causal)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **_,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend within the sequence, or to the encoder's; see `MemSizerAttention.forward`.
+
+        Parameters
+        ----------
+        hidden_states : torch.Tensor
+            (batch, seq, hidden_size).
+        key_value_states : torch.Tensor, optional
+            (batch, source_len, hidden_size), the encoder's.
+        past_key_values : EncoderDecoderCache, optional
+            With it the tokens are decoded one at a time, behind those that it sums up.
+        attention_mask : torch.Tensor, optional
+            (batch, key_len) bool, True for a real token.
+
+        Raises
+        ------
+        ValueError
+            For padding among the tokens that are decoded: their sum could not leave it out again.
+        """
+        if past_key_values is None:
+            return super().forward(hidden_states, attention_mask, memory=key_value_states), None
+        if key_value_states is not None:
+            kept = _kept(past_key_values.cross_attention_cache, self.layer_idx)
+            if not kept.tensors:
+                kept.tensors = (self.summarise(key_value_states, attention_mask),)
+                kept.length = key_value_states.shape[1]
+            return self.read(hidden_states, *kept.tensors), None
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError(
+                "memsizer decodes without padding: give decoder_input_ids of one length, or use_cache=False"
+            )
+        kept, outputs = _kept(past_key_values.self_attention_cache, self.layer_idx), []
+        for token in hidden_states.split(1, 1):
+            output, kept.tensors = self.step(token, MemSizerState(*kept.tensors) if kept.tensors else None)
+            outputs.append(output)
+        kept.length += hidden_states.shape[1]
+        return torch.cat(outputs, 1), None
+
+
+def _kept(cache: Cache, layer_idx: int) -> StateLayer:
+    """The layer of ``cache`` that is MemSizer's; Hugging Face makes caches of layers for keys and values."""
+    while len(cache.layers) <= layer_idx:
+        cache.layers.append(StateLayer())
+    if not isinstance(cache.layers[layer_idx], StateLayer):
+        cache.layers[layer_idx] = StateLayer()
+    return cache.layers[layer_idx]
+
+
+def state_bytes(cache: EncoderDecoderCache) -> int:
+    """What decoding holds beside the model [bytes]: keys and values, or MemSizer's sums."""
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    tensors = [t for layer in layers for t in getattr(layer, "tensors", (layer.keys, layer.values)) if t is not None]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class Seq2SeqLM(LossInTraining, MarianMTModel):
+    """Encoder-decoder language model with the attention that its config names; ``forward`` and outputs are Marian's."""
+
+    config_class = Seq2SeqConfig
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__(config)
+        self.set_attn_implementation("memstudy_softmax")  # masks are then (batch, key_len), which MemSizer reads too
+        placed = {place: MemSizerConfig(**settings) for place, settings in (config.memsizer or {}).items()}
+        layers = {"encoder": self.model.encoder.layers, "decoder": self.model.decoder.layers}
+        for place, mixer in placed.items():
+            for index, layer in enumerate(layers["encoder" if place == "encoder" else "decoder"]):
+                name = "encoder_attn" if place == "cross" else "self_attn"
+                heads = getattr(layer, name).num_heads
+                causal = place == "decoder"
+                new = PlacedMemSizer(config.d_model, heads, mixer, is_causal=causal, layer_idx=index)
+                setattr(layer, name, new)
+
+
+AutoConfig.register(Seq2SeqConfig.model_type, Seq2SeqConfig)
+AutoModelForSeq2SeqLM.register(Seq2SeqConfig, Seq2SeqLM)
+
+
+def check_places(places: Iterable[str]) -> None:
+    """Raise ValueError for the first that is none of ``PLACES``."""
+    for place in places:
+        if place not in PLACES:
+            raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
+
+
+def encoder_decoder(
+    *,
+    vocab_size: int,
+    target_vocab_size: int,
+    n_layers: int,
+    hidden_size: int,
+    n_heads: int,
+    feed_forward: int,
+    max_len: int,
+    memsizer: Mapping[str, MemSizerConfig],
+    dropout: float,
+    pad_token: int,
+    eos_token: int,
+) -> Seq2SeqLM:
+    """An encoder-decoder with random weights (from torch's global generator).
+
+    Parameters
+    ----------
+    vocab_size, target_vocab_size : int
+        Tokens of the source and of the target; 0 for a target of the same, with one matrix for both.
+    n_layers : int
+        Of the encoder, and as many of the decoder.
+    hidden_size, n_heads, feed_forward : int
+        The shape; ``hidden_size`` must be a multiple of ``n_heads``.
+    max_len : int
+        Longest sequence [tokens], of either side.
+    memsizer : mapping
+        Of places (see ``PLACES``); where none is named attention is exact.
+    dropout : float
+        Probability, behind each part of a layer and the embeddings.
+    pad_token, eos_token : int
+        The target starts from padding, as Marian's does.
+
+    Raises
+    ------
+    ValueError
+        For an unknown place.
+    """
+    check_places(memsizer)
+    return Seq2SeqLM(
+        Seq2SeqConfig(
+            vocab_size=vocab_size,
+            decoder_vocab_size=target_vocab_size or vocab_size,
+            share_encoder_decoder_embeddings=not target_vocab_size,
+            encoder_layers=n_layers,
+            decoder_layers=n_layers,
+            d_model=hidden_size,
+            encoder_attention_heads=n_heads,
+            decoder_attention_heads=n_heads,
+            encoder_ffn_dim=feed_forward,
+            decoder_ffn_dim=feed_forward,
+            max_position_embeddings=max_len,
+            activation_function="relu",
+            scale_embedding=True,
+            init_std=hidden_size**-0.5,
+            dropout=dropout,
+            pad_token_id=pad_token,
+            eos_token_id=eos_token,
+            decoder_start_token_id=pad_token,
+            memsizer={
+                place: {name: value for name, value in mixer.settings().items() if name != "variant"}
+                for place, mixer in memsizer.items()
+            },
+        )
+    )

@@ -1,0 +1,108 @@
+"""What can be run on the encoder-decoder: a frozen description, and the model and inputs that it describes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from memstudy.attention import MemSizerConfig
+from memstudy.attention.settings import mixer_of
+from memstudy.studies.memsizer import pairs, seq2seq
+from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, check_places, encoder_decoder
+from memstudy.trainers.base import StepRun
+from memstudy.trainers.language_model import data_as_planned
+
+PAD, EOS = 0, 1  # the first two tokens of every vocabulary
+
+
+class Seq2SeqRun(StepRun):
+    """Every choice of one run of an encoder-decoder, exact or with MemSizer in some places.
+
+    ``memsizer`` maps ``encoder``, ``decoder`` and ``cross`` to MemSizer's settings; attention is exact where none are
+    given. Sources have ``seq_len`` tokens at most and targets ``target_len``, of ``vocab_size`` and
+    ``target_vocab_size``; the latter 0 where both have one vocabulary and one matrix.
+
+    ``train_steps`` updates are taken on ``dataset``, on its first ``train_rows`` rows (0: all), and ``eval_rows`` of
+    each other split are then generated for, with ``num_beams`` beams. ``measure_steps`` steps are timed on random
+    tokens, and ``generated`` tokens are decoded by the untrained model, never stopping, for the memory and time of
+    that.
+    """
+
+    kind: Literal["seq2seq"] = "seq2seq"
+    n_layers: PositiveInt
+    hidden_size: PositiveInt
+    n_heads: PositiveInt
+    feed_forward: PositiveInt
+    vocab_size: PositiveInt
+    target_vocab_size: NonNegativeInt = 0
+    target_len: Annotated[int, Field(ge=2)]
+    memsizer: dict[str, dict[str, int | float]] = Field(default_factory=dict)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dataset: str = ""
+    data_hash: str = ""
+    train_steps: NonNegativeInt = 0
+    train_rows: NonNegativeInt = 0
+    eval_rows: PositiveInt = 10_000
+    num_beams: PositiveInt = 1
+    validations: NonNegativeInt = 0
+    generated: NonNegativeInt = 0
+    processes: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
+        check_places(self.memsizer)
+        self.mixers()
+        if self.train_steps and not self.dataset:
+            raise ValueError(f"train_steps={self.train_steps} needs a dataset")
+        if not (self.train_steps or self.measure_steps or self.generated):
+            raise ValueError("measure_steps, train_steps and generated are all 0: nothing to run")
+        return self
+
+    def mixers(self) -> dict[str, MemSizerConfig]:
+        """MemSizer's config by place."""
+        return {place: mixer_of({"variant": "memsizer", **given}) for place, given in self.memsizer.items()}
+
+    def make_model(self) -> Seq2SeqLM:
+        """The model with random weights."""
+        return encoder_decoder(
+            vocab_size=self.vocab_size,
+            target_vocab_size=self.target_vocab_size,
+            n_layers=self.n_layers,
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            feed_forward=self.feed_forward,
+            max_len=max(self.seq_len, self.target_len, self.generated + 1),
+            memsizer=self.mixers(),
+            dropout=self.dropout,
+            pad_token=PAD,
+            eos_token=EOS,
+        )
+
+    def make_batch(self) -> dict[str, torch.Tensor]:
+        """A batch of random tokens, from torch's global generator; no padding."""
+        source = torch.randint(2, self.vocab_size, (self.batch_size, self.seq_len))
+        target = torch.randint(2, self.target_vocab_size or self.vocab_size, (self.batch_size, self.target_len))
+        return {"input_ids": source, "labels": target}
+
+    def flags(self):
+        return {"lr_scheduler_type": "linear", "warmup_steps": 0.1, "weight_decay": 0.01}
+
+    def load_data(self):
+        if not self.train_steps:
+            return None
+        loaded = data_as_planned("data set", self.dataset, self.data_hash)
+        pairs.task_of(loaded)
+        return loaded
+
+    def carry_out(self, checkpoints):
+        result = super().carry_out(checkpoints)
+        if self.generated:
+            result["metrics"] |= seq2seq.generate(self)
+        if self.train_steps:
+            trained = seq2seq.execute(self, self.load_data(), checkpoints)
+            result = {name: result[name] | trained[name] for name in result}
+        return result

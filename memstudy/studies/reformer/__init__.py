@@ -1,0 +1,1 @@
+"""The Reformer on running text."""

@@ -1,0 +1,1 @@
+"""Runs of models: described, built, predicted, measured and trained."""

@@ -1,0 +1,168 @@
+"""A run of one of Hugging Face's models with random weights, for memory and time depend on shapes alone.
+
+With ``convert_to`` a variant of ours takes the place of the model's attention (`huggingface.convert`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import transformers
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from transformers.models.auto import modeling_auto
+from transformers.training_args import OptimizerNames
+
+from memstudy.attention import AttentionConfig
+from memstudy.attention.settings import mixer_of
+from memstudy.huggingface.catalogue import hub_models, read_config
+from memstudy.huggingface.convert import convert_attention
+from memstudy.trainers.base import StepRun
+
+_CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_LANGUAGE_MODELS = (
+    _CAUSAL
+    | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+    | set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+)
+# Their positions are counted from the padding token's number on, so that their tables have more rows than positions.
+_COUNTED_FROM_PADDING = {
+    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+class HubModelRun(StepRun):
+    """Every choice of one run of a Hugging Face model with random weights.
+
+    ``model`` is a name in ``hub_models.yaml`` or the path of a ``config.json``; ``optimizer`` is one of ``adamw``,
+    ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is ``lm``, what the model was
+    pretrained for, or ``classification`` of sequences.
+
+    ``convert_to`` names an attention variant with its settings, in place of the model's attention; ``layers``, counted
+    from 0, are those that it replaces, none for all: only with a variant that replaces projections.
+    """
+
+    kind: Literal["hub_model"] = "hub_model"
+    model: str
+    optimizer: str = "adamw"  # Trainer's default, AdamW in one fused kernel
+    task: Literal["lm", "classification"] = "lm"
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    convert_to: dict[str, bool | str | int | float] = Field(default_factory=dict)
+    layers: tuple[NonNegativeInt, ...] = ()
+    measure_steps: PositiveInt = 1
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known(cls, optimizer: str) -> str:
+        names = ["adamw", *(str(name.value) for name in OptimizerNames)]
+        if optimizer not in names:
+            raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(names)}")
+        return optimizer
+
+    @model_validator(mode="after")
+    def _suits_the_model(self):
+        config = self.config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and config.model_type in _COUNTED_FROM_PADDING:
+            positions -= (config.pad_token_id or 0) + 1
+        if positions is not None and self.seq_len > positions:
+            raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
+        # For a forward pass alone the first of them will do.
+        axial = config.model_type == "reformer" and config.axial_pos_embds and self.kind != "inference"
+        if axial and math.prod(config.axial_pos_shape) != self.seq_len:
+            raise ValueError(
+                f"seq_len={self.seq_len}: with the axial positions of {self.model} it trains on "
+                f"{math.prod(config.axial_pos_shape)} tokens only; take learned positions"
+            )
+        if self.task == "lm":
+            family = self._family(config)
+        else:
+            if config.model_type not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+                raise ValueError(f"transformers has no classifier of the family of {self.model}, {config.model_type}")
+            if config.is_encoder_decoder:  # it reads the last </s> of each row, and which rows have one is data
+                raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
+        if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
+            raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
+        for text, lever in zip(self.techniques, self.levers(), strict=True):
+            if lever.group == "optimizer" and self.optimizer != "adamw":
+                raise ValueError(f"{text} is an optimizer itself and excludes optimizer {self.optimizer!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _variant_fits(self):
+        mixer, config = self.mixer(), self.config().get_text_config()
+        if self.layers and not (mixer and mixer.projections):
+            raise ValueError(f"layers={list(self.layers)} needs a convert_to that replaces projections: lowrank")
+        if any(layer >= config.num_hidden_layers for layer in self.layers):
+            raise ValueError(f"layers={list(self.layers)}: {self.model} has {config.num_hidden_layers}, counted from 0")
+        rank, max_len = getattr(mixer, "rank", 1), getattr(mixer, "max_len", self.seq_len)
+        if mixer and mixer.projections and rank > config.hidden_size:
+            raise ValueError(f"rank={rank} is above the width of {self.model}, {config.hidden_size}")
+        if mixer and not mixer.projections and rank > self.seq_len:
+            raise ValueError(f"rank={rank} is more than seq_len={self.seq_len} tokens")
+        if max_len < self.seq_len:
+            raise ValueError(f"max_len={max_len} is less than seq_len={self.seq_len}")
+        return self
+
+    def mixer(self) -> AttentionConfig | None:
+        """The variant that takes the place of the model's attention, None when the model stays as it is."""
+        return mixer_of(self.convert_to) if self.convert_to else None
+
+    def converted(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+        """``model`` with the variant in the place of its attention."""
+        mixer = self.mixer()
+        return convert_attention(model, mixer, layers=self.layers or None, seed=self.seed) if mixer else model
+
+    def config(self) -> transformers.PretrainedConfig:
+        """The model's configuration.
+
+        Raises
+        ------
+        ValueError
+            For an unknown name, and for a file that is no configuration.
+        """
+        if self.model.endswith(".json"):
+            return read_config(self.model)
+        known = hub_models()
+        if self.model not in known:
+            raise ValueError(
+                f"unknown model {self.model!r}; known: {', '.join(known)}; for another give the path of its config.json"
+            )
+        return transformers.AutoConfig.for_model(**known[self.model])
+
+    def _family(self, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
+        """The class of the language model that ``config`` is for."""
+        names = config.architectures
+        name = names[0] if isinstance(names, list) and names else None
+        if not isinstance(name, str) or name not in _LANGUAGE_MODELS:
+            raise ValueError(f"model {self.model}: architectures={names!r}: a language model's class is needed")
+        family = getattr(transformers, name)
+        if not isinstance(config, family.config_class):
+            raise ValueError(f"model {self.model}: {name} is not of its model_type={config.model_type!r}")
+        return family
+
+    def make_model(self) -> transformers.PreTrainedModel:
+        """The model with random weights, converted."""
+        config = self.config()
+        if self.task == "classification":
+            if config.pad_token_id is None:  # a decoder's classifier reads the last token that is none
+                config.pad_token_id = 0
+            family = transformers.AutoModelForSequenceClassification
+            return self.converted(family.from_config(config, attn_implementation=self.attention))
+        family = self._family(config)
+        # Where the family has no other attention than its own, that goes by the name of eager.
+        attention = self.attention if family._supports_sdpa else "eager"
+        model = family._from_config(config, attn_implementation=attention)
+        if "LMHead" in family.__name__:
+            model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
+        return self.converted(model)
+
+    def make_batch(self) -> dict[str, torch.Tensor]:
+        """A batch of random tokens, from torch's global generator; no padding."""
+        tokens = torch.randint(self.config().get_text_config().vocab_size, (self.batch_size, self.seq_len))
+        return {"input_ids": tokens, "labels": tokens[:, 0] % 2 if self.task == "classification" else tokens}
+
+    def flags(self):
+        return {} if self.optimizer == "adamw" else {"optim": self.optimizer}

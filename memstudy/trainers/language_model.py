@@ -1,0 +1,133 @@
+"""A run of the studies' decoder language model: its step measured, and trained on running text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import Dataset
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from memstudy import data, techniques
+from memstudy.attention import AttentionConfig
+from memstudy.attention.settings import check_window, mixer_of
+from memstudy.huggingface.decoder import DecoderLM, decoder
+from memstudy.trainers.base import StepRun
+from memstudy.trainers.trainer import make_trainer
+
+
+class LanguageModelRun(StepRun):
+    """Every choice of one run of the studies' decoder language model.
+
+    ``train_steps`` updates are taken on ``dataset``; they or ``measure_steps`` may be 0.
+    """
+
+    kind: Literal["language_model"] = "language_model"
+    n_layers: PositiveInt
+    hidden_size: PositiveInt
+    n_heads: PositiveInt
+    feed_forward: PositiveInt
+    vocab_size: PositiveInt
+    attention: dict[str, bool | str | int | float] = Field(
+        default_factory=lambda: {"variant": "softmax", "implementation": "eager"}
+    )
+    train_steps: NonNegativeInt = 0
+    eval_blocks: PositiveInt = 32
+    dataset: str = ""
+    data_hash: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.hidden_size % self.n_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
+        if self.train_steps and not self.dataset:
+            raise ValueError(f"train_steps={self.train_steps} needs a dataset")
+        if not self.train_steps and not self.measure_steps:
+            raise ValueError("measure_steps and train_steps are both 0: nothing to run")
+        check_window(self.mixer(), self.seq_len)
+        return self
+
+    def mixer(self) -> AttentionConfig:
+        """The attention variant as its config."""
+        return mixer_of(self.attention)
+
+    def make_model(self) -> DecoderLM:
+        """The model with random weights."""
+        return decoder(
+            vocab_size=self.vocab_size,
+            n_layers=self.n_layers,
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            feed_forward=self.feed_forward,
+            max_len=self.seq_len,
+            attention=self.mixer(),
+        )
+
+    def make_batch(self) -> dict[str, torch.Tensor]:
+        """A batch of random tokens, from torch's global generator."""
+        tokens = torch.randint(self.vocab_size, (self.batch_size, self.seq_len))
+        return {"input_ids": tokens, "labels": tokens}
+
+    def load_data(self):
+        return data_as_planned("data set", self.dataset, self.data_hash) if self.train_steps else None
+
+    def tokenizer(self, loaded: data.LoadedData) -> PreTrainedTokenizerFast:
+        """What cuts the text into tokens: pieces of the text itself."""
+        return data.train_tokenizer(loaded.splits["train"]["text"], self.vocab_size)
+
+    def carry_out(self, checkpoints):
+        result = super().carry_out(checkpoints)
+        if self.train_steps:
+            self._train(checkpoints, result)
+        return result
+
+    def _validated(self, rows: Dataset) -> dict:
+        """What of `make_trainer`'s options lets it look at ``rows`` in training."""
+        return {}
+
+    def _train(self, checkpoints: Path, result: dict) -> None:
+        techniques.check_available(self.levers())
+        loaded = self.load_data()
+        blocks = data.blocks(loaded, self.tokenizer(loaded), self.seq_len)
+        held_back = {name: rows.select(range(min(self.eval_blocks, len(rows)))) for name, rows in blocks.items()}
+        set_seed(self.seed)
+        validated = self._validated(held_back["validation"])
+        trainer = make_trainer(
+            self, self.make_model(), checkpoints, train_steps=self.train_steps, train=blocks["train"], **validated
+        )
+        seconds = trainer.go_on()
+        history = trainer.state.log_history
+        result["metrics"] |= {
+            "train_time_s": seconds,
+            "epochs": trainer.state.epoch,
+            "epoch_steps": math.ceil(len(blocks["train"]) / self.batch_size),
+            "train_loss": [row["loss"] for row in history if "loss" in row][-1],
+        }
+        for split in ("validation", "test"):
+            rows = held_back[split]
+            loss = trainer.evaluate(rows, metric_key_prefix=split)[f"{split}_loss"]
+            result["metrics"] |= {
+                f"{split}_loss": loss,
+                f"{split}_perplexity": math.exp(loss),
+                f"{split}_tokens": len(rows) * (self.seq_len - 1),
+            }
+        result["curves"]["train_loss"] = [[row["step"], round(row["loss"], 4)] for row in history if "loss" in row]
+        if validated:
+            result["curves"]["validation_loss"] = [
+                [row["step"], round(row["eval_loss"], 4)] for row in history if "eval_loss" in row
+            ]
+        result["data"] = loaded.provenance()
+
+
+def data_as_planned(what: str, name: str, planned_hash: str) -> data.LoadedData:
+    """The data set ``name``, refused when it is not the one that the run was planned with."""
+    loaded = data.load(name)
+    if loaded.content_hash != planned_hash:
+        raise ValueError(
+            f"{what} {name!r} has content hash {loaded.content_hash}, the run was planned with "
+            f"{planned_hash or 'none'}: plan it again"
+        )
+    return loaded
