@@ -98,7 +98,7 @@ def test_a_real_search_reports_what_its_runs_measured_and_repeats_none(study, tm
 
     again = largest_batch(study.trials(run, budget_mib=float(budget)), budget_mib=budget, start=4, limit=64)
     assert again == found
-    assert {r["config"]["batch_size"]: r for r in records.read_records(tmp_path / "results" / "lab4_grid")} == records
+    assert {r["config"]["batch_size"]: r for r in records.read_records(tmp_path / "results" / "lab4_grid")} == tried
 
 
 @pytest.mark.filterwarnings("ignore:run ")  # the sweep's own word on the failed run

@@ -146,7 +146,7 @@ def test_what_a_run_reports(run):
 
 def test_dropout_is_off_and_no_gradient_is_followed(run, tmp_path):
     path = config_file(tmp_path, "bert", hidden_dropout_prob=0.9)
-    step = inference.build(run(model=path))()
+    step = run(model=path).build()()
     outputs = []
     hook = torch.nn.modules.module.register_module_forward_hook(
         lambda module, _, output: outputs.append(output) if type(module).__name__ == "BertForMaskedLM" else None

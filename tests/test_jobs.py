@@ -15,11 +15,11 @@ from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
 from memstudy import records
-from memstudy.cli import jobs
 from memstudy.cli.main import app
 from memstudy.kinds import PredictionRun, parse_run
 from memstudy.profiler import MIB, predict
 from memstudy.studies.attention_layer.run import LayerRun
+from memstudy.trainers.base import PROCESS_MIB, SLACK
 
 ROOT = Path(__file__).parents[1]
 STUDY = "what_fits"  # the quickest to plan
@@ -73,14 +73,14 @@ def test_a_plan_of_an_unknown_study_says_so_in_one_line(tmp_path):
 def test_a_job_asks_for_what_is_predicted():
     run = tiny_run()
     peak = predict(run.build()).peak_allocated_mib
-    asked = jobs.needs(run)
-    assert asked == {"mem_mb": pytest.approx((jobs.PROCESS_MIB + jobs.SLACK * peak) * MIB / 1e6, abs=1)}
-    on_gpu = jobs.needs(run, gpu="T4")
+    asked = run.needs()
+    assert asked == {"mem_mb": pytest.approx((PROCESS_MIB + SLACK * peak) * MIB / 1e6, abs=1)}
+    on_gpu = run.needs(gpu="T4")
     whole = predict(run.build(gpu="T4"), gpu="T4").whole_gpu_mib
     assert (on_gpu["gpu"], on_gpu["gpu_mem_mb"]) == (1, pytest.approx(whole * MIB / 1e6, abs=1))
-    assert "gpu" not in jobs.needs(PredictionRun(experiment="tiny", of=run, gpu="T4"), gpu="T4")
+    assert "gpu" not in PredictionRun(experiment="tiny", of=run, gpu="T4").needs(gpu="T4")
     layer = LayerRun(experiment="layer", attention={"variant": "softmax"}, seq_len=4096, is_causal=True)
-    assert jobs.needs(layer)["mem_mb"] > jobs.needs(layer.model_copy(update={"seq_len": 16}))["mem_mb"]
+    assert layer.needs()["mem_mb"] > layer.model_copy(update={"seq_len": 16}).needs()["mem_mb"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memstudy import data, place_value
+from memstudy import data
+from memstudy.data import place_value
 
 
 @given(st.integers(1, 10**13 - 1), st.data())

@@ -19,7 +19,6 @@ from support.tiny_models import config_file
 from support.tiny_run import tiny_config, tiny_run
 
 from memstudy import data, records
-from memstudy.cli import jobs
 from memstudy.kinds import parse_run
 from memstudy.profiler import MIB, fit, measure, predict
 from memstudy.profiler.ranks import first_of
@@ -242,10 +241,10 @@ def test_the_largest_batch_is_one_that_the_processes_share():
 
 def test_a_job_asks_for_every_process():
     run = tiny_run(processes=2)
-    asked = jobs.needs(run, gpu="T4")
+    asked = run.needs(gpu="T4")
     assert asked["gpu"] == 2
     assert asked["gpu_mem_mb"] == pytest.approx(run.foretell("T4").whole_gpu_mib * MIB / 1e6, abs=1)
-    assert jobs.needs(run)["mem_mb"] > 1.9 * jobs.needs(tiny_run())["mem_mb"]
+    assert run.needs()["mem_mb"] > 1.9 * tiny_run().needs()["mem_mb"]
 
 
 # --- what is refused
@@ -255,9 +254,9 @@ def test_a_job_asks_for_every_process():
     "study", slow_but(["memsizer"], ["lab4_grid", "reformer_seqlen", "memory_ablation", "memsizer"])
 )
 def test_runs_in_one_process_are_named_as_ever(study):
-    records = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results" / study).glob("*.json")]
-    assert records
-    for record in records:
+    committed = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results" / study).glob("*.json")]
+    assert committed
+    for record in committed:
         config = parse_run(record["config"]).model_dump(mode="json")
         assert config == record["config"]
         assert records.run_id(config) == record["run_id"]

@@ -135,7 +135,7 @@ def checkout(tmp_path):
     """The package's runs in a repository of their own, to be changed."""
     package = tmp_path / "memstudy"
     package.mkdir()
-    for name in ("__init__.py", "runs.py", "fresh.py"):
+    for name in ("__init__.py", "machine.py", "records.py"):
         shutil.copy(ROOT / "memstudy" / name, package)
     return tmp_path
 
@@ -387,8 +387,8 @@ def test_a_run_that_the_kernel_kills_for_memory_is_out_of_memory(tmp_path, memor
 
 
 def test_the_kernel_s_count_of_kills_for_memory_is_read():
-    assert type(records._kernel_oom_kills()) is int
-    assert records._kernel_oom_kills() >= 0
+    assert type(launcher._kernel_oom_kills()) is int
+    assert launcher._kernel_oom_kills() >= 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they can run here")

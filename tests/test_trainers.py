@@ -18,11 +18,13 @@ from support.results import without_times
 from support.tiny_run import tiny_run
 from transformers import set_seed
 
-from memstudy import data, kinds, records
+from memstudy import data, records
 from memstudy.attention import SoftmaxConfig, WindowConfig
-from memstudy.kinds import TIMELINE_POINTS, parse_run
+from memstudy.kinds import parse_run
 from memstudy.profiler import MIB, measure
 from memstudy.techniques import Bf16
+from memstudy.trainers import language_model
+from memstudy.trainers.base import TIMELINE_POINTS
 from memstudy.trainers.trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
@@ -198,9 +200,9 @@ def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
     """Trainer's mean over the blocks against the mean over all their tokens."""
     run = training(2, batch_size=2, eval_blocks=3)  # two batches, the second of one block
     kept = []
-    make = kinds.make_trainer
+    make = language_model.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kinds, "make_trainer", lambda *a, **k: kept.append(make(*a, **k)) or kept[0])
+        patch.setattr(language_model, "make_trainer", lambda *a, **k: kept.append(make(*a, **k)) or kept[0])
         result = run.execute(tmp_path)
     loaded = data.load("miniature")
     tokenizer = data.train_tokenizer(loaded.splits["train"]["text"], run.vocab_size)
