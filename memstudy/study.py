@@ -274,16 +274,17 @@ class Study:
         """LaTeX: machines and versions, data, parameters, then the run of every record, by commit and experiment."""
         used = list(self._used.values())
         machines = {
-            (p["device"], p["threads"], p["platform"], tuple(p["packages"].items()))
+            (p["device"], p["cpu"], p["platform"], tuple(p["packages"].items()))
             for p in (record["provenance"] for record in used)
         }
         data = {
             (d["name"], d["source"], d["revision"], d["content_hash"]) for d in (record["data"] for record in used) if d
         }
         lines = []
-        for device, threads, platform, packages in sorted(machines):
+        for device, cpu, platform, packages in sorted(machines):
             versions = ", ".join(f"{name} {version}" for name, version in packages)
-            lines.append(f"Machine: {device}, {threads} threads; {platform}; {versions}.")
+            name = device if device == cpu else f"{device}, {cpu}"
+            lines.append(f"Machine: {name}; {platform}; {versions}.")
         for name, source, revision, content_hash in sorted(data):
             lines.append(f"Data: {name}, from {source}, revision {revision}, SHA-256 {content_hash}.")
         if not used:
