@@ -1,3 +1,3 @@
-from memstudy.cli.main import app
+from memstudy.cli.main import main
 
-app(prog_name="memstudy")
+main()

@@ -8,10 +8,7 @@ import os
 import select
 import signal
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 
 def _serve() -> None:
@@ -22,7 +19,7 @@ def _serve() -> None:
 
     import_step()
     from memstudy import kinds  # noqa: F401 - imported for the processes to come
-    from memstudy.cli.main import app
+    from memstudy.cli.main import end_with
 
     for line in sys.stdin:
         arguments, log = json.loads(line)
@@ -35,7 +32,7 @@ def _serve() -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            _end_with(app, arguments)
+            end_with(arguments)
         answers.write(f"{child}\n")
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
             # Nothing is asked during a run: when there is something to read, it is that who asked for it is gone. Left
@@ -44,20 +41,6 @@ def _serve() -> None:
                 os.kill(child, signal.SIGKILL)
                 return
         answers.write(f"{os.waitstatus_to_exitcode(ended[1])}\n")
-
-
-def _end_with(app: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
-    """End this process as ``app`` does, but without taking the interpreter apart: that takes two seconds."""
-    status: object = 1
-    try:
-        app(arguments)
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def read_config(path: str) -> transformers.PretrainedConfig:
         raise ValueError(f"model {path}: {' '.join(str(error).split())[:200]}") from None
 
 
+@functools.cache
 def hub_models() -> dict[str, dict]:
     """The models known by name, and what of their configuration differs from the family's defaults."""
     return yaml.safe_load(HUB_MODELS.read_bytes())
