@@ -33,7 +33,7 @@ def plan(
         configs = jobs.missing(study, scale, results)
         into.mkdir(parents=True, exist_ok=True)
         needs = {
-            run_id: jobs.needs(parse_run(config), gpu=gpu)
+            run_id: parse_run(config).needs(gpu)
             for run_id, config in tqdm(configs.items(), desc=f"{study}: memory of its runs", unit="run")
         }
         for run_id, config in configs.items():
