@@ -159,10 +159,3 @@ def test_a_record_says_how_fast_bfloat16_was(probe, tmp_path):
         tiny_run().model_dump(mode="json"), tmp_path, lambda _: {"metrics": {}, "curves": {}, "data": {}}
     )
     assert record["provenance"]["bf16_speed"] == SLOW
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stem", ["glue_lowrank", "lab4_grid"])
-def test_the_reference_lacks_no_record_on_a_slow_machine(probe, stem):
-    probe(SLOW)
-    assert jobs.missing(stem, "full", records.ROOT / "results") == {}
