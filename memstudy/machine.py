@@ -19,7 +19,7 @@ PROBE_SIZE = 384  # rows and columns of the matrices: 0.1 s a product where bflo
 FAST = 0.8  # times the speed of fp32, from which on bfloat16 counts as fast
 # What each is called, and the flag in /proc/cpuinfo that shows it (x86 or Arm).
 _SETS = {"AVX2": ("avx2",), "AVX-512": ("avx512f",), "bf16": ("avx512_bf16", "bf16"), "AMX": ("amx_bf16",)}
-# Records of before machines were told apart by their instruction sets. Their own timings show that both had bf16
+# Older records name a processor without its instruction sets. Their timings show that both processors had bf16
 # instructions: in results/memory_ablation a step in bf16 takes 0.46 of the time of fp32, in results/lab4_grid 0.37;
 # without them it would take some fifty times as long. On AMD's processors these come with AVX-512 and without AMX; of
 # Intel's some have AMX and some not, which was not noted, so that no machine of now is taken for that one.

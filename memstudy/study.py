@@ -310,7 +310,7 @@ class Study:
 
 
 def _is_prediction(record: dict) -> bool:
-    """Whether the record is of a prediction, which has the run that it is of among its choices."""
+    """True for a prediction's record: its config has ``of``."""
     return "of" in record["config"]
 
 

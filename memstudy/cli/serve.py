@@ -67,7 +67,7 @@ def _train() -> None:
         record = records.perform(
             run.model_dump(mode="json"),
             records.ROOT / "results" / "serve",
-            lambda checkpoints, run=run: run.execute(checkpoints),
+            run.execute,
         )
         if record["status"] != "ok":
             raise ValueError(f"training failed: {record['reason']}")

@@ -1,6 +1,6 @@
 """Put an attention variant into any Hugging Face model, save it and load it.
 
-Importing this module registers the variants as attention functions (`dispatch`), so that the parameter-free ones need
+Importing this module registers the variants as attention functions (`interface`), so that the parameter-free ones need
 no more than ``from_pretrained(..., attn_implementation="memstudy_window")``. What fits which model:
 
 ===========================  ===================================================================================

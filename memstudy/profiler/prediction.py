@@ -50,7 +50,7 @@ def predict(
         Makes model, optimizer and inputs, and returns ``step``; runs on fake tensors. It makes everything on the CPU,
         also for a GPU; ``torch.autocast("cuda")`` and ``GradScaler("cuda")`` may be used.
     gpu : str or Gpu, optional
-        The GPU to predict for: a name of the catalogue (`gpus`), or the path of a YAML file that describes one. None
+        The GPU to predict for: a name of `catalogue`, or the path of a YAML file that describes one. None
         predicts this CPU.
     iterations : int
         How many steps to follow; at least 1.
@@ -121,7 +121,7 @@ def _follow(
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
         stack.enter_context(patch("torch.compile", recorder.compiled))
-        # Else lists of fake parameters are taken one by one where real ones are taken together.
+        # Without this, torch's foreach path rejects FakeTensor parameters.
         types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
         for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             stack.enter_context(patch(f"{module}._foreach_supported_types", types))

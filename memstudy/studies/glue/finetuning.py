@@ -1,4 +1,4 @@
-"""Trained models, converted, trained on and judged: on sentences with labels (`glue`), or as masked language models.
+"""Trained models, converted, trained on and judged: on sentences with labels (`tasks`), or as masked language models.
 
 A language model is judged by its pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659, equation 4): with each token
 of the text masked in turn::
