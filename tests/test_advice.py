@@ -1,4 +1,4 @@
-"""The ladder of levers: its order, what it may not hold, and the rows that it comes from."""
+"""The ladder of techniques: its order, the combinations it excludes, and its reference rows."""
 
 import itertools
 
@@ -11,11 +11,11 @@ from memstudy.project import read_parameters
 from memstudy.studies.ablation import advice
 from memstudy.trainers.hub_model import HubModelRun
 
-LEVERS = [
+OFFERED = [
     "bf16", "bf16_weights", "checkpointing", "selective_checkpointing=0.5", "chunked_loss", "adamw_8bit",
     "optimizer_in_backward", "accumulation=4", "muon",
 ]  # fmt: skip
-NUMBERS = st.fixed_dictionaries({text: st.floats(0, 2, allow_nan=False) for text in LEVERS})
+NUMBERS = st.fixed_dictionaries({text: st.floats(0, 2, allow_nan=False) for text in OFFERED})
 
 
 def test_the_quickest_comes_first():
@@ -43,7 +43,7 @@ def test_what_was_there_at_the_start_stays():
 
 
 @given(NUMBERS, NUMBERS, st.sampled_from([(), ("checkpointing",), ("accumulation=2", "sgd")]))
-def test_every_rung_can_be_run_and_adds_one_lever(times, savings, start):
+def test_every_rung_can_be_run_and_adds_one_technique(times, savings, start):
     rungs = advice.ladder(times, savings, start=start)
     assert rungs[0] == start
     added = [rung[-1] for rung in rungs[1:]]
@@ -98,9 +98,9 @@ def test_what_suits_a_model():
 def test_the_reference_is_the_studys_model_at_full_scale():
     rows, size = advice.reference(), read_parameters("memory_ablation", "full")
     assert len(rows) > 20
-    for levers, record in rows.items():
+    for chosen, record in rows.items():
         assert record["config"]["hidden_size"] == size["hidden_size"]
-        assert set(record["config"]["techniques"]) == levers
+        assert set(record["config"].get("techniques", ())) == chosen
     rungs = advice.reference_ladder(rows, advice.advised())
     assert len(rungs) > 4
     for rung in rungs:

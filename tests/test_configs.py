@@ -1,6 +1,7 @@
-"""What can be run: the published models, other people's config.json files, and what is refused of both."""
+"""Models that can be run: those known by name, other config.json files, and the refused choices for both."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from support.tiny_run import tiny_run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
-from memstudy import records
+from memstudy import kinds, records
 from memstudy.huggingface.catalogue import hub_models
-from memstudy.kinds import parse_run
+from memstudy.kinds import PredictionRun, parse_run
 from memstudy.profiler import measure, predict
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.trainers.hub_model import HubModelRun
@@ -23,10 +24,10 @@ from memstudy.trainers.language_model import LanguageModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
-# As published with the weights; the head's matrix is the embedding's where they are tied.
+# As published with the weights; a head tied to the embedding does not count again.
 PARAMETERS = {
     "bert-base-uncased": 109_514_298,
-    "all-MiniLM-L6-v2": 22_713_216 + 768 + 30_522,  # published with a pooler, of the head's size but norm and bias
+    "all-MiniLM-L6-v2": 22_713_216 + 768 + 30_522,  # published with a pooler: the head without norm and bias
     "bert-large-uncased": 335_174_458,
     "roberta-base": 124_697_433,
     "roberta-large": 355_412_057,
@@ -69,7 +70,7 @@ def hub_run(model="gpt2", **changes):
 
 
 def refusal(make=hub_run, **choices) -> str:
-    """Return what the refused choices are told, which must be one error of one line."""
+    """Return the error message for refused choices, which must be one error of one line."""
     with pytest.raises(ValidationError) as refused:
         make(**choices)
     (error,) = refused.value.errors()
@@ -155,10 +156,10 @@ def test_a_file_that_has_only_what_differs_from_the_familys_defaults_is_enough(t
         (b"{n_layer: 2}", "not JSON"),
         (b'{"model_type": "gpt2\xff"}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b'["gpt2"]', "model_type=None is none that transformers knows"),
-        (b'{"n_layer": 2}', "model_type=None is none that transformers knows"),
-        (b'{"model_type": ["gpt2"]}', "model_type=['gpt2'] is none that transformers knows"),
-        (b'{"model_type": "gpt9", "auto_map": {"AutoConfig": "x--y.Z"}}', "model_type='gpt9' is none"),
+        (b'["gpt2"]', "model_type=None is unknown to transformers"),
+        (b'{"n_layer": 2}', "model_type=None is unknown to transformers"),
+        (b'{"model_type": ["gpt2"]}', "model_type=['gpt2'] is unknown to transformers"),
+        (b'{"model_type": "gpt9", "auto_map": {"AutoConfig": "x--y.Z"}}', "model_type='gpt9' is unknown to"),
         (b'{"model_type": "gpt2"}', "architectures=None: a language model's class is needed"),
         (b'{"model_type": "gpt2", "architectures": []}', "architectures=[]: a language model's class is needed"),
         (b'{"model_type": "gpt2", "architectures": ["GPT2Model"]}', "architectures=['GPT2Model']"),
@@ -251,7 +252,7 @@ def test_the_optimizer_is_trainers(optimizer, tmp_path):
 
 @pytest.mark.parametrize("report_on", slow_but([predict], [predict, measure]))
 def test_an_8bit_optimizer_takes_the_same_whatever_was_before(report_on, tmp_path):
-    """bitsandbytes would remember that BERT's third parameter is an embedding, which it leaves in 32 bits."""
+    """bitsandbytes would remember that BERT's third parameter is an embedding and keep its state in 32 bits."""
     makes = [
         hub_run(config_file(tmp_path, family), techniques=("adamw_8bit",)).build()
         for family in ("gpt2", "bert", "gpt2")
@@ -261,6 +262,27 @@ def test_an_8bit_optimizer_takes_the_same_whatever_was_before(report_on, tmp_pat
 
 
 # --- descriptions as JSON
+
+
+def test_no_default_changes_since_a_records_name_leaves_defaults_out():
+    """A changed default would rename records; a new field with a line in defaults.json renames none."""
+    defaults = {
+        name: {
+            field: choice.get_default(call_default_factory=True)
+            for field, choice in kind.model_fields.items()
+            if field != "kind" and not choice.is_required()
+        }
+        for name, kind in kinds.KINDS.items()
+    }
+    for kind, frozen in json.loads(Path(__file__).with_name("defaults.json").read_text()).items():
+        assert json.loads(json.dumps(defaults[kind])) | frozen == json.loads(json.dumps(defaults[kind]))
+
+
+def test_a_description_names_what_is_not_at_its_default_and_its_kind():
+    assert tiny_run().model_dump(mode="json") == tiny_run(seed=0, processes=1).model_dump(mode="json")
+    assert {"processes", "seed", "techniques"}.isdisjoint(tiny_run().model_dump(mode="json"))
+    nested = PredictionRun(experiment="of", of=tiny_run(seed=3)).model_dump(mode="json")
+    assert nested == {"kind": "prediction", "experiment": "of", "of": tiny_run(seed=3).model_dump(mode="json")}
 
 
 RECORDS = sorted((records.ROOT / "results" / "lab4_grid").glob("*.json"))

@@ -1,4 +1,4 @@
-"""Bad days, with the real fault each: after it the same command finishes, and every finished record is as it was."""
+"""Real faults: after each, the same command finishes, and every finished record is unchanged."""
 
 import functools
 import http.server
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 def sweeping(folder: Path, configs: list[dict], **options) -> subprocess.Popen:
     command = [sys.executable, "-c", SWEEP, str(folder), json.dumps(configs)]
-    # A shell that starts these tests in the background has ctrl-C ignored, and that would be handed down.
+    # A shell ignores ctrl-C in its background jobs, and child processes would inherit that.
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heard, **options)
@@ -37,7 +37,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def trainings(count: int) -> list[dict]:
-    """Runs that leave checkpoints on their way."""
+    """Runs long enough to write checkpoints."""
     learn = {"dataset": "miniature", "data_hash": data.load("miniature").content_hash, "eval_blocks": 2}
     return [tiny_config(seed=n, train_steps=120, measure_steps=0, **learn) for n in range(count)]
 
@@ -49,7 +49,7 @@ def test_twenty_kills_at_random_moments_cost_no_finished_record_and_change_no_nu
     for _ in range(20):
         process = sweeping(tmp_path, configs)
         time.sleep(moments.uniform(2, 9))
-        os.killpg(process.pid, signal.SIGKILL)  # the sweep, and the process that starts its runs
+        os.killpg(process.pid, signal.SIGKILL)  # the sweep and its forking process
         process.communicate()
         now = {name: text for name, text in files_in(tmp_path).items() if json.loads(text)["status"] == "ok"}
         assert now.items() >= finished.items(), "a finished record was changed or lost"
@@ -57,7 +57,7 @@ def test_twenty_kills_at_random_moments_cost_no_finished_record_and_change_no_nu
     process = sweeping(tmp_path, configs)
     said, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert json.loads(said) == [[n, "ok"] for n in range(8)]
+    assert json.loads(said) == ["ok"] * 8
     assert files_in(tmp_path).items() >= finished.items()
     assert list(tmp_path.glob("lab4_grid/*.corrupt")) == []
     (last,) = (r for r in records.read_records(tmp_path / "lab4_grid") if r["config"] == configs[-1])
@@ -72,19 +72,19 @@ def test_a_full_disk_costs_the_run_that_could_not_be_written_and_no_other(tmp_pa
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:
-        configs = [tiny_config(seed=n) for n in range(20)]  # some 5 kB each: too much for the disk
+        configs = [tiny_config(seed=n) for n in range(20)]  # about 5 kB each, too much for the disk
         process = sweeping(place, configs)
         _, said = process.communicate()
         assert process.returncode != 0
         assert "No space left on device" in said
-        # The last may be one that says "failed", which is shorter and will be run again.
+        # The last record may say "failed": it is shorter, and its run will be repeated.
         kept = {name: text for name, text in files_in(place).items() if json.loads(text)["status"] == "ok"}
         assert 0 < len(kept) < 20
         assert list(place.glob("lab4_grid/.*.tmp")) == []
         subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
         process = sweeping(place, configs)
         said, errors = process.communicate()
-        assert json.loads(said) == [[n, "ok"] for n in range(20)], errors
+        assert json.loads(said) == ["ok"] * 20, errors
         assert files_in(place).items() >= kept.items()
     finally:
         subprocess.run(["umount", place], check=True)
@@ -95,7 +95,7 @@ def test_two_sweeps_of_the_same_runs_at_once_both_finish(tmp_path):
     both = [sweeping(tmp_path, configs) for _ in range(2)]
     for process in both:
         said, errors = process.communicate()
-        assert json.loads(said) == [[n, "ok"] for n in range(4)], errors
+        assert json.loads(said) == ["ok"] * 4, errors
     assert len(files_in(tmp_path)) == 4
 
 
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_the_sweep_and_its_run_and_the_same_command_goes_on(tmp_path
     while not files_in(tmp_path):
         time.sleep(0.05)
         assert process.poll() is None, process.communicate()
-    time.sleep(0.5)  # within the long run
+    time.sleep(0.5)  # now the long run is under way
     whole = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=30)
@@ -114,12 +114,12 @@ def test_ctrl_c_ends_the_sweep_and_its_run_and_the_same_command_goes_on(tmp_path
     assert alive == []
     before = files_in(tmp_path)
     again, _ = sweeping(tmp_path, configs[:1]).communicate()
-    assert json.loads(again) == [[0, "ok"]]
+    assert json.loads(again) == ["ok"]
     assert files_in(tmp_path) == before
 
 
 class Cut(HubHandler):
-    """A hub that is gone after half of the first file asked for."""
+    """A hub that disappears halfway through the first file."""
 
     cut = False
 

@@ -1,4 +1,4 @@
-"""Predictions as runs: what they report is what is predicted and measured, and the committed ones are still true."""
+"""Predictions as runs: their metrics equal the prediction and the measurement; committed predictions still hold."""
 
 import json
 from importlib.util import find_spec
@@ -85,7 +85,7 @@ def test_bad_choices_are_refused(choices, said):
 
 
 def committed() -> list[dict]:
-    """Of each study's committed predictions that can be made here, and of each machine, the one of fewest tokens."""
+    """The committed prediction with fewest tokens for each study, kind of run and GPU, among those possible here."""
     fewest: dict[tuple, dict] = {}
     for path in sorted((records.ROOT / "results").glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def committed() -> list[dict]:
             continue
         packages = {package for t in parse(config["of"].get("techniques", ())) for package in t.packages}
         if all(map(find_spec, packages)):
-            key = path.parent.name, config["of"]["kind"], config["gpu"]
+            key = path.parent.name, config["of"]["kind"], config.get("gpu", "")
             tokens = config["of"]["batch_size"] * config["of"]["seq_len"]
             if key not in fewest or tokens < fewest[key]["tokens"]:
                 fewest[key] = record | {"tokens": tokens}

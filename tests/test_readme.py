@@ -1,4 +1,4 @@
-"""What the README says of rows is in the rows, and what it tells to type works."""
+"""The README's table equals the committed rows, and its commands, code and links work."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from support.tiers import slow_but
 from typer.testing import CliRunner
 
 from memstudy.cli.main import app
+from memstudy.kinds import parse_run
 from memstudy.techniques import parse
 
 ROOT = Path(__file__).parents[1]
@@ -22,35 +23,35 @@ SHOWN = (
 
 
 def headline() -> list[str]:
-    """The table's lines, from the committed records: each lever alone on the ablation's model."""
+    """The table's lines from the committed records of each technique alone on the ablation's model."""
     measured, predicted, trained = {}, {}, {}
     for path in sorted((ROOT / "results" / "memory_ablation").glob("*.json")):
         record = json.loads(path.read_text("utf-8"))
-        config = record["config"]
-        of = config.get("of", config)
-        single = of["kind"] == "language_model" and of["seed"] == 0 and len(of["techniques"]) <= 1
-        if record["status"] != "ok" or not single or of["experiment"] != "".join(of["techniques"] or ["baseline"]):
+        run = parse_run(record["config"])
+        of = getattr(run, "of", run)
+        single = of.kind == "language_model" and of.seed == 0 and len(of.techniques) <= 1
+        if record["status"] != "ok" or not single or of.experiment != "".join(of.techniques or ["baseline"]):
             continue
-        if of["train_steps"] and "of" not in config:
-            trained[of["experiment"]] = record["metrics"]
-        elif of["batch_size"] == 4 and of["seq_len"] == 512 and not of["train_steps"]:
-            kept = measured if "of" not in config else predicted if config["gpu"] == "A100-40GB" else {}
-            kept[of["experiment"]] = record["metrics"]
+        if of.train_steps and of is run:
+            trained[of.experiment] = record["metrics"]
+        elif of.batch_size == 4 and of.seq_len == 512 and not of.train_steps:
+            kept = measured if of is run else predicted if run.gpu == "A100-40GB" else {}
+            kept[of.experiment] = record["metrics"]
     lines = [
         "| technique, alone | memory saved: measured | on an A100, predicted | time of a step: measured "
         "| change of the loss: measured | exact |",
         "|---|---|---|---|---|---|",
     ]
-    for lever in SHOWN:
+    for technique in SHOWN:
         here, there = (
-            100 * (1 - rows[lever]["peak_allocated_mib"] / rows["baseline"]["peak_allocated_mib"])
+            100 * (1 - rows[technique]["peak_allocated_mib"] / rows["baseline"]["peak_allocated_mib"])
             for rows in (measured, predicted)
         )
-        time = measured[lever]["step_time_ms"] / measured["baseline"]["step_time_ms"]
-        change = trained[lever]["validation_loss"] - trained["baseline"]["validation_loss"]
-        loss = f"{round(change, 3) + 0:+.3f}"  # no minus before a zero
-        exact = "yes" if parse([lever])[0].exact else "no"
-        lines.append(f"| `{lever}` | {here:.0f} % | {there:.0f} % | × {time:.2f} | {loss} | {exact} |")
+        time = measured[technique]["step_time_ms"] / measured["baseline"]["step_time_ms"]
+        change = trained[technique]["validation_loss"] - trained["baseline"]["validation_loss"]
+        loss = f"{round(change, 3) + 0:+.3f}"  # + 0 turns -0.0 into 0.0
+        exact = "yes" if parse([technique])[0].exact else "no"
+        lines.append(f"| `{technique}` | {here:.0f} % | {there:.0f} % | × {time:.2f} | {loss} | {exact} |")
     return lines
 
 

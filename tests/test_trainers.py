@@ -1,4 +1,4 @@
-"""Runs: what is refused, what is measured, that training learns, repeats itself and goes on after a kill."""
+"""Runs: refused choices, measurements, and training that learns, is reproducible and resumes after a kill."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from memstudy.kinds import parse_run
 from memstudy.profiler import MIB, measure
 from memstudy.techniques import Bf16
 from memstudy.trainers import language_model
-from memstudy.trainers.base import TIMELINE_POINTS
+from memstudy.trainers.step import TIMELINE_POINTS
 from memstudy.trainers.trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
@@ -87,7 +87,7 @@ def test_unknown_kinds_of_run_are_refused(given):
 def test_a_run_survives_json_and_cannot_be_changed():
     run = tiny_run(techniques=("bf16",), attention={"variant": "window", "window": 8})
     assert parse_run(json.loads(run.model_dump_json())) == run
-    assert run.levers() == (Bf16(),)
+    assert run.parsed_techniques() == (Bf16(),)
     assert run.mixer() == WindowConfig(8)
     assert tiny_run().mixer() == SoftmaxConfig("eager")
     with pytest.raises(ValidationError):
@@ -149,9 +149,9 @@ def test_the_measured_step_is_the_one_of_a_training(techniques, tmp_path):
         rows = datasets.Dataset.from_dict({"input_ids": rows})
         return make_trainer(run, run.make_model(), tmp_path, train_steps=3, train=rows).train
 
-    run.build()()()  # bitsandbytes makes its code tables once a process
+    run.build()()()  # bitsandbytes makes its code tables once per process
     alone, trained = measure(run.build(), iterations=3), measure(make, iterations=1)
-    assert 0 <= trained.peak_bytes - alone.peak_bytes <= 16  # a training counts its labels
+    assert 0 <= trained.peak_bytes - alone.peak_bytes <= 16  # a training also counts its number of labels
     for category in ("parameters", "gradients", "optimizer", "temporary"):
         assert trained.peak_by_category[category] == alone.peak_by_category[category]
     for phase, peak in alone.peak_by_phase.items():
@@ -197,7 +197,7 @@ def test_measuring_and_training_in_one_run(tmp_path):
 
 
 def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
-    """Trainer's mean over the blocks against the mean over all their tokens."""
+    """Trainer's mean over the blocks equals the mean over all of their tokens."""
     run = training(2, batch_size=2, eval_blocks=3)  # two batches, the second of one block
     kept = []
     make = language_model.make_trainer
@@ -215,7 +215,7 @@ def test_the_loss_of_a_validation_split_is_the_models(tmp_path):
 
 
 def folder_of_text(folder, text):
-    """Make `folder` hold the data set polish-books, with one and the same text in each split."""
+    """Write the data set polish-books to `folder`, with the same text in each split."""
     (folder / "polish-books").mkdir(parents=True)
     for split in data.sources.SHARES:
         pq.write_table(pa.table({"text": [text]}), folder / "polish-books" / f"{split}.parquet")
@@ -223,7 +223,7 @@ def folder_of_text(folder, text):
 
 @pytest.fixture
 def one_batch(tmp_path, monkeypatch):
-    """What of a run makes it train on two sentences, all of them in each batch."""
+    """The choices of a run that trains on two sentences, with all blocks in one batch."""
     folder_of_text(tmp_path / "data", "Zażółć gęślą jaźń. W Szczebrzeszynie chrząszcz brzmi w trzcinie.")
     monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path / "data"))
     return {"dataset": "polish-books", "data_hash": data.load("polish-books").content_hash, "batch_size": 64}
@@ -247,7 +247,7 @@ def test_one_batch_is_learnt_by_heart(one_batch, tmp_path):
     result = training(80, **one_batch, learning_rate=5e-3).execute(tmp_path / "run")
     assert result["metrics"]["epoch_steps"] == 1
     assert result["metrics"]["train_loss"] < 0.05
-    assert result["metrics"]["validation_perplexity"] < 1.1  # the same text
+    assert result["metrics"]["validation_perplexity"] < 1.1  # same text as in training
     assert result["data"]["source"] == "folder"
 
 
@@ -275,13 +275,13 @@ def test_without_the_data_the_miniature_stands_in(tmp_path, monkeypatch):
     assert without_times(result)[:2] == without_times(training(2).execute(tmp_path))[:2]
 
 
-# --- going on
+# --- resuming
 
-SHORT, LONG = SAVE_STEPS + 2, SAVE_STEPS + 30  # both log every second step; the last is always saved
+SHORT, LONG = SAVE_STEPS + 2, SAVE_STEPS + 30  # both log every second step; the last step is always saved
 
 
 def alter(checkpoint):
-    """Change the first loss in a checkpoint's history, to know it again, and give the loss it had."""
+    """Mark a checkpoint by a changed first loss in its history; return the old loss."""
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_text())
     loss, state["log_history"][0]["loss"] = state["log_history"][0]["loss"], 99.0
@@ -306,7 +306,7 @@ def test_a_training_goes_on_from_its_checkpoint_as_if_nothing_had_been(technique
     assert [path.name for path in (tmp_path / "cut").iterdir()] == [f"checkpoint-{SHORT}"]
     loss = alter(tmp_path / "cut" / f"checkpoint-{SHORT}")
     resumed = training(LONG, techniques=techniques).execute(tmp_path / "cut")
-    assert resumed["curves"]["train_loss"][0][1] == 99.0  # it did go on, not begin again
+    assert resumed["curves"]["train_loss"][0][1] == 99.0  # resumed, not restarted
     resumed["curves"]["train_loss"][0][1] = round(loss, 4)
     assert without_times(resumed) == without_times(whole)  # to the last digit
 
@@ -325,7 +325,7 @@ def test_the_time_of_updates_before_a_kill_is_counted(tmp_path):
     "left", [["model.safetensors"], ["model.safetensors", "optimizer.pt", "trainer_state.json"]], ids=len
 )
 def test_a_checkpoint_cut_short_is_passed_over(left, tmp_path):
-    """A kill in the middle of saving leaves some of the files, the last of them half written."""
+    """A kill during saving leaves some of the files, the last one half written."""
     before = training(SHORT).execute(tmp_path)
     whole, cut = tmp_path / f"checkpoint-{SHORT}", tmp_path / f"checkpoint-{SHORT + 10}"
     alter(whole)

@@ -1,6 +1,6 @@
-"""A run of one of Hugging Face's models with random weights, for memory and time depend on shapes alone.
+"""Runs of Hugging Face models with random weights: memory and time depend on shapes alone.
 
-With ``convert_to`` a variant of ours takes the place of the model's attention (`huggingface.convert`).
+``convert_to`` replaces a model's attention by one of memstudy's variants (`huggingface.convert`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memstudy.attention import AttentionConfig
 from memstudy.attention.settings import mixer_of
 from memstudy.huggingface.catalogue import hub_models, read_config
 from memstudy.huggingface.convert import convert_attention
-from memstudy.trainers.base import StepRun
+from memstudy.trainers.step import StepRun
 
 _CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _LANGUAGE_MODELS = (
@@ -26,7 +26,7 @@ _LANGUAGE_MODELS = (
     | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     | set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
 )
-# Their positions are counted from the padding token's number on, so that their tables have more rows than positions.
+# Positions are numbered from the padding token's id + 1, so the position tables have more rows than positions.
 _COUNTED_FROM_PADDING = {
     "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
@@ -37,11 +37,11 @@ class HubModelRun(StepRun):
     """Every choice of one run of a Hugging Face model with random weights.
 
     ``model`` is a name in ``hub_models.yaml`` or the path of a ``config.json``; ``optimizer`` is one of ``adamw``,
-    ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is ``lm``, what the model was
-    pretrained for, or ``classification`` of sequences.
+    ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is ``lm``, the pretraining task, or
+    ``classification`` of sequences.
 
-    ``convert_to`` names an attention variant with its settings, in place of the model's attention; ``layers``, counted
-    from 0, are those that it replaces, none for all: only with a variant that replaces projections.
+    ``convert_to`` names the attention variant, with its settings, that replaces the model's attention. ``layers`` lists
+    the converted layers, counted from 0, for a variant that replaces projections; empty means all layers.
     """
 
     kind: Literal["hub_model"] = "hub_model"
@@ -69,7 +69,7 @@ class HubModelRun(StepRun):
             positions -= (config.pad_token_id or 0) + 1
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
-        # For a forward pass alone the first of them will do.
+        # A forward pass alone also takes shorter sequences.
         axial = config.model_type == "reformer" and config.axial_pos_embds and self.kind != "inference"
         if axial and math.prod(config.axial_pos_shape) != self.seq_len:
             raise ValueError(
@@ -81,12 +81,12 @@ class HubModelRun(StepRun):
         else:
             if config.model_type not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
                 raise ValueError(f"transformers has no classifier of the family of {self.model}, {config.model_type}")
-            if config.is_encoder_decoder:  # it reads the last </s> of each row, and which rows have one is data
+            if config.is_encoder_decoder:  # it reads each row's last </s>, and random tokens may have none
                 raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
         if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
             raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
-        for text, lever in zip(self.techniques, self.levers(), strict=True):
-            if lever.group == "optimizer" and self.optimizer != "adamw":
+        for text, technique in zip(self.techniques, self.parsed_techniques(), strict=True):
+            if technique.group == "optimizer" and self.optimizer != "adamw":
                 raise ValueError(f"{text} is an optimizer itself and excludes optimizer {self.optimizer!r}")
         return self
 
@@ -107,11 +107,11 @@ class HubModelRun(StepRun):
         return self
 
     def mixer(self) -> AttentionConfig | None:
-        """The variant that takes the place of the model's attention, None when the model stays as it is."""
+        """Config of the variant that replaces the model's attention; None for an unchanged model."""
         return mixer_of(self.convert_to) if self.convert_to else None
 
     def converted(self, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-        """``model`` with the variant in the place of its attention."""
+        """``model`` with its attention replaced by the variant, if there is one."""
         mixer = self.mixer()
         return convert_attention(model, mixer, layers=self.layers or None, seed=self.seed) if mixer else model
 
@@ -121,7 +121,7 @@ class HubModelRun(StepRun):
         Raises
         ------
         ValueError
-            For an unknown name, and for a file that is no configuration.
+            For an unknown name, or a file that is no configuration.
         """
         if self.model.endswith(".json"):
             return read_config(self.model)
@@ -133,7 +133,7 @@ class HubModelRun(StepRun):
         return transformers.AutoConfig.for_model(**known[self.model])
 
     def _family(self, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
-        """The class of the language model that ``config`` is for."""
+        """The language model class that ``config.architectures`` names."""
         names = config.architectures
         name = names[0] if isinstance(names, list) and names else None
         if not isinstance(name, str) or name not in _LANGUAGE_MODELS:
@@ -147,16 +147,16 @@ class HubModelRun(StepRun):
         """The model with random weights, converted."""
         config = self.config()
         if self.task == "classification":
-            if config.pad_token_id is None:  # a decoder's classifier reads the last token that is none
+            if config.pad_token_id is None:  # a decoder's classifier reads the last token that is not padding
                 config.pad_token_id = 0
             family = transformers.AutoModelForSequenceClassification
             return self.converted(family.from_config(config, attn_implementation=self.attention))
         family = self._family(config)
-        # Where the family has no other attention than its own, that goes by the name of eager.
+        # A family with only its own attention calls it eager.
         attention = self.attention if family._supports_sdpa else "eager"
         model = family._from_config(config, attn_implementation=attention)
         if "LMHead" in family.__name__:
-            model.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
+            model.loss_type = "ForCausalLM"  # transformers would guess it from the class name and warn
         return self.converted(model)
 
     def make_batch(self) -> dict[str, torch.Tensor]:

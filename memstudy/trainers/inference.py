@@ -1,7 +1,7 @@
-"""Forward passes alone: the memory that they take beside the parameters, and the time that a user waits.
+"""Forward passes alone: their memory beside the parameters, and the time for each sample.
 
-What PyTorch allocates is measured to the byte. An engine has memory that PyTorch does not see, so that beside it stands
-by how much the process grew, which is what engines can be compared by.
+PyTorch's allocations are measured to the byte. PyTorch does not see the memory of other engines, so the growth of the
+process is reported as well, to compare engines by.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from memstudy.trainers.timing import WARM_UP, measured, timed
 class InferenceRun(HubModelRun):
     """Every choice of one run of forward passes without gradients, in fp32.
 
-    ``measure_steps`` batches of random tokens are timed, each by itself. Techniques are those for inference: pruned
-    weights, and one engine.
+    ``measure_steps`` batches of random tokens are timed one by one. The techniques are those for inference: pruned
+    weights, and at most one engine.
     """
 
     kind: Literal["inference"] = "inference"
@@ -33,11 +33,11 @@ class InferenceRun(HubModelRun):
     processes: Literal[1] = 1
 
     @staticmethod
-    def _takes(lever):
-        return lever.at_inference
+    def _takes(technique):
+        return technique.at_inference
 
     def build(self, *, gpu=None, parts=None):
-        """As of a training step: one forward pass on a batch of random tokens, whole and the same on any GPU."""
+        """As `StepRun.build`, for one forward pass on a whole batch of random tokens, the same for any ``gpu``."""
 
         def make() -> Step:
             set_seed(self.seed)
@@ -46,9 +46,11 @@ class InferenceRun(HubModelRun):
             batch = {name: tensor.to(device) for name, tensor in self.make_batch().items() if name != "labels"}
             if device != "cpu":
                 model.to(device)
-            for lever in self.levers():
-                lever.prepare(model)
-            forward = next(filter(None, (lever.forward_pass(model, batch) for lever in self.levers())), None)
+            for technique in self.parsed_techniques():
+                technique.prepare(model)
+            forward = next(
+                filter(None, (technique.forward_pass(model, batch) for technique in self.parsed_techniques())), None
+            )
 
             def step():
                 with torch.no_grad():
@@ -62,7 +64,7 @@ class InferenceRun(HubModelRun):
         return 1
 
     def carry_out(self, checkpoints):
-        techniques.check_available(self.levers())
+        techniques.check_available(self.parsed_techniques())
         before = psutil.Process().memory_info().rss
         step = self.build()()
         for _ in range(WARM_UP):
@@ -74,18 +76,17 @@ class InferenceRun(HubModelRun):
             "sample_time_ms": statistics.median(times),
             "sample_time_p95_ms": times[max(0, -(-95 * len(times) // 100) - 1)],  # the nearest rank
         }
-        del step  # and its model: the next one is measured alone
-        if all(lever.in_pytorch for lever in self.levers()):
+        del step  # frees its model: the next one is measured alone
+        if all(technique.in_pytorch for technique in self.parsed_techniques()):
             metrics |= self._allocated()
         return {"metrics": metrics, "curves": {"sample_times_ms": [round(t, 4) for t in times]}, "data": {}}
 
     def _allocated(self) -> dict[str, float]:
         report, _ = measured(self.build(), iterations=1)
-        # The pass's own: making a model and factoring its projections holds more than a small batch does.
+        # The peak of the pass alone: building the model and factoring its projections can take more than a small batch.
         peak = max(report.iteration_peaks)
         parameters = report.most_by_category["parameters"]
-        if self.budget_mib and peak / MIB > self.budget_mib:
-            raise MemoryError(f"peak {peak / MIB:.1f} MiB passes the budget of {self.budget_mib:g} MiB")
+        self.check_budget(peak / MIB)
         return {
             "peak_allocated_mib": peak / MIB,
             "parameters_mib": parameters / MIB,

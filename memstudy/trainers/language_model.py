@@ -1,4 +1,4 @@
-"""A run of the studies' decoder language model: its step measured, and trained on running text."""
+"""Runs of the studies' decoder language model, which measure a step and train on running text."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from memstudy import data, techniques
 from memstudy.attention import AttentionConfig
 from memstudy.attention.settings import check_window, mixer_of
 from memstudy.huggingface.decoder import DecoderLM, decoder
-from memstudy.trainers.base import StepRun
+from memstudy.trainers.step import StepRun
 from memstudy.trainers.trainer import make_trainer
 
 
 class LanguageModelRun(StepRun):
     """Every choice of one run of the studies' decoder language model.
 
-    ``train_steps`` updates are taken on ``dataset``; they or ``measure_steps`` may be 0.
+    ``train_steps`` updates are made on ``dataset``; ``train_steps`` or ``measure_steps`` may be 0.
     """
 
     kind: Literal["language_model"] = "language_model"
@@ -51,7 +51,7 @@ class LanguageModelRun(StepRun):
         return self
 
     def mixer(self) -> AttentionConfig:
-        """The attention variant as its config."""
+        """Config of the attention variant."""
         return mixer_of(self.attention)
 
     def make_model(self) -> DecoderLM:
@@ -75,7 +75,7 @@ class LanguageModelRun(StepRun):
         return data_as_planned("data set", self.dataset, self.data_hash) if self.train_steps else None
 
     def tokenizer(self, loaded: data.LoadedData) -> PreTrainedTokenizerFast:
-        """What cuts the text into tokens: pieces of the text itself."""
+        """A tokenizer trained on the training split of ``loaded``."""
         return data.train_tokenizer(loaded.splits["train"]["text"], self.vocab_size)
 
     def carry_out(self, checkpoints):
@@ -85,11 +85,11 @@ class LanguageModelRun(StepRun):
         return result
 
     def _validated(self, rows: Dataset) -> dict:
-        """What of `make_trainer`'s options lets it look at ``rows`` in training."""
+        """Options of `make_trainer` for validation on ``rows`` in training."""
         return {}
 
     def _train(self, checkpoints: Path, result: dict) -> None:
-        techniques.check_available(self.levers())
+        techniques.check_available(self.parsed_techniques())
         loaded = self.load_data()
         blocks = data.blocks(loaded, self.tokenizer(loaded), self.seq_len)
         held_back = {name: rows.select(range(min(self.eval_blocks, len(rows)))) for name, rows in blocks.items()}
@@ -99,12 +99,11 @@ class LanguageModelRun(StepRun):
             self, self.make_model(), checkpoints, train_steps=self.train_steps, train=blocks["train"], **validated
         )
         seconds = trainer.go_on()
-        history = trainer.state.log_history
         result["metrics"] |= {
             "train_time_s": seconds,
             "epochs": trainer.state.epoch,
             "epoch_steps": math.ceil(len(blocks["train"]) / self.batch_size),
-            "train_loss": [row["loss"] for row in history if "loss" in row][-1],
+            "train_loss": [row["loss"] for row in trainer.state.log_history if "loss" in row][-1],
         }
         for split in ("validation", "test"):
             rows = held_back[split]
@@ -114,16 +113,14 @@ class LanguageModelRun(StepRun):
                 f"{split}_perplexity": math.exp(loss),
                 f"{split}_tokens": len(rows) * (self.seq_len - 1),
             }
-        result["curves"]["train_loss"] = [[row["step"], round(row["loss"], 4)] for row in history if "loss" in row]
+        result["curves"]["train_loss"] = trainer.curve("loss")
         if validated:
-            result["curves"]["validation_loss"] = [
-                [row["step"], round(row["eval_loss"], 4)] for row in history if "eval_loss" in row
-            ]
+            result["curves"]["validation_loss"] = trainer.curve("eval_loss")
         result["data"] = loaded.provenance()
 
 
 def data_as_planned(what: str, name: str, planned_hash: str) -> data.LoadedData:
-    """The data set ``name``, refused when it is not the one that the run was planned with."""
+    """Load the data set ``name``; ValueError if its content hash is not ``planned_hash``."""
     loaded = data.load(name)
     if loaded.content_hash != planned_hash:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How a step is measured, and timed."""
+"""Memory and time of a step, measured."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from memstudy.profiler import MemoryReport, measure
 from memstudy.profiler.roles import Step
 
-WARM_UP = 2  # steps before any is timed
+WARM_UP = 2  # untimed steps before the timed ones
 
 
 def measured(build: Callable[[], Step], *, iterations: int) -> tuple[MemoryReport, Step]:
-    """Measure the memory of what ``build`` makes, once made; give the step too, to be timed."""
+    """Measure the memory of the step that ``build`` returns; return the report and the step, for timing."""
     steps: list[Step] = []
 
     def kept() -> Step:
@@ -25,7 +25,7 @@ def measured(build: Callable[[], Step], *, iterations: int) -> tuple[MemoryRepor
 
 
 def timed(step: Step) -> float:
-    """Seconds that one ``step`` takes."""
+    """Time of one ``step`` [s]."""
     began = time.perf_counter()
     step()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with the techniques that are not flags, and one set of arguments for all runs."""
+"""Hugging Face's Trainer with the techniques that have no flag, and one set of arguments for all runs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if TYPE_CHECKING:
-    from memstudy.trainers.base import StepRun
+    from memstudy.trainers.step import StepRun
 
-SAVE_STEPS = 100  # a training that is killed loses at most so many updates
+SAVE_STEPS = 100  # updates between checkpoints, rounded up to whole logging intervals
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The last one that was not cut short: the Trainer writes ``trainer_state.json`` at the end."""
+    """The last complete checkpoint in ``folder``: the Trainer writes ``trainer_state.json`` last."""
     whole: dict[int, Path] = {}
     for state in folder.glob("checkpoint-*/trainer_state.json"):
         with suppress(ValueError):
@@ -31,7 +31,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 
 class _ByLength(LengthGroupedSampler):
-    """Orders each epoch by seed and epoch alone, so that a training that was killed goes on with the same rows."""
+    """Orders rows by seed and epoch alone, so that a resumed training continues with the same rows."""
 
     def __init__(self, like: LengthGroupedSampler, seed: int):
         super().__init__(like.batch_size, lengths=like.lengths)
@@ -42,12 +42,12 @@ class _ByLength(LengthGroupedSampler):
 
 
 class Clock(TrainerCallback):
-    """The time that updates take, evaluations left out; goes on from where a checkpoint's log stands.
+    """Training time without evaluations; continues from the time in a checkpoint's log.
 
     Attributes
     ----------
     paused : float [s]
-        What of the time since the training began is not to count.
+        Time since training began that does not count.
     """
 
     def on_train_begin(self, args, state, control, **_):
@@ -58,23 +58,27 @@ class Clock(TrainerCallback):
         self.paused += next(seconds for name, seconds in metrics.items() if name.endswith("_runtime"))
 
     def seconds(self) -> float:
-        """Of training until now."""
+        """Training time so far."""
         return self._before + time.perf_counter() - self._began - self.paused
 
 
-class LeverTrainer(Trainer):
-    """Hugging Face's Trainer with the techniques that are not flags."""
+class TechniqueTrainer(Trainer):
+    """Hugging Face's Trainer with the techniques that have no flag."""
 
-    def __init__(self, *args, levers, **kwargs):
-        self._levers = levers
+    def __init__(self, *args, techniques, **kwargs):
+        self._techniques = techniques
         self.clock = Clock()
         super().__init__(*args, **kwargs)
         self.add_callback(self.clock)
 
     def go_on(self) -> float:
-        """Train to the end, from the last whole checkpoint where there is one; give the seconds of all updates."""
+        """Train to the end, from the last complete checkpoint if there is one; return the training time [s]."""
         self.train(resume_from_checkpoint=last_whole_checkpoint(Path(self.args.output_dir)))
         return self.clock.seconds()
+
+    def curve(self, name: str) -> list[list[float]]:
+        """What training logged as ``name``: ``[updates, value]`` each."""
+        return [[row["step"], round(row[name], 4)] for row in self.state.log_history if name in row]
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
@@ -84,17 +88,17 @@ class LeverTrainer(Trainer):
     def compute_loss_context_manager(self):
         stack = ExitStack()
         stack.enter_context(super().compute_loss_context_manager())
-        for lever in self._levers:
-            stack.enter_context(lever.around_loss())
+        for technique in self._techniques:
+            stack.enter_context(technique.around_loss())
         return stack
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A part's share of the loss of a batch that is accumulated.
+        """The loss of a part of an accumulated batch, weighted by the part's share of the batch's tokens.
 
-        Many models of transformers take ``num_items_in_batch`` and forget it, and the Trainer then adds up the means of
-        the parts. Asked without it every model gives its part's mean.
+        Many transformers models accept ``num_items_in_batch`` and ignore it, and the Trainer then adds up the means of
+        the parts. Without this argument every model returns the mean of its part.
         """
-        whole = return_outputs or self.current_gradient_accumulation_steps == 1  # outputs are for evaluation
+        whole = return_outputs or self.current_gradient_accumulation_steps == 1  # only evaluation asks for outputs
         if whole or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = self._get_num_items_in_batch([inputs], self.args.device) / num_items_in_batch
@@ -105,7 +109,7 @@ class LeverTrainer(Trainer):
         return _ByLength(sampler, self.args.seed) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _get_eval_sampler(self, eval_dataset):
-        # Else, where training batches are grouped by length, predictions come in another order than the rows.
+        # The Trainer would group these rows by length like the training rows, and reorder the predictions.
         return SequentialSampler(eval_dataset)
 
     def _move_model_to_device(self, model, device):
@@ -114,11 +118,11 @@ class LeverTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if "bitsandbytes" in sys.modules:
-            # It keeps which parameters, by their number, of all models so far have states of 32 bits, and those models.
+            # Its manager keeps earlier models and would apply their 32-bit settings by parameter position.
             sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
         optimizer = super().create_optimizer(model)
-        for lever in self._levers:
-            lever.attach(self.model, optimizer)
+        for technique in self._techniques:
+            technique.attach(self.model, optimizer)
         return optimizer
 
 
@@ -139,38 +143,38 @@ def make_trainer(
     validation=None,
     validations: int = 0,
     predicted: bool = False,
-) -> LeverTrainer:
-    """The Trainer for ``run``, whose techniques ``model`` gets.
+) -> TechniqueTrainer:
+    """The Trainer for ``run``; applies the run's techniques to ``model``.
 
     Parameters
     ----------
     run : StepRun
     model : PreTrainedModel
     checkpoints : Path
-        Where they go; few updates need none.
+        Folder for checkpoints, which only trainings of more than ``SAVE_STEPS`` updates write.
     train_steps : int
-        Updates.
+        Number of updates.
     train : Dataset, optional
-        What to train on; None where only a step is wanted.
+        Rows to train on; None to run single steps.
     collate : callable
-        Makes a batch of rows.
+        Makes a batch from rows.
     validation : Dataset, optional
-        Whose loss is taken in training, ``validations`` times.
+        Rows whose loss is computed ``validations`` times in training.
     predicted : bool
-        Whether for a prediction, which runs on the CPU in any case.
+        True for a prediction, which always runs on the CPU.
 
     Raises
     ------
     ValueError
-        When this process is not one of ``run.processes``.
+        When the number of processes started is not ``run.processes``.
     """
-    levers = run.levers()
+    chosen = run.parsed_techniques()
     flags = run.flags()
-    for lever in levers:
-        flags |= lever.flags()
+    for technique in chosen:
+        flags |= technique.flags()
     scaled = predicted and flags.pop("fp16", False)
     if predicted:
-        flags.pop("tf32", None)  # refused without a GPU, and of no account to memory
+        flags.pop("tf32", None)  # refused without a GPU, and without effect on memory
     logging_steps = max(1, train_steps // 50)
     if validation is not None:
         flags |= {"eval_strategy": "steps", "eval_steps": max(1, train_steps // validations)}
@@ -188,7 +192,7 @@ def make_trainer(
         learning_rate=run.learning_rate,
         seed=run.seed,
         logging_steps=logging_steps,
-        # Where a loss is logged, the mean of those since the last: one cut in two by a kill would be another mean.
+        # Checkpoints fall on logged steps: a resumed training could not complete a mean loss begun before.
         save_steps=-(-SAVE_STEPS // logging_steps) * logging_steps,
         save_total_limit=1,
         use_cpu=predicted or not torch.cuda.is_available(),
@@ -201,17 +205,17 @@ def make_trainer(
             f"processes={run.processes}, but {arguments.world_size} were started: memstudy run starts as many, and a "
             "prediction needs one"
         )
-    for lever in sorted(levers, key=lambda lever: lever.prepared_last):
-        lever.prepare(model)
-    found = None if "optim" in flags else next(filter(None, (lever.optimizer(model) for lever in levers)), None)
-    trainer = LeverTrainer(
+    for technique in sorted(chosen, key=lambda technique: technique.prepared_last):
+        technique.prepare(model)
+    found = None if "optim" in flags else next(filter(None, (technique.optimizer(model) for technique in chosen)), None)
+    trainer = TechniqueTrainer(
         model,
         arguments,
         data_collator=collate,
         train_dataset=train,
         eval_dataset=validation,
         optimizer_cls_and_kwargs=found and (found[0], {"lr": run.learning_rate, **found[1]}),
-        levers=levers,
+        techniques=chosen,
     )
     trainer.remove_callback(PrinterCallback)
     if scaled:
@@ -220,7 +224,7 @@ def make_trainer(
 
 
 def _scale_loss(trainer: Trainer) -> None:
-    """As Accelerate does it on a GPU; without one it refuses fp16, which a prediction for one needs."""
+    """Scale the loss as Accelerate does on a GPU; on the CPU, where predictions run, Accelerate refuses fp16."""
     trainer.accelerator.state._mixed_precision = "fp16"
     trainer.accelerator.native_amp = True
     trainer.accelerator.scaler = torch.amp.GradScaler("cuda")

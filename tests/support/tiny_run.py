@@ -1,10 +1,10 @@
-"""The smallest run that does everything a run does: half a second in a process with the imports done."""
+"""The smallest run with all the steps of a run: half a second in a process with the imports done."""
 
 import os
 
 from memstudy.trainers.language_model import LanguageModelRun
 
-# Two threads that wait for each other take a hundred times as long when something else has one of their two cores.
+# Two threads that wait for each other are a hundred times slower when another process occupies one of the two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -24,17 +24,19 @@ def tiny_run(**changes) -> LanguageModelRun:
 
 
 def tiny_config(**changes) -> dict:
-    """Return the same as the JSON values of a record's ``config``."""
+    """Return `tiny_run` as the JSON values of a record's ``config``."""
     return tiny_run(**changes).model_dump(mode="json")
 
 
-# A notebook's kernel in small: a study and one sweep; its arguments are the results' folder and the configs as JSON.
+# A small stand-in for a notebook's kernel: a study and one sweep. Arguments: the results folder, the configs as JSON.
 SWEEP = """
 import json, sys
 from memstudy.project import notebook_parameters
 from memstudy.study import Study
 
 class Planned(dict):
+    timed = True
+
     def model_dump(self, *, mode):
         return dict(self)
 
@@ -42,5 +44,5 @@ folder, planned = sys.argv[1:]
 places = {"results_dir": folder, "out_dir": folder, "run_missing": True}
 study = Study("lab4_grid", notebook_parameters("lab4_grid") | places)
 rows = study.sweep(Planned(config) for config in json.loads(planned))
-print(rows[["seed", "status"]].to_json(orient="values"))
+print(rows["status"].to_json(orient="values"))
 """

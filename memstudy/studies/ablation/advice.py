@@ -1,6 +1,6 @@
-"""Which levers to add and in which order: the quickest first, by the reference rows of the memory ablation.
+"""Which techniques to add, and in which order: the fastest first, by the reference rows of the memory ablation.
 
-The study's decision table and the commands ``memstudy advise`` and ``memstudy fit --advise`` climb the same ladder.
+The study's decision table, ``memstudy advise`` and ``memstudy fit --advise`` use the same ladder.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 from memstudy import machine, records, techniques
 from memstudy.project import read_parameters
+from memstudy.studies.ablation.experiments import SIZE
 from memstudy.trainers.hub_model import HubModelRun
+from memstudy.trainers.language_model import LanguageModelRun
 
 STUDY = "memory_ablation"
-_SIZE = ("n_layers", "hidden_size", "n_heads", "feed_forward", "vocab_size", "seq_len", "batch_size", "measure_steps")
 
 
 def ladder(
     times: Mapping[str, float], savings: Mapping[str, float], *, start: Sequence[str] = ()
 ) -> list[tuple[str, ...]]:
-    """Ever longer lists of levers, the quickest lever first.
+    """Successive lists of techniques; the fastest technique is added first.
 
-    A lever that excludes some that were added before takes their place if it saves more than each; else it is left out.
+    A technique that excludes earlier ones replaces them if it saves more than each of them, and is left out otherwise.
 
     Parameters
     ----------
     times : mapping of str to float
-        The levers to add, with the time of a step that has this one alone.
+        The techniques to add, each with the step time when used alone.
     savings : mapping of str to float
-        What each of them saves alone.
+        Memory that each technique saves when used alone.
     start : sequence of str
-        The levers to begin with, which stay.
+        Techniques that every list contains.
 
     Returns
     -------
     list of tuple of str
-        The first is ``start``.
+        The first list is ``start``.
     """
     rungs = [tuple(start)]
     for text in sorted(times, key=times.__getitem__):
@@ -46,9 +47,9 @@ def ladder(
 
 
 def in_more_parts(rung: Sequence[str], batch_size: int) -> list[tuple[str, ...]]:
-    """``rung`` with its batch in ever more equal parts, twice as many while that divides it, at last single sequences.
+    """``rung`` with more and more accumulation: parts double while they divide the batch; last are single sequences.
 
-    What excludes accumulation is dropped.
+    Techniques that exclude accumulation are dropped.
     """
     parts = next((int(t.steps) for t in techniques.parse(rung) if isinstance(t, techniques.Accumulation)), 1)
     lists = []
@@ -60,10 +61,10 @@ def in_more_parts(rung: Sequence[str], batch_size: int) -> list[tuple[str, ...]]
 
 
 def first_that_fits(rungs: Sequence[tuple[str, ...]], fits: Callable[[tuple[str, ...]], bool]) -> int | None:
-    """The place of the first of ``rungs`` that fits, or None, after asking ``fits`` of few.
+    """Index of the first of ``rungs`` that fits, or None, with few calls of ``fits``.
 
-    The first and the last are asked; then, as each rung saves memory on the one before, those in the middle of what is
-    open. So the rung before the one that is found does not fit; one further down might, where a lever does not save.
+    After the first and the last rung the search bisects, since each rung saves memory over the one before. The rung
+    before the result does not fit; an earlier one might, if a technique saves no memory.
     """
     if fits(rungs[0]):
         return 0
@@ -73,12 +74,12 @@ def first_that_fits(rungs: Sequence[tuple[str, ...]], fits: Callable[[tuple[str,
 
 
 def advised() -> list[str]:
-    """The levers among which the study advises, at full scale."""
-    return read_parameters(STUDY, "full")["advised"]
+    """The techniques that the decision table chooses from at full scale."""
+    return read_parameters("memory_combinations", "full")["advised"]
 
 
 def suited(texts: Sequence[str], **choices: object) -> tuple[str, ...]:
-    """Those of ``texts`` that the `HubModelRun` of ``choices`` takes."""
+    """The techniques in ``texts`` that a `HubModelRun` with ``choices`` accepts."""
 
     def takes(text: str) -> bool:
         try:
@@ -90,43 +91,49 @@ def suited(texts: Sequence[str], **choices: object) -> tuple[str, ...]:
     return tuple(filter(takes, texts))
 
 
+def step(model: str, texts: Sequence[str], **choices: object) -> HubModelRun:
+    """A step of ``model`` with ``choices`` and those of the techniques ``texts`` that it accepts."""
+    return HubModelRun(experiment=model, model=model, techniques=suited(texts, model=model, **choices), **choices)
+
+
 def reference() -> dict[frozenset[str], dict]:
-    """The measured steps of the memory ablation at full scale, by their levers; those of this machine if there are any.
+    """Records of the memory ablation's steps at full scale, by techniques; from this machine if it has the baseline.
 
     Returns
     -------
     dict
-        A record each; that of no levers, the baseline, is among them.
+        One record for each set of techniques, including the empty set, the baseline.
 
     Raises
     ------
     ValueError
-        When the baseline's is missing.
+        When there is no record of the baseline.
     """
     parameters = read_parameters(STUDY, "full")
     folder = records.ROOT / "results" / STUDY
     by_device: dict[str, dict[frozenset[str], dict]] = {}
     for record in records.read_records(folder):
-        config = record["config"]
-        of_it = config["kind"] == "language_model" and all(config[name] == parameters[name] for name in _SIZE)
-        if of_it and record["status"] == "ok":
+        if record["config"]["kind"] != "language_model" or record["status"] != "ok":
+            continue
+        run = LanguageModelRun.model_validate(record["config"])
+        if all(getattr(run, name) == parameters[name] for name in SIZE):
             device = record["provenance"]["device"]
-            by_device.setdefault(device, {})[frozenset(config["techniques"])] = record
+            by_device.setdefault(device, {})[frozenset(run.techniques)] = record
     whole = {device: rows for device, rows in by_device.items() if frozenset() in rows}
     if not whole:
         raise ValueError(
-            f"no reference rows in {folder}, by which levers are put in order: run memstudy report {STUDY} --scale full"
+            f"no reference rows in {folder} to order techniques by: run memstudy report {STUDY} --scale full"
         )
     return whole.get(machine.device()) or next(iter(whole.values()))
 
 
 def reference_ladder(
-    rows: Mapping[frozenset[str], dict], levers: Sequence[str], *, start: Sequence[str] = ()
+    rows: Mapping[frozenset[str], dict], texts: Sequence[str], *, start: Sequence[str] = ()
 ) -> list[tuple[str, ...]]:
-    """The `ladder` of those of ``levers`` that were measured alone, by the reference ``rows``."""
+    """The `ladder` of the techniques ``texts`` that were measured alone, by the reference ``rows``."""
     peak, time = "peak_allocated_mib", "step_time_ms"
     plain = rows[frozenset()]["metrics"]
-    alone = {text: rows[frozenset([text])]["metrics"] for text in levers if frozenset([text]) in rows}
+    alone = {text: rows[frozenset([text])]["metrics"] for text in texts if frozenset([text]) in rows}
     times = {text: metrics[time] / plain[time] for text, metrics in alone.items()}
     savings = {text: 1 - metrics[peak] / plain[peak] for text, metrics in alone.items()}
     return ladder(times, savings, start=start)

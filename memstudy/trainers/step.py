@@ -1,0 +1,228 @@
+"""A run of a training step: measured, predicted, and the base of runs that train.
+
+A run *measures* a full-size step on random tokens (memory does not depend on the data), *trains* on a data set and
+evaluates, or does both. The measured step is the Trainer's own: its autocast, its loss, its optimizer.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from transformers import set_seed
+
+from memstudy import machine, techniques
+from memstudy.attention import Unavailable
+from memstudy.profiler import MIB, Gpu, MemoryReport, find_gpu, predict
+from memstudy.profiler.roles import Step
+from memstudy.profiler.search import steps_to_settle
+from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, megabytes
+from memstudy.trainers.timing import measured, timed
+from memstudy.trainers.trainer import make_trainer
+
+TAKE_SHARDS = ("adamw_torch_fused", "adamw_torch", "sgd")  # optimizers that accept shards, see Technique.takes_shards
+TIMELINE_POINTS = 400
+
+
+class StepRun(Run):
+    """Base class of runs of a training step; sizes in tokens and sequences, memory in MiB.
+
+    ``measure_steps`` steps are timed on random tokens. A measured peak above ``budget_mib`` is an error. Several
+    ``processes``, each with a GPU if the machine has any, share every batch.
+    """
+
+    seq_len: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt
+    techniques: tuple[str, ...] = ()
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    measure_steps: NonNegativeInt = 0
+    budget_mib: Annotated[float, Field(gt=0)] | None = None
+    seed: NonNegativeInt = 0
+    processes: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _techniques_are_for_this(self):
+        for text, technique in zip(self.techniques, self.parsed_techniques(), strict=True):
+            if not self._takes(technique):
+                raise ValueError(
+                    f"technique {text!r} is for {'training' if technique.in_training else 'inference'} alone"
+                )
+            if technique.several_processes and self.processes == 1:
+                raise ValueError(f"technique {text!r} is for several processes, and processes=1")
+        if "fsdp" in self.techniques and self.flags().get("optim", "sgd") not in TAKE_SHARDS:
+            raise ValueError(f"optimizer {self.flags()['optim']!r} needs whole parameters and so excludes fsdp")
+        if "optimizer_in_backward" in self.techniques and self.processes > 1 and "fsdp" not in self.techniques:
+            raise ValueError("optimizer_in_backward updates before processes have exchanged gradients: add fsdp")
+        return self
+
+    @staticmethod
+    def _takes(technique: techniques.Technique) -> bool:
+        return technique.in_training
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self):
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        if self.batch_size % (self.accumulation * self.processes):
+            raise ValueError(
+                f"processes={self.processes} do not share batch_size={self.batch_size} "
+                f"in {self.accumulation} parts evenly"
+            )
+        return self
+
+    def parsed_techniques(self) -> tuple[techniques.Technique, ...]:
+        """The techniques as objects."""
+        return techniques.parse(self.techniques)
+
+    @property
+    def accumulation(self) -> int:
+        """Number of parts that a batch is run in."""
+        flags = (technique.flags() for technique in self.parsed_techniques())
+        return next((f[k] for f in flags for k in f if k == "gradient_accumulation_steps"), 1)
+
+    def emulated(self) -> bool:
+        """Whether a technique multiplies in bfloat16 and this machine only emulates bfloat16."""
+        return any(technique.in_bf16 for technique in self.parsed_techniques()) and not machine.bf16_is_fast()
+
+    def flags(self) -> dict[str, object]:
+        """Flags for ``transformers.TrainingArguments`` besides those of the techniques."""
+        return {}
+
+    @property
+    def n_processes(self):
+        return self.processes
+
+    def build(self, *, gpu: str | Gpu | None = None, parts: int | None = None) -> Callable[[], Step]:
+        """The argument of ``profiler.measure`` and ``profiler.predict``: sets up the run and returns its step.
+
+        The step runs one whole update on random tokens, through ``Trainer.training_step``. ``gpu`` is the GPU to
+        predict for; techniques that need a GPU are then allowed. ``parts`` limits an accumulated batch to its first
+        parts; two parts reach the peak of any larger number.
+
+        Raises
+        ------
+        Unavailable
+            When a technique, the attention or the optimizer cannot run on this machine, or on ``gpu``.
+        """
+        chosen = self.parsed_techniques()
+        card = find_gpu(gpu) if isinstance(gpu, str) else gpu
+        techniques.check_available(chosen, capability=card and card.compute_capability)
+        if card and str(self.flags().get("optim", "")).startswith("paged_"):
+            raise Unavailable("a paged optimizer is not predicted: the GPU driver decides where its state is kept")
+
+        def make() -> Step:
+            set_seed(self.seed)
+            unused = Path(tempfile.gettempdir(), "memstudy-unused")  # the Trainer wants a folder
+            trainer = make_trainer(self, self.make_model(), unused, train_steps=1, predicted=card is not None)
+            try:
+                trainer.create_optimizer()
+            except ImportError as error:
+                raise Unavailable(" ".join(str(error).split())) from None
+            # As the Trainer does, but without device placement: a model of fake tensors cannot be moved.
+            accelerator = trainer.accelerator
+            if trainer.is_distributed_loading_by_transformers:
+                model = accelerator.prepare_model(trainer.model, device_placement=False, evaluation_mode=True)
+                optimizer = accelerator.prepare(trainer.optimizer, device_placement=[False])
+                keep = trainer._defer_fsdp_gradient_reduction
+            else:
+                model, optimizer = accelerator.prepare(
+                    trainer.model, trainer.optimizer, device_placement=[False, False]
+                )
+                keep = partial(accelerator.no_sync, model)
+            trainer.current_gradient_accumulation_steps = self.accumulation
+            batch = self.make_batch()
+            size = self.batch_size // self.accumulation
+            share, place = size // self.processes, trainer.args.process_index  # this process's share of each part
+            starts = range(place * share, self.batch_size, size)[:parts]
+            split = [{name: tensor[start : start + share] for name, tensor in batch.items()} for start in starts]
+
+            def step():
+                for number, part in enumerate(split, start=1):
+                    with nullcontext() if number == len(split) else keep():  # only the last part exchanges gradients
+                        trainer.training_step(model, part)
+                optimizer.step()
+                optimizer.zero_grad()
+
+            step.n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+            return step
+
+        return make
+
+    def steps_to_settle(self) -> int:
+        """Number of steps after which memory no longer changes."""
+        return steps_to_settle(self.processes)
+
+    def foretell(self, gpu: str | Gpu | None = None, *, expandable_segments: bool = False) -> MemoryReport:
+        """Predict a step on ``gpu``, or on this CPU if ``gpu`` is empty; raises as `build`."""
+        return predict(
+            self.build(gpu=gpu or None, parts=2),
+            gpu=gpu or None,
+            iterations=self.steps_to_settle(),
+            expandable_segments=expandable_segments,
+            processes=self.processes,
+        )
+
+    def execute(self, checkpoints):
+        result = self.carry_out(checkpoints)
+        return _without_times(result) if self.emulated() else result
+
+    def carry_out(self, checkpoints: Path) -> dict:
+        """As `execute`, but keeps the times of an emulated run."""
+        result: dict = {"metrics": {}, "curves": {}, "data": {}}
+        if self.measure_steps:
+            self._measure(result)
+        return result
+
+    def _measure(self, result: dict) -> None:
+        if self.budget_mib and torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.budget_mib * MIB / total))
+        report, step = measured(self.build(), iterations=self.steps_to_settle())
+        self.check_budget(report.peak_allocated_mib)
+        result["metrics"] |= report.scalars() | {"n_parameters": step.n_parameters}
+        result["curves"] |= {
+            "memory_timeline": report.timeline_mib(TIMELINE_POINTS),
+            "activations_by_module_mib": {
+                name: round(size / MIB, 3) for name, size in report.modules.items() if size > MIB / 1000
+            },
+        }
+        if self.emulated():
+            return
+        times = [timed(step) for _ in range(self.measure_steps)]
+        median = statistics.median(times)
+        result["metrics"] |= {
+            "step_time_ms": median * 1e3,
+            "step_time_min_ms": min(times) * 1e3,
+            "step_time_max_ms": max(times) * 1e3,
+            "tokens_per_s": self.batch_size * self.seq_len / median,
+        }
+        result["curves"]["step_times_ms"] = [round(t * 1e3, 3) for t in times]
+
+    def check_budget(self, peak_mib: float) -> None:
+        """Raise ``MemoryError`` when ``peak_mib`` [MiB] passes the run's budget, if it has one."""
+        if self.budget_mib and peak_mib > self.budget_mib:
+            raise MemoryError(f"peak {peak_mib:.1f} MiB passes the budget of {self.budget_mib:g} MiB")
+
+    def needs(self, gpu=""):
+        try:
+            report = self.foretell(gpu)
+        except Unavailable:  # the run itself reports why
+            return {"mem_mb": megabytes(PROCESS_MIB)}
+        if gpu:
+            gpus = {"gpu": self.processes, "gpu_mem_mb": megabytes(report.whole_gpu_mib)}
+            return {"mem_mb": self.processes * megabytes(2 * PROCESS_MIB), **gpus}
+        return {"mem_mb": self.processes * megabytes(PROCESS_MIB + SLACK * report.peak_allocated_mib)}
+
+
+def _without_times(result: dict) -> dict:
+    def timeless(values: dict) -> dict:
+        return {name: value for name, value in values.items() if not name.endswith(("_ms", "_s"))}
+
+    return result | {"metrics": timeless(result["metrics"]) | {"emulated": True}, "curves": timeless(result["curves"])}
