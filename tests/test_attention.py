@@ -1,4 +1,4 @@
-"""Every variant of `ATTENTION` under one contract; then what is particular to each."""
+"""Every variant of `ATTENTION` against one contract; then each variant's own properties."""
 
 import copy
 import itertools
@@ -62,7 +62,7 @@ CONFIGS = [
 ]
 LAYERS_ONLY = [SoftmaxConfig(recompute=True), MemSizerConfig(4), MemSizerConfig(8)]
 LENGTHS = (1, 7, 16, 33)
-SHAPES = list(itertools.product(LENGTHS, (False, True)))  # and whether some tokens are padding
+SHAPES = list(itertools.product(LENGTHS, (False, True)))  # (length, whether some tokens are padding)
 
 
 def _id(config):
@@ -70,7 +70,7 @@ def _id(config):
 
 
 def _cases(configs, quick=None):
-    """The configs, each in the directions it can; those that are not among ``quick`` marked slow."""
+    """Each config in each of its directions; marked slow unless it is among ``quick``."""
     for config in configs:
         for is_causal in config.causal:
             direction = "causal" if is_causal else "bidirectional"
@@ -78,22 +78,22 @@ def _cases(configs, quick=None):
             yield pytest.param(config, is_causal, id=f"{_id(config)}-{direction}", marks=marks)
 
 
-# What the op is tested by, and what the layer.
+# Configs for tests of the op; tests of the layer use all.
 OPS = [config for config in CONFIGS if config not in LAYERS_ONLY]
 ops = pytest.mark.parametrize(("config", "is_causal"), list(_cases(OPS)))
 FIRST = list({config.name: config for config in reversed(OPS)}.values())  # one of each variant
 layers = pytest.mark.parametrize(("config", "is_causal"), list(_cases(CONFIGS)))
 causal_ops = pytest.mark.parametrize("config", [config for config in OPS if True in config.causal], ids=_id)
-# Those that answer one query with the keys kept before.
+# Configs that answer one query from the keys of earlier tokens.
 DECODERS = [config for config in OPS if True in config.causal and config.name != "lsh"]
 decoders = pytest.mark.parametrize("config", DECODERS, ids=_id)
-# Those that keep the last keys, however many came before.
+# Configs whose state is a fixed number of the last keys.
 KEEPERS = [c for c in DECODERS if c.name != "performer" and not getattr(c, "chunked", False)]
 keepers = pytest.mark.parametrize("config", KEEPERS, ids=_id)
-# Those whose layer is the op between projections.
+# Configs whose layer is the op between projections.
 AROUND_OPS = [config for config in CONFIGS if config.name != "memsizer"]
 around_ops = pytest.mark.parametrize(("config", "is_causal"), list(_cases(AROUND_OPS)))
-# What is dropped is seen in the output where that is the weights times the values, not times mixtures of them.
+# Dropped weights show in the output if it is weights times values, not weights times mixtures of values.
 DROPPABLE = [config for config in OPS if config.drops_weights]
 dropout_ops = pytest.mark.parametrize(("config", "is_causal"), list(_cases(DROPPABLE)))
 PLAIN = [c for c in DROPPABLE if c.make_weights(4) is None and getattr(c, "num_hashes", 1) == 1]
@@ -103,8 +103,8 @@ plain_dropout_ops = pytest.mark.parametrize(("config", "is_causal"), list(_cases
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Let even short sequences span several blocks."""
-    monkeypatch.setattr(window, "QUERY_BLOCK", 5)
-    monkeypatch.setattr(window, "SEGMENT", 7)
+    monkeypatch.setattr(window.blocks, "QUERY_BLOCK", 5)
+    monkeypatch.setattr(window.layer, "SEGMENT", 7)
     for module in (memsizer, performer):
         monkeypatch.setattr(module, "CHUNK", 2)
         monkeypatch.setattr(module, "SEGMENT", 5)
@@ -112,13 +112,13 @@ def small_blocks(monkeypatch):
 
 
 def _qkv(batch=2, heads=2, seq=16, head_dim=4, *, kv_heads=None, key_len=None, dtype=torch.float64):
-    """Three leaves whose memory is (batch, seq, heads, head_dim), as projections make them."""
+    """Three leaves with the memory layout (batch, seq, heads, head_dim), as made by projections."""
     shapes = [(heads, seq)] + 2 * [(kv_heads or heads, key_len or seq)]
     return [torch.randn(batch, n, h, head_dim, dtype=dtype).transpose(1, 2).requires_grad_() for h, n in shapes]
 
 
 def _padding(seq):
-    """First sequence: a hole and the end padded; second: nothing but padding at its start."""
+    """First sequence: padding in the middle and at the end; second: padding in the first half."""
     mask = torch.ones(2, seq, dtype=torch.bool)
     mask[0, seq // 2 : seq // 2 + 1] = False
     mask[0, seq - seq // 3 :] = False
@@ -127,7 +127,7 @@ def _padding(seq):
 
 
 def _weights(config, query):
-    """What the variant's op needs beside its inputs: the same weights at every call."""
+    """The weights that the variant's op takes as an argument, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         weights = config.make_weights(query.shape[-1])
@@ -146,10 +146,10 @@ def _equals_the_loops(config, inputs, **options):
 
 
 def _compare(actual, expected, inputs):
-    """Outputs and the gradient of every input, for one random direction."""
+    """Compare outputs, and the gradient of every input along one random direction."""
     torch.testing.assert_close(actual, expected)
     direction = torch.randn_like(expected)
-    gradients = [  # where nothing is visible, the loops never touch the keys
+    gradients = [  # materialize_grads: if no key is visible, the loops never touch the keys
         torch.autograd.grad(out, inputs, direction, materialize_grads=True) for out in (actual, expected)
     ]
     torch.testing.assert_close(*gradients)
@@ -181,7 +181,7 @@ def test_grouped_queries_and_scale_equal_the_loops(config, is_causal):
 @pytest.mark.parametrize(("config", "is_causal"), list(_cases(OPS, FIRST)))
 @pytest.mark.parametrize("padded", slow_but([True], [False, True]), ids=["full", "padded"])
 def test_a_batch_in_several_groups_equals_the_loops(config, is_causal, padded):
-    """Nineteen sequences: more than one to a group where a variant cuts the batch, and a shorter last group."""
+    """Nineteen sequences: variants that cut the batch get groups of several, with a shorter last group."""
     inputs = _qkv(batch=19, heads=2, kv_heads=1, seq=9)
     mask = torch.rand(19, 9) < 0.7 if padded else None
     options = {"is_causal": is_causal, "key_padding_mask": mask}
@@ -217,7 +217,7 @@ def test_batch_and_padding_do_not_matter(config, is_causal):
     hidden = ~mask[:, None, :, None]
     other = (t.masked_fill(hidden, 1e3) for t in (query, key, value))
     again = _attend(config, *other, is_causal=is_causal, key_padding_mask=mask)
-    # Some processors' products round by where a tensor lies in memory.
+    # On some processors, the rounding of matrix products depends on the tensor's address.
     torch.testing.assert_close(again.masked_fill(hidden, 0.0), together.masked_fill(hidden, 0.0), rtol=0, atol=1e-13)
 
 
@@ -234,8 +234,8 @@ def test_rows_that_see_nothing_are_zero(config, is_causal):
 
 
 def _saved_elements(function, weights):
-    """Elements of the distinct storages that autograd keeps, those at the addresses ``weights`` left out."""
-    kept = []  # the tensors, so that no storage is freed and its address used again
+    """Elements of the distinct storages saved by autograd, without those at the addresses ``weights``."""
+    kept = []  # holds the tensors, so that no storage is freed and its address reused
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         output = function()
     storages = {t.untyped_storage().data_ptr(): t for t in kept if t.numel()}
@@ -271,7 +271,7 @@ def test_state_is_what_the_next_token_needs(config):
 @plain_dropout_ops
 def test_dropout_drops_weights_and_keeps_the_mean(config, is_causal):
     query, key, _ = (t.detach() for t in _qkv(batch=1, heads=1, seq=12, dtype=torch.float32))
-    identity = torch.eye(12).expand(1, 1, 12, 12)  # as the value: the output is the weights
+    identity = torch.eye(12).expand(1, 1, 12, 12)  # with the identity as value, the output is the weights
     query, key = (torch.nn.functional.pad(t, (0, 8)) for t in (query, key))
     options = {"is_causal": is_causal, "scale": 0.5}
     weights = _attend(config, query, key, identity, **options)
@@ -296,7 +296,7 @@ def test_autocast_and_checkpointing(config, is_causal):
     hidden_states = torch.randn(2, 33, 32)
     layer = config.module(32, 4, config, is_causal=is_causal)
     expected = layer(hidden_states)
-    direction = torch.randn_like(expected)  # a plain sum says nothing of what is normalised to a mean of zero
+    direction = torch.randn_like(expected)  # a plain sum would be constant for a normalised output
     expected.backward(direction)
     gradients = [p.grad.clone() for p in layer.parameters()]
 
@@ -330,7 +330,7 @@ def test_op_on_float32_under_autocast_is_half(config, is_causal):
 
 @layers
 def test_selective_checkpointing_that_keeps_every_product_changes_nothing(config, is_causal):
-    """No layer may write into a product: it may be the one that is kept."""
+    """No layer may write into a product, since checkpointing may keep it."""
     products = {getattr(torch.ops.aten, name) for name in ("mm", "bmm", "addmm", "baddbmm")}
     products.add(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 
@@ -388,7 +388,7 @@ def test_layer_runs_padded(config, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("block", [3, 128, 1000])
 def test_windows_blocks_do_not_matter(monkeypatch, is_causal, block):
-    monkeypatch.setattr(window, "QUERY_BLOCK", block)
+    monkeypatch.setattr(window.blocks, "QUERY_BLOCK", block)
     inputs = _qkv(seq=300)
     distance = torch.arange(300)[:, None] - torch.arange(300)
     visible = (distance < 20) & ((distance >= 0) if is_causal else (distance > -20))
@@ -474,7 +474,7 @@ def test_factors_of_full_rank_give_the_projection_and_fewer_its_best_approximati
     singular = torch.linalg.svdvals(linear.weight)
     error = torch.linalg.matrix_norm(factored[1].weight @ factored[0].weight - linear.weight)
     torch.testing.assert_close(error, singular[2:].norm())
-    torch.testing.assert_close(*(torch.linalg.svdvals(f.weight) for f in factored))  # each has the roots
+    torch.testing.assert_close(*(torch.linalg.svdvals(f.weight) for f in factored))  # the square roots, in each factor
     assert (factored[1].bias is not None) == bias
 
 
@@ -578,7 +578,7 @@ def test_flash_attention_2_without_cuda_is_unavailable(config):
         ),
         (lambda: LinformerConfig(0), "linformer: rank=0 tokens; take at least 1"),
         (lambda: LinformerConfig(4, 2.5), "linformer: max_len=2.5 tokens"),
-        (lambda: LinformerConfig().module(8, 2, LinformerConfig(), is_causal=True), "linformer is not causal only"),
+        (lambda: LinformerConfig().module(8, 2, LinformerConfig(), is_causal=True), "linformer is bidirectional only"),
         (lambda: _attend(LinformerConfig(4, 64), *_qkv(), is_causal=True), "can't be causal"),
         (lambda: _attend(LinformerConfig(4, 8), *_qkv(seq=9), is_causal=False), "9 tokens, but .* end at max_len=8"),
         (lambda: LowRankConfig(0), "lowrank: rank=0; take at least 1"),
@@ -656,7 +656,7 @@ def test_flash_attention_2_equals_our_own(config, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("num_buckets", [1, 4])
 def test_lsh_of_one_bucket_or_one_chunk_is_exact_attention_with_tied_keys(is_causal, num_buckets):
-    """Two chunks of one bucket see each other; a token that sees no other sees itself."""
+    """Two chunks of one bucket see each other; a token that sees no other token sees itself."""
     query, _, value = _qkv(seq=16)
     key = query / (query.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     others = ~torch.eye(16, dtype=torch.bool)
@@ -671,7 +671,7 @@ def test_lsh_of_one_bucket_or_one_chunk_is_exact_attention_with_tied_keys(is_cau
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("num_hashes", [1, 3])
 def test_lsh_equals_transformers_layer_with_its_weights_and_buckets(is_causal, num_hashes, monkeypatch):
-    """In float64: in float32 its -1e5 for the own token costs 3e-3 where three rounds show no other."""
+    """In float64: in float32, transformers' -1e5 for a token's own key costs 3e-3 if no round shows another key."""
     config = transformers.ReformerConfig(
         hidden_size=32,
         num_attention_heads=4,
@@ -693,7 +693,7 @@ def test_lsh_equals_transformers_layer_with_its_weights_and_buckets(is_causal, n
     hidden_states = torch.randn(2, 64, 32, dtype=torch.float64, requires_grad=True)
     attended = theirs(hidden_states)
     buckets = iter(attended.buckets.view(2, 4, num_hashes, 64).unbind(1))  # of each head
-    rounds = 8 * torch.arange(num_hashes)[:, None]  # transformers numbers the buckets of all rounds on
+    rounds = 8 * torch.arange(num_hashes)[:, None]  # transformers numbers the buckets of all rounds consecutively
     monkeypatch.setattr(lsh, "hash_buckets", lambda vectors, rotations: (next(buckets) - rounds).int())
     weights = [theirs.query_key.weight, theirs.value.weight, output.weight]
     expected, actual = output(attended.hidden_states), ours(hidden_states)

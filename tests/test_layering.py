@@ -1,7 +1,8 @@
-"""Who may import whom, read from the source: a room imports rooms of the floors below alone."""
+"""Allowed imports, read from the source: a room (a module or package) imports only rooms of the floors below."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,10 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "memstudy"
-# The ground imports nothing of ours, but for the machine's name and speed.
+# The lowest floor imports no other room, except `machine`.
 FLOORS = [
     {"attention", "data", "figures", "latex", "machine", "profiler", "project", "records"},
-    {"huggingface", "launcher"},
+    {"huggingface", "launcher", "provenance"},
     {"study", "techniques"},
     {"trainers"},
     {"studies"},
@@ -38,7 +39,7 @@ def imported_modules(tree: ast.AST, package: str) -> set[str]:
 
 
 def rooms_of(modules: set[str]) -> set[str]:
-    """Return the rooms among dotted names: what is no room belongs to the package itself."""
+    """Return the rooms among dotted names; other names belong to the package itself."""
     return {
         room for module in modules if (room := [*module.split("."), ""][1]) in FLOOR and module.startswith("memstudy.")
     }
@@ -61,6 +62,14 @@ def test_a_notebook_imports_neither_the_command_line_nor_a_folder_put_on_the_pat
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert "cli" not in rooms_of(imported_modules(ast.parse(source), ""))
     assert "sys.path" not in source
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "profiler").rglob("*.py")), ids=lambda path: path.name)
+def test_private_names_of_torch_are_bound_in_one_file_of_the_profiler(path):
+    modules = imported_modules(ast.parse(path.read_text("utf-8")), "memstudy.profiler")
+    private = {name for name in modules if name.startswith("torch.") and "._" in name}
+    assert private == set() or path.name == "internals.py"
+    assert not re.search(r"\btorch\._\w|\b_C\.", path.read_text("utf-8")) or path.name == "internals.py"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""The prediction for GPUs against published readings of real ones (`memstudy.studies.published`)."""
+"""The prediction for GPUs against published measurements on real GPUs (`memstudy.studies.published`)."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from memstudy.studies.published.rows import TRAININGS, length_differences, predicted_rows, savings
+from memstudy.studies.published.bert import TRAININGS, savings
+from memstudy.studies.published.inference import length_differences
+from memstudy.studies.published.rows import predicted_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +31,7 @@ def all_of_bert(bert):
 
 @pytest.fixture(scope="module")
 def storing(all_of_bert):
-    """Those without checkpointing."""
+    """The rows of trainings without checkpointing."""
     return all_of_bert[all_of_bert.row.isin(STORING)]
 
 
@@ -47,17 +49,17 @@ def test_ops_allocate_to_the_byte_what_was_measured():
     rows = predicted_rows("ops")
     assert len(rows) == 19
     assert errors(rows).max() < 0.0001
-    assert np.array_equal(rows.predicted_mib.astype("f4"), rows.published_mib.astype("f4"))  # as they were published
+    assert np.array_equal(rows.predicted_mib.astype("f4"), rows.published_mib.astype("f4"))  # at published precision
 
 
 def test_inference_takes_to_the_mb_what_was_measured(inference):
-    """With one constant, fitted on the first row. One row lacks a segment, as for scratch of CUDA's sort."""
+    """With one constant, fitted on the first row. One row lacks a segment of 2 MB, perhaps scratch of CUDA's sort."""
     assert len(inference) == 15
     assert dict(differences(inference)[lambda d: d != 0]) == {"Reformer en8, no axial, 2048": -2}
 
 
 def test_what_longer_sequences_take_more(inference):
-    """The constant is in none of these."""
+    """Differences between lengths, which do not depend on the constant."""
     longer = length_differences(inference)
     assert len(longer) == 11
     assert dict(differences(longer)[lambda d: d != 0]) == {"Reformer en8, no axial, 1024 to 2048": -2}
@@ -76,12 +78,12 @@ def test_bert_large_without_checkpointing(storing):
 
 
 @pytest.mark.slow
-def test_what_levers_save_of_bert_large(storing):
+def test_what_techniques_save_of_bert_large(storing):
     saved = errors(savings(storing))
     assert set(saved.index) == {"accumulation", "fp16", "Adafactor", "8-bit Adam"}
     assert saved["accumulation"] < 1
     assert saved["fp16"] < 0.5
-    # Both lack what AdamW with batch 4 lacks: 80 of 2,654 MB and 70 of 1,864, so 3.01 % and 3.76 %.
+    # Both inherit the error of AdamW with batch 4: 80 of 2,654 MB and 70 of 1,864 MB, so 3.01 % and 3.76 %.
     assert saved["Adafactor"] < 3.1
     assert saved["8-bit Adam"] < 3.8
 
@@ -98,7 +100,7 @@ def test_all_of_bert_large(all_of_bert):
 
 
 @pytest.mark.slow
-def test_what_all_levers_save_of_bert_large(all_of_bert):
+def test_what_all_techniques_save_of_bert_large(all_of_bert):
     saved = errors(savings(all_of_bert))
     assert len(saved) == 8
     assert set(saved[lambda error: error > 1].index) == {"Adafactor", "8-bit Adam"}  # as above

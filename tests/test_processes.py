@@ -1,4 +1,4 @@
-"""A run in several processes that share each batch: the losses of one, and memory predicted for each process."""
+"""A run in several processes that share each batch: the losses of one process, and the predicted memory in each."""
 
 import itertools
 import json
@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from support.levers import HERE
 from support.study_models import classifier, masked
+from support.techniques import HERE
 from support.tiers import cover, slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_config, tiny_run
@@ -26,7 +26,7 @@ from memstudy.techniques import TECHNIQUES
 from memstudy.trainers.hub_model import HubModelRun
 
 ROOT = Path(__file__).parents[1]
-MESH_BYTES = 64  # the indices of the processes that shards are spread over; in a prediction they are made beside it
+MESH_BYTES = 64  # FSDP's device mesh, the ranks of the processes, which a prediction does not count
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -81,7 +81,7 @@ def test_two_processes_learn_what_one_does(techniques, alone, tmp_path):
         assert record["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5)
     predicted = parse_run(record["config"]).foretell(None)
     assert record["metrics"]["most_parameters_mib"] == predicted.most_by_category["parameters"] / MIB
-    # Gloo's threads let go of what was sent a moment late, unseen by the profiler; how late is chance.
+    # Gloo's threads free sent tensors a random moment late, unseen by the profiler.
     assert 0.999 < record["metrics"]["peak_allocated_mib"] / predicted.peak_allocated_mib < 1.5
 
 
@@ -93,11 +93,11 @@ def test_another_number_of_processes_than_the_runs_is_refused(tmp_path):
     assert not (tmp_path / "results").exists() or not any((tmp_path / "results").glob("*.json"))
 
 
-# --- what each process takes
+# --- memory of each process
 
 
 def first(run, processes=2):
-    """Measure the first process's step, the others' part of the work left out."""
+    """Measure the first process's step, without the other processes."""
     with first_of(processes):
         return measure(run.build(), iterations=3)
 
@@ -105,7 +105,7 @@ def first(run, processes=2):
 SIZES = {"batch_size": 12, "seq_len": 24, "vocab_size": 301}
 
 
-SOME = ["accumulation", "checkpointing", "adamw_8bit", "bf16_weights"]  # in the default tests; each elsewhere alone
+SOME = ["accumulation", "checkpointing", "adamw_8bit", "bf16_weights"]  # in the default tests; the others are slow
 
 
 @pytest.mark.parametrize("name", slow_but(SOME, [name for name in HERE if name != "optimizer_in_backward"]))
@@ -113,7 +113,7 @@ def test_with_ddp_a_process_takes_what_is_predicted(name):
     text = {"accumulation": "accumulation=2"}.get(name, name)
     run = tiny_run(techniques=(text,), processes=3, **SIZES)
     measured, predicted = first(run, 3), run.foretell(None)
-    if TECHNIQUES[name].packages and name != "lora":  # their kernels have scratch of their own, which is not predicted
+    if TECHNIQUES[name].packages and name != "lora":  # the scratch of their kernels is not predicted
         assert predicted.peak_bytes <= measured.peak_bytes
         return
     assert predicted.iteration_peaks == measured.iteration_peaks
@@ -121,14 +121,15 @@ def test_with_ddp_a_process_takes_what_is_predicted(name):
 
 
 def takes_shards(name: str) -> bool:
-    lever = TECHNIQUES[name]
-    return name != "muon" and (lever.takes_shards or lever.group != "optimizer")  # muon talks to the others itself
+    technique = TECHNIQUES[name]
+    # Muon does its own communication.
+    return name != "muon" and (technique.takes_shards or technique.group != "optimizer")
 
 
 @pytest.mark.parametrize("name", slow_but([None, *SOME], [None, *filter(takes_shards, HERE)]))
 def test_with_fsdp_a_process_takes_what_is_predicted(name):
     text = {None: (), "accumulation": ("accumulation=2",)}.get(name, (name,))
-    run = tiny_run(techniques=(*text, "fsdp"), processes=3, **SIZES)  # who share no matrix evenly
+    run = tiny_run(techniques=(*text, "fsdp"), processes=3, **SIZES)  # 3 divides no matrix evenly
     predicted, measured = run.foretell(None), first(run, 3)
     bytes_off = 512 if name == "bf16_weights" else MESH_BYTES
     assert 0 <= measured.peak_bytes - predicted.peak_bytes <= bytes_off
@@ -162,7 +163,7 @@ def test_the_processes_divide_all_state_and_ddp_none():
         for processes in (2, 4, 8):
             share = of[processes, ("fsdp",)].most_by_category[name] * processes
             assert plain[name] <= share < 1.01 * plain[name]
-    # DDP's buckets are as large as the gradients, and are kept.
+    # DDP keeps buckets that are as large as the gradients.
     assert of[4, ()].most_by_category["other"] - of[1, ()].most_by_category["other"] == pytest.approx(
         plain["gradients"], rel=0.01
     )
@@ -202,7 +203,7 @@ def test_a_gpu_is_predicted_with_fsdps_streams_and_what_is_not_counted_is_said()
     alone = tiny_run(batch_size=1).foretell("A100-80GB")
     assert "NCCL's buffers (not counted)" in report.unverified
     assert not [name for name in alone.unverified if "NCCL" in name]
-    # What is gathered and what is reduced comes from segments of their own streams: 2 MiB each here.
+    # FSDP gathers and reduces on two more streams, each with its own segments: 2 MiB each here.
     assert report.peak_bytes < alone.peak_bytes
     assert report.peak_reserved_bytes > alone.peak_reserved_bytes
 

@@ -1,8 +1,8 @@
-"""Predict three published tables of GPU memory, and print how far off each figure is.
+"""Predict three published tables of GPU memory, and print the error of each number.
 
 python benchmarks/prediction [ops|bert|inference]... [--json FILE]
 
-It needs no GPU, and two minutes for all. How each constant was chosen: ``memstudy/studies/published/eras.py``.
+All three take two minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from memstudy.studies.published.rows import length_differences, predicted_rows, savings
+from memstudy.studies.published.bert import savings
+from memstudy.studies.published.inference import length_differences
+from memstudy.studies.published.rows import predicted_rows
 
 
 def ops() -> list[pd.DataFrame]:
@@ -21,7 +23,7 @@ def ops() -> list[pd.DataFrame]:
 
 
 def bert() -> list[pd.DataFrame]:
-    """With the rules of its time, and beside it without."""
+    """Predicted with the PyTorch rules of the table's time, and beside them with today's rules."""
     rows, today = predicted_rows("bert"), predicted_rows("bert", era=False)
     both = [rows, savings(rows)], [today, savings(today)]
     columns = {"predicted_mib": "today_mib", "error_percent": "today_error_percent"}

@@ -1,8 +1,8 @@
-"""How long the first answers take, as ratios to importing PyTorch and transformers on the same machine.
+"""Time to the first answer of a command, relative to importing PyTorch and transformers on the same machine.
 
 python benchmarks/prediction/speed.py [--rounds N]
 
-The commands are run in turn with the import, each in a process of its own; medians.
+The commands and the import are run in turn, each in its own process; the times are medians.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 def seconds(command: str) -> float:
-    """Of one run of ``command``, which must succeed."""
+    """Seconds that one run of ``command`` takes; it must succeed."""
     began = time.perf_counter()
     subprocess.run(shlex.split(command), check=True, capture_output=True)
     return time.perf_counter() - began

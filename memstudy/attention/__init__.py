@@ -1,9 +1,9 @@
-"""The attention variants by name: one file a variant, one line a variant here.
+"""The attention variants by name: each has its own file and one line in ``ATTENTION``.
 
-From a configuration to what it describes: ``config.attend(query, key, value, ...)`` is the op with
-its hyper-parameters filled in (all but MemSizer, which has no queries and keys of its own),
-``config.module(hidden_size, num_heads, config, is_causal=...)`` the layer. `heads` and `scan` are what
-several layers are made of: both compute again in backward what would be too large to keep.
+``config.attend(query, key, value, ...)`` runs a variant's op with the hyper-parameters of its configuration (MemSizer
+has a layer only: it has no queries and keys of its own); ``config.module(hidden_size, num_heads, config,
+is_causal=...)`` makes its layer. Several layers are built on `heads` and `scan`, which recompute large tensors in
+backward instead of keeping them.
 """
 
 from memstudy.attention.base import AttentionConfig, SelfAttention, Unavailable

@@ -1,4 +1,4 @@
-"""The contract of an attention variant: its configuration, its layer, what it keeps in memory."""
+"""Base classes of the attention variants: configuration, layer, and the number of elements kept in memory."""
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
     Raises
     ------
     ValueError
-        If ``hidden_size`` is no multiple of ``num_heads``, or the variant has no such ``is_causal``.
+        If ``hidden_size`` is not a multiple of ``num_heads``, or the variant does not support ``is_causal``.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, config: "AttentionConfig", *, is_causal: bool) -> None:
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """A variant's own hyper-parameters, checked in ``__post_init__`` (`ValueError`).
+    """Hyper-parameters of an attention variant; ``__post_init__`` raises `ValueError` for invalid ones.
 
     Attributes
     ----------
@@ -80,9 +80,9 @@ class AttentionConfig:
     paper : str
         Authors, year, arXiv id.
     causal : tuple of bool
-        The values of ``is_causal`` that the variant can do.
+        The values of ``is_causal`` that the variant supports.
     parameter_free : bool
-        Whether it is an op on query, key and value alone, so that it fits any trained model.
+        Whether the op works on query, key and value alone, without weights, so that it fits any trained model.
     cross : bool
         Whether queries of one sequence can attend to the keys of another.
     score_bias : bool
@@ -90,7 +90,7 @@ class AttentionConfig:
     drops_weights : bool
         Whether the op can drop attention weights.
     projections : bool
-        Whether the variant is another form of the projections (`factor`) around exact attention.
+        Whether the variant replaces the projections (`factor`) around exact attention.
     module : type
         The layer, built as ``module(hidden_size, num_heads, config, is_causal=...)``.
     """
@@ -106,23 +106,23 @@ class AttentionConfig:
     module: ClassVar[type[nn.Module]]
 
     def settings(self) -> dict:
-        """Give name and hyper-parameters as plain values, ``{"variant": ..., ...}``."""
+        """Return name and hyper-parameters as plain values, ``{"variant": ..., ...}``."""
         return {"variant": self.name, **asdict(self)}
 
     def check_causal(self, is_causal: bool) -> None:
-        """Refuse a direction that the variant can't do.
+        """Raise if the variant does not support ``is_causal``.
 
         Raises
         ------
         ValueError
-            Naming the variant and what it can do.
+            Naming the variant and the direction that it supports.
         """
         if is_causal not in self.causal:
-            able = "causal" if self.causal == (True,) else "not causal"
+            able = "causal" if self.causal == (True,) else "bidirectional"
             raise ValueError(f"{self.name} is {able} only, asked for is_causal={is_causal}; take another variant")
 
     def make_weights(self, head_dim: int) -> nn.Module | None:
-        """Make what the op needs beside query, key and value (`attend`'s ``weights``); None for most."""
+        """Make the module that `attend` takes as ``weights``; None for an op without weights."""
         return None
 
     def attend(
@@ -138,8 +138,8 @@ class AttentionConfig:
     ) -> torch.Tensor:
         """Run the variant's op with these hyper-parameters.
 
-        Variants with `make_weights` take its module as ``weights``, those with `score_bias` a tensor that
-        broadcasts to (batch, heads, query_len, key_len) under that name.
+        Variants with `make_weights` also take its module as ``weights``; variants with `score_bias` also take
+        ``score_bias``, a tensor that broadcasts to (batch, heads, query_len, key_len).
 
         Parameters
         ----------
@@ -155,7 +155,7 @@ class AttentionConfig:
         scale : float, optional
             Factor on the scores; head_dim ** -0.5 by default.
         dropout : float
-            Probability with which an attention weight is dropped.
+            Probability of dropping an attention weight.
 
         Returns
         -------
@@ -165,15 +165,16 @@ class AttentionConfig:
         raise NotImplementedError
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        """Count what autograd keeps for the backward of the layer `module` [elements].
+        """Count the elements that autograd keeps for the backward of the layer `module`.
 
-        Every distinct storage once, the input included and the weights left out, each in elements of
-        its own dtype; without padding, dropout or autocast.
+        Counts each distinct storage once, in elements of its own dtype: the input included, the layer's
+        parameters excluded. Assumes no padding, dropout or autocast. A model that `huggingface.convert` gives the op
+        alone keeps its own projections, and so the query, key and value too that some layers project again.
         """
         raise NotImplementedError
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        """Count what decoding must keep after ``seq`` tokens to make the next one [elements]."""
+        """Count the elements that decoding must keep after ``seq`` tokens to make the next token."""
         raise NotImplementedError
 
 
@@ -187,6 +188,14 @@ def check_heads(hidden_size: int, num_heads: int) -> None:
     """
     if num_heads < 1 or hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} can't be shared among num_heads={num_heads}; take a multiple")
+
+
+def in_autocasts_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """``tensors`` in autocast's dtype where autocast is on, as autocast casts SDPA's arguments."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
 
 
 def check_inputs(
@@ -222,12 +231,12 @@ def check_inputs(
 
 
 def check_padding(key_padding_mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
-    """Refuse a mask that isn't bool or not of ``shape`` (batch, key_len).
+    """Refuse a mask that isn't bool of ``shape`` (batch, key_len).
 
     Raises
     ------
     ValueError
-        Naming its shape and dtype, and what was expected.
+        Naming the mask's shape and dtype, and what was expected.
     """
     if key_padding_mask is not None and (key_padding_mask.dtype != torch.bool or key_padding_mask.shape != shape):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Attention layers that project again in backward: a few heads at a time, forward and backward.
+"""Attention layers that work on a few heads at a time and project again in backward.
 
-Between forward and backward they keep the layer's input, what the heads give, and what the kernel asks for (a
-log-sum-exp a query, say); queries, keys and values of a few heads at most are there at any time. The price is one
-more projection of each.
+Between forward and backward a layer keeps its input, the heads' outputs and the tensors that the kernel asks for (such
+as a log-sum-exp for each query). Queries, keys and values exist for a few heads at a time; the price is to project
+each twice.
 """
 
 from typing import Protocol
@@ -12,17 +12,19 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from memstudy.attention.base import in_autocasts_dtype
+
 
 class Kernel(Protocol):
     """Attention with a backward of its own, on tensors (batch, heads, seq, head_dim)."""
 
     def forward(self, output: torch.Tensor, *projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Write the output; give what backward needs besides it and ``projected``."""
+        """Write ``output``; return the tensors that backward needs besides ``output`` and ``projected``."""
 
     def backward(
         self, grad_output: torch.Tensor, output: torch.Tensor, kept: tuple[torch.Tensor, ...], *projected: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Give the gradient of each of ``projected``."""
+        """Return the gradient of each of ``projected``."""
 
 
 def attend_by_heads(
@@ -40,15 +42,15 @@ def attend_by_heads(
     Parameters
     ----------
     kernel : Kernel
-        What the heads do.
+        Attention of ``at_once`` heads.
     hidden_states : torch.Tensor
         (batch, seq, hidden_size).
     projections : tuple of nn.Linear
-        Of what the kernel takes, (hidden_size, hidden_size) each.
+        One for each tensor that the kernel takes, (hidden_size, hidden_size) each.
     heads, at_once : int
         ``at_once`` divides ``heads``.
     recompute : bool
-        Whether to project again in backward; else what was projected is kept.
+        Whether to project again in backward; if False the projected tensors are kept.
 
     Returns
     -------
@@ -56,11 +58,8 @@ def attend_by_heads(
         (batch, seq, hidden_size).
     """
     tensors = [t for p in (o_proj, *projections) for t in (p.weight, p.bias)]
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, *tensors = (t.to(dtype) for t in (hidden_states, *tensors))
-    with torch.autocast(device_type, enabled=False):
+    hidden_states, *tensors = in_autocasts_dtype(hidden_states, *tensors)
+    with torch.autocast(hidden_states.device.type, enabled=False):
         return _ByHeads.apply(kernel, heads, at_once, recompute, hidden_states, *tensors)
 
 
@@ -97,7 +96,7 @@ class _ByHeads(torch.autograd.Function):
         grad_input = torch.zeros_like(hidden_states) if needed[0] else None
         grads = [torch.empty_like(t) if n else None for t, n in zip(projections, needed[3:], strict=True)]
 
-        def differentiate(span, more):  # a function, so that nothing of one span lives on in the next
+        def differentiate(span, more):  # a function, to free one span's tensors before the next
             if ctx.recompute:
                 projected = _project(hidden_states, projections, span, ctx.head_dim)
             else:
@@ -122,13 +121,13 @@ class _ByHeads(torch.autograd.Function):
 
 
 def _spans(hidden_size: int, width: int) -> list[slice]:
-    """The columns of the heads that are attended at once."""
+    """List the columns of each group of heads that is attended at once."""
     return [slice(start, start + width) for start in range(0, hidden_size, width)]
 
 
 def _project(
     hidden_states: torch.Tensor, projections: tuple[torch.Tensor, ...], span: slice, head_dim: int
 ) -> list[torch.Tensor]:
-    """Queries, keys, ... of the heads whose columns ``span`` are, (batch, heads, seq, head_dim) each."""
+    """Queries, keys, ... of the heads in the columns ``span``, (batch, heads, seq, head_dim) each."""
     pairs = zip(projections[::2], projections[1::2], strict=True)
     return [_split(F.linear(hidden_states, w[span], b[span]), head_dim) for w, b in pairs]

@@ -2,13 +2,13 @@
 
     Attention(Q, K, V) = softmax(Q (E K)ᵀ / √d) (F V)                      (equation 7)
 
-E and F, (rank, seq), are learned, so the scores are (seq, rank) and time and memory linear in the sequence. All heads
-share them: the paper's "headwise sharing" (section 4). Shorter sequences use the first columns.
+E and F, (rank, seq), are learned. The scores are (seq, rank), so time and memory are linear in the sequence length. All
+heads share E and F: the paper's "headwise sharing" (section 4). Shorter sequences use the first columns.
 
-The layer never has the keys and values of all positions: with x the hidden states, W and b a projection's weight and
-bias, E (x Wᵀ + 1 bᵀ) = (E x) Wᵀ + (E 1) bᵀ, which projects rank rows instead of seq.
+The layer never computes the keys and values of all positions. With hidden states x and a projection's weight W and
+bias b, E (x Wᵀ + 1 bᵀ) = (E x) Wᵀ + (E 1) bᵀ, which projects rank rows instead of seq.
 
-Not implemented: E of its own for each head, one matrix for keys and values or for all layers, ranks that differ by
+Not implemented: a separate E for each head, one matrix for keys and values or for all layers, ranks that differ by
 layer, pooling and convolution in place of E. There is no causal form: each mixture holds later tokens.
 """
 
@@ -26,8 +26,8 @@ from memstudy.attention.softmax import softmax_attention
 class LinformerWeights(nn.Module):
     """E and F of one layer.
 
-    Normal with standard deviation rank ** -0.5, as in the random projection of the paper's theorem 2, which keeps
-    lengths in expectation.
+    Drawn from a normal distribution with standard deviation rank ** -0.5, as the random projection of the paper's
+    theorem 2, which preserves lengths in expectation.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def linformer_attention(
     Parameters
     ----------
     weights : nn.Module
-        With ``key`` (E) and ``value`` (F), (rank, max_len) each.
+        Module with ``key`` (E) and ``value`` (F), (rank, max_len) each.
 
     Raises
     ------
@@ -85,12 +85,12 @@ def _mix(matrix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"linformer: {seq} tokens, but its projections end at max_len={matrix.shape[1]}; raise max_len"
         )
-    # Not `matmul`, which copies the tokens of several sequences to make one product of them.
+    # Not `matmul`, which copies the tokens of all sequences to fold the batch into one product.
     return torch.bmm(matrix[:, :seq].expand(batch, -1, -1), tokens)
 
 
 class LinformerAttention(SelfAttention):
-    """Linformer with its projections, of which those of keys and values are applied to the mixtures."""
+    """Linformer with its projections; keys and values are projected after mixing."""
 
     def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         tokens = hidden_states
@@ -121,9 +121,9 @@ class LinformerConfig(AttentionConfig):
     Parameters
     ----------
     rank : int [tokens]
-        Mixtures that take the place of the keys; the paper's k.
+        Number of mixtures in place of the keys; the paper's k.
     max_len : int [tokens]
-        Longest sequence, columns of E and F.
+        Longest sequence: the columns of E and F.
     """
 
     rank: int = 128
@@ -148,10 +148,10 @@ class LinformerConfig(AttentionConfig):
         return linformer_attention(query, key, value, **options)
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        tokens = 3 * batch * heads * seq * head_dim  # input, query, what the heads give
-        mixtures = 4 * batch * heads * self.rank * head_dim  # of the input, twice; key and value of them
-        # What E and F make of ones; a log-sum-exp for each query.
+        tokens = 3 * batch * heads * seq * head_dim  # input, query, heads' outputs
+        mixtures = 4 * batch * heads * self.rank * head_dim  # E x and F x; the key and value projected from them
+        # E 1 and F 1; a log-sum-exp for each query.
         return tokens + mixtures + 2 * self.rank + batch * heads * seq
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * self.rank * head_dim  # the mixtures: one more token is added to each
+        return 2 * batch * heads * self.rank * head_dim  # the mixtures: a new token is added to each

@@ -5,11 +5,11 @@ doi:10.1007/BF02288367) keeps the r largest singular values::
 
     W ≈ (U_r S_r^½) (S_r^½ V_rᵀ)
 
-so that a projection has r (d_in + d_out) weights in place of d_in d_out, and less than it had only for
-r < d_in d_out / (d_in + d_out), half the width of a square one. The bias stays on the second factor.
+The two factors have r (d_in + d_out) weights instead of d_in d_out: fewer only if r < d_in d_out / (d_in + d_out),
+which is half the width of a square projection. The bias stays on the second factor.
 
-A layer made from scratch has factors drawn as PyTorch's own linear layers, not decomposed ones. Not implemented: scores
-computed within the rank, or a cache of the r numbers in place of keys and values.
+A layer made from scratch draws its factors as `nn.Linear` does and decomposes nothing. Not implemented: scores computed
+within the rank, or a cache of r numbers for each token in place of keys and values.
 """
 
 from dataclasses import dataclass
@@ -32,19 +32,19 @@ def _factors(in_features: int, out_features: int, rank: int, *, bias: bool, **op
 
 @torch.no_grad()
 def low_rank(linear: nn.Linear, rank: int) -> nn.Sequential:
-    """Replace a projection by two, whose product is its best approximation of that rank.
+    """Replace a projection by two, whose product is the best approximation of rank ``rank``.
 
     Parameters
     ----------
     linear : nn.Linear
-        (d_out, d_in) weight, any dtype and device; left as it is.
+        (d_out, d_in) weight, any dtype and device; not modified.
     rank : int
-        At full rank, min(d_in, d_out), or beyond it the product is the weight, up to rounding.
+        At min(d_in, d_out) or above the product equals the weight, up to rounding.
 
     Returns
     -------
     nn.Sequential
-        d_in to rank, rank to d_out with the bias.
+        Linear layers from d_in to rank and from rank to d_out, the second with the bias.
     """
     weight = linear.weight
     options = {"dtype": weight.dtype, "device": weight.device}
@@ -62,7 +62,7 @@ def low_rank(linear: nn.Linear, rank: int) -> nn.Sequential:
 
 
 class LowRankAttention(SelfAttention):
-    """Exact attention whose projections are products of two."""
+    """Exact attention with factored projections."""
 
     def __init__(self, hidden_size: int, num_heads: int, config: "LowRankConfig", *, is_causal: bool) -> None:
         super().__init__(hidden_size, num_heads, config, is_causal=is_causal)
@@ -77,9 +77,9 @@ class LowRankConfig(AttentionConfig):
     Parameters
     ----------
     rank : int
-        Of each factored projection; full rank for those that have less.
+        Rank of each factored projection, at most its full rank.
     parts : str
-        Which projections: letters of "qkvo", each at most once.
+        Projections to factor: letters of "qkvo", each at most once.
     """
 
     rank: int = 16
@@ -100,7 +100,7 @@ class LowRankConfig(AttentionConfig):
             raise ValueError(f"lowrank: parts={self.parts!r}; take letters of {PARTS!r}, each at most once")
 
     def factor(self, part: str, linear: nn.Linear) -> nn.Module:
-        """Give what takes the place of a trained projection, ``part`` of "qkvo"; itself where nothing does."""
+        """Factor a trained projection, ``part`` of "qkvo"; return ``linear`` itself if ``part`` isn't in ``parts``."""
         return low_rank(linear, self.rank) if part in self.parts else linear
 
     def attend(self, query, key, value, **options) -> torch.Tensor:
@@ -112,7 +112,7 @@ class LowRankConfig(AttentionConfig):
         return factored + (len(PARTS) - len(self.parts)) * hidden_size**2
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        tensors = 5 * batch * heads * seq * head_dim + batch * heads * seq  # as exact attention's
+        tensors = 5 * batch * heads * seq * head_dim + batch * heads * seq  # as in exact attention
         return tensors + len(self.parts) * batch * seq * min(self.rank, heads * head_dim)  # between the factors
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:

@@ -1,19 +1,19 @@
 """Attention among tokens that hash alike (Reformer; Kitaev et al. 2020, arXiv:2001.04451).
 
-Queries and keys are the same vectors, keys brought to one length, k_j = q_j / rms(q_j). Each of several rounds gives
-every token a bucket by random rotations R::
+Queries and keys are the same vectors, the keys normalised: k_j = q_j / rms(q_j). Each of several rounds hashes every
+token into a bucket by random rotations R::
 
     bucket(x) = argmax([x R; -x R])                                    (section 2; Andoni et al. 2015)
 
-sorts the tokens by bucket, then by position, and cuts them into chunks. A token attends to its own chunk and the one
-before, itself excepted: itself it sees only where it sees nothing else. The rounds' softmaxes are merged by their
-log-sum-exps (appendix A). The first chunk looks back at the last one of the round before, as the authors' code and
-transformers' do; here at the last with real tokens, so that padding changes nothing. Many buckets are hashed as
-two factors, with few rotations each, as transformers does.
+A round sorts the tokens by bucket, then by position, and cuts them into chunks. A token attends to its own chunk and
+the chunk before, but to itself only if it sees no other token. The rounds' softmaxes are merged by their log-sum-exps
+(appendix A). The first chunk looks back at the last chunk of the round before, as in the authors' code and in
+transformers; here at the last chunk with real tokens, so that padding changes nothing. A large number of buckets is
+split into two factors, hashed separately with few rotations each, as in transformers.
 
-Round by round the sorted tokens are gathered, a group of chunks at a time, attended as one batch, and put back. Kept
-are the outputs, the total log-sum-exp L and the order of each round; backward computes the weights once more,
-P = exp(S - L).
+A round gathers the sorted tokens of a group of chunks, attends to these chunks as one batch, and writes the results
+back. Backward recomputes the weights from the scores S, P = exp(S - L): besides the op's inputs only the outputs, the
+total log-sum-exps L and the order of each round are kept.
 
 Not implemented: decoding with cached buckets; another number of chunks before or after.
 """
@@ -28,13 +28,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from memstudy.attention.base import AttentionConfig, check_heads, check_inputs, check_padding
+from memstudy.attention.base import AttentionConfig, check_heads, check_inputs, check_padding, in_autocasts_dtype
 from memstudy.attention.heads import attend_by_heads
 from memstudy.attention.scan import drawing_again, rng_state
 
 EPSILON = 1e-6  # added to the mean square of a vector before its root, as in transformers
 LARGEST_FACTOR = 16  # buckets hashed at once; more are a product of two factors
-GROUP = 2048  # sorted tokens attended at once: what they need of scratch stays in a core's cache
+GROUP = 2048  # sorted tokens attended at once: their scratch fits into a core's cache
 
 
 def lsh_attention(
@@ -53,7 +53,7 @@ def lsh_attention(
 ) -> torch.Tensor:
     """Attend within buckets; see `AttentionConfig.attend` for the tensors and `LSHConfig` for the rest.
 
-    ``key`` is not read: keys are the queries. Differentiable once; the buckets have no gradient.
+    The queries serve as keys; the values of ``key`` are not read. Differentiable once; hashing has no gradient.
 
     Raises
     ------
@@ -67,12 +67,10 @@ def lsh_attention(
             f"lsh: {query.shape[2]} queries against {key.shape[2]} keys; it attends within one sequence, "
             "so generate with use_cache=False"
         )
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):  # as autocast does for SDPA
-        query, value = (t.to(torch.get_autocast_dtype(device_type)) for t in (query, value))
+    query, value = in_autocasts_dtype(query, value)
     if value.shape[1] < query.shape[1]:
         value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         kernel = _Rounds(config, is_causal, key_padding_mask, scale, dropout)
         return _Hashed.apply(kernel, query, value)
 
@@ -85,12 +83,12 @@ def hash_buckets(vectors: torch.Tensor, rotations: list[torch.Tensor]) -> torch.
     vectors : torch.Tensor
         (batch, seq, head_dim).
     rotations : list of torch.Tensor
-        Of each factor of the number of buckets, (num_hashes, factor / 2, head_dim).
+        For each factor of the number of buckets, (num_hashes, factor / 2, head_dim).
 
     Returns
     -------
     torch.Tensor
-        (batch, num_hashes, seq) int32, from 0; without a rotation (batch, 1, seq) zeros.
+        (batch, num_hashes, seq) int32 bucket numbers from 0; without rotations (batch, 1, seq) zeros.
     """
     buckets = vectors.new_zeros(vectors.shape[0], 1, vectors.shape[1], dtype=torch.int32)
     for rotation in rotations:
@@ -105,8 +103,8 @@ def hash_buckets(vectors: torch.Tensor, rotations: list[torch.Tensor]) -> torch.
 class _Rounds:
     """Attention in rounds, forward and backward, on queries and values; a `memstudy.attention.heads.Kernel`.
 
-    One head of one sequence at a time: what a round gathers and scores is small then, and its chunks are the batch
-    of each product.
+    Works on one head of one sequence at a time: a round's tensors are small then, and its chunks are the batch of
+    each product.
     """
 
     def __init__(self, config, is_causal, key_padding_mask, scale, dropout):
@@ -117,7 +115,7 @@ class _Rounds:
     def forward(self, output, query, value):
         batch, heads, seq, _ = query.shape
         total = query.new_empty(batch, heads, seq, dtype=torch.promote_types(query.dtype, torch.float32))
-        # Hash all before the first dropout: backward draws that again, but no rotations.
+        # Hash all heads before the first dropout: backward draws the dropout again, but no rotations.
         orders = torch.stack([self._orders(query[:, head]) for head in range(heads)], 1)
         kept = (rng_state(query.device),) if self.dropout else ()
         for head in range(heads):
@@ -144,7 +142,7 @@ class _Rounds:
         Returns
         -------
         torch.Tensor
-            (batch, num_hashes, seq up to whole chunks) int32 positions, padding last.
+            (batch, rounds, seq rounded up to whole chunks) int32 positions, padding last.
         """
         (_, seq, head_dim), config = query.shape, self.config
         shapes = [(config.num_hashes, factor // 2, head_dim) for factor in config.factors(seq)]
@@ -158,18 +156,18 @@ class _Rounds:
         return buckets.argsort(dim=-1, stable=True).int()
 
     def _groups(self, i: int, orders: torch.Tensor, number: int, seq: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """What round ``number`` of sequence ``i`` attends, some chunks at a time.
+        """Yield the queries and keys of round ``number`` of sequence ``i``, some chunks at a time.
 
         Yields
         ------
         order, extended : torch.Tensor
-            Positions of sorted tokens (group,), and these with the chunk that the first looks back at.
+            Positions of the sorted tokens, (group,); ``extended`` starts with the chunk before the group.
         hidden : torch.Tensor
-            (chunks, chunk_length, keys of a chunk) bool.
+            (chunks, chunk_length, keys of a chunk) bool, True for a key that the query doesn't see.
         """
         chunk, order = self.config.chunk_length, orders[number].long()
         length, positions = len(order), torch.arange(len(order), device=order.device)
-        places = positions.masked_fill(positions >= seq, length)  # padding stands behind everything
+        places = positions.masked_fill(positions >= seq, length)  # padding comes after every token
         tokens = positions[seq - 1] + 1
         if self.key_padding_mask is not None:
             real = self.key_padding_mask[i]
@@ -187,7 +185,7 @@ class _Rounds:
             yield queries, keys, seen >= own if self.is_causal else (seen == own) | (seen == length)
 
     def _attend(self, i, orders, query, value, output, total):
-        """Write the output of one head of sequence ``i``, and its log-sum-exps: inf for who sees no other token."""
+        """Write the output of one head of sequence ``i`` and its log-sum-exps, inf for a token that sees no other."""
         (seq, dim), (rounds, length), chunk = query.shape, orders.shape, self.config.chunk_length
         inverse_rms = _inverse_rms(query)
         table = _rows(length, query * inverse_rms, value)
@@ -221,12 +219,12 @@ class _Rounds:
         output.copy_(merged[:seq]).masked_fill_(alone[:, None], 0.0).add_(value * self._own(i, alone, value))
 
     def _own(self, i: int, alone: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The weight that each token gives itself (seq, 1): one where it sees no other and is no padding."""
+        """Each token's weight for itself, (seq, 1): nonzero only for a real token that sees no other."""
         own = (alone if self.key_padding_mask is None else alone & self.key_padding_mask[i])[:, None].to(value.dtype)
         return own * self._dropout(own) if self.dropout else own
 
     def _dropout(self, like: torch.Tensor) -> torch.Tensor:
-        """Zeros where a weight is dropped, what scales the others up elsewhere."""
+        """Factors on the weights: 0 for a dropped weight, 1 / (1 - dropout) for the others."""
         return torch.empty_like(like).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
 
     def _scale(self, query: torch.Tensor) -> float:
@@ -237,7 +235,7 @@ class _Rounds:
         (seq, dim), (rounds, length), chunk = query.shape, orders.shape, self.config.chunk_length
         inverse_rms, scale = _inverse_rms(query), self._scale(query)
         table = _rows(length, query * inverse_rms, value, grad_output)
-        # rowsum(weights * grad_weights) = rowsum(grad * output), as in any softmax's backward; not for who is alone.
+        # rowsum(weights * grad_weights) = rowsum(grad * output), as in any softmax's backward, but not for lone tokens.
         rowsum = (grad_output.to(total.dtype) * output).sum(-1)
         numbers = _rows(length, (scale / inverse_rms).to(total.dtype), total[:, None], rowsum[:, None])
         grads = table.new_zeros(length, 3 * dim, dtype=total.dtype)  # of query, unit key, value
@@ -260,7 +258,7 @@ class _Rounds:
                 of_keys = torch.bmm(grad_scores.transpose(1, 2), queries)
                 of_values = torch.bmm(used.to(value.dtype).transpose(1, 2), grad)
                 parts = [of_queries, of_keys[:, -chunk:], of_values[:, -chunk:]]
-                if len(extended) > len(order):  # the chunk before each gets its part too; the first's is elsewhere
+                if len(extended) > len(order):  # each chunk is also seen by the next; ``back`` lies before the group
                     for own, of_both in zip(parts[1:], (of_keys, of_values), strict=True):
                         own[:-1] += of_both[1:, :chunk]
                     back = torch.cat([of_keys[0, :chunk], of_values[0, :chunk]], -1).to(grads.dtype)
@@ -274,13 +272,13 @@ class _Rounds:
 
 
 def _overlapping(extended: torch.Tensor, size: int, back: int) -> Iterator[torch.Tensor]:
-    """Cut into pieces of ``size`` and the ``back`` before each."""
+    """Cut into pieces of ``size``, each with the ``back`` elements before it."""
     for start in range(back, len(extended), size):
         yield extended[start - back : start + size]
 
 
 def _inverse_rms(query: torch.Tensor) -> torch.Tensor:
-    """What brings a vector to a mean square of one, (..., 1)."""
+    """1 / rms of each vector, (..., 1)."""
     return (query.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
 
 
@@ -310,8 +308,8 @@ class _Hashed(torch.autograd.Function):
 class LSHAttention(nn.Module):
     """LSH attention with its three projections: of queries and keys, of values, of the output.
 
-    Parameters as `memstudy.attention.SelfAttention`'s; keeps its input, what the heads give, and of each round the
-    order of the tokens.
+    Parameters as in `memstudy.attention.SelfAttention`. Keeps its input, the heads' outputs, a log-sum-exp for each
+    query and the token order of each round; with one or two rounds also queries and values.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, config: "LSHConfig", *, is_causal: bool) -> None:
@@ -344,13 +342,13 @@ class LSHConfig(AttentionConfig):
     Parameters
     ----------
     num_hashes : int
-        Rounds.
+        Rounds of hashing.
     chunk_length : int [tokens]
-        A sequence of one chunk is attended as a whole.
+        Length of a chunk; a sequence of one chunk is attended to as a whole.
     num_buckets : int, optional
-        A power of two; by default the largest that gives a bucket half a chunk or more.
+        A power of two; by default the largest with half a chunk or more in an average bucket.
     hash_seed : int, optional
-        Draw the same rotations at each call; by default new ones, from torch's generator.
+        Seed that draws the same rotations at each call; by default torch's generator draws new ones.
     """
 
     num_hashes: int = 8
@@ -372,18 +370,18 @@ class LSHConfig(AttentionConfig):
             raise ValueError(f"lsh: num_buckets={self.num_buckets}; take a power of two")
 
     def buckets(self, seq: int) -> int:
-        """How many buckets a sequence of ``seq`` tokens is hashed into."""
+        """Number of buckets for a sequence of ``seq`` tokens."""
         if self.num_buckets is not None:
             return self.num_buckets
         return 1 << (max(1, 2 * seq // self.chunk_length).bit_length() - 1)
 
     @property
     def recompute(self) -> bool:
-        """Whether the layer projects again in backward: with few rounds that is too much of the work."""
+        """Whether the layer projects again in backward; with one or two rounds that costs too much of the time."""
         return self.num_hashes > 2
 
     def factors(self, seq: int) -> list[int]:
-        """The number of buckets as factors that are hashed apart; none for one bucket."""
+        """Factors of the number of buckets, which are hashed separately; none for one bucket."""
         power = self.buckets(seq).bit_length() - 1
         if 2**power <= LARGEST_FACTOR:
             return [2**power] if power else []
@@ -395,8 +393,8 @@ class LSHConfig(AttentionConfig):
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
         chunks = -(-seq // self.chunk_length)
         orders = (self.num_hashes if chunks > 1 else 1) * chunks * self.chunk_length
-        tensors = 2 if self.recompute else 4  # input, what the heads give; queries and values
-        return batch * heads * (tensors * seq * head_dim + seq + orders)  # a log-sum-exp a query, each round's order
+        tensors = 2 if self.recompute else 4  # input and heads' outputs; queries and values
+        return batch * heads * (tensors * seq * head_dim + seq + orders)  # log-sum-exps, each round's order
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * seq * head_dim  # the queries, which are the keys, and values of all tokens
+        return 2 * batch * heads * seq * head_dim  # the queries (also the keys) and values of all tokens

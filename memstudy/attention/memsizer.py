@@ -7,13 +7,13 @@ With k slots, r heads, and the mean over the heads of a softmax over the slots::
     not causal, and cross       S = n^(-1/2) Σ_s k_s v_sᵀ                     out_t = a_t S
     causal                      S_t = t^(-1/2) Σ_{s≤t} k_s v_sᵀ               out_t = a_t S_t
 
-n and t count the real tokens; padded ones are left out of the sums. There is no output projection.
-Training is linear in the length. The causal form keeps the input, nothing else of its length: it
-runs over segments (see `scan`), each in chunks: within a chunk a small masked product of (chunk,
-chunk), between chunks the running sum. The others keep W_r x as well, but never make v: LayerNorm is
-linear but for two numbers a token. Decoding keeps the sum and the count alone.
+n and t count the real tokens; padded tokens are left out of the sums. There is no output projection.
+Training is linear in the sequence length. The causal form keeps its input and the state before each
+segment (see `scan`). A segment is cut into chunks: a masked (chunk, chunk) product within a chunk, a
+running sum between chunks. The other forms also keep W_r x, but never compute v: LayerNorm is linear
+except for two numbers per token. Decoding keeps only the sum and the count.
 
-Not implemented: the authors' released code where it leaves the paper (its causal path ignores
+Not implemented: the authors' released code where it departs from the paper (its causal path ignores
 padding and its counter has the values' dtype).
 """
 
@@ -29,39 +29,39 @@ from torch.nn import functional as F
 from memstudy.attention.base import AttentionConfig, check_padding
 from memstudy.attention.scan import scan
 
-# Tokens whose weights against each other are computed; 64 x 64 of them cost an eighth of a projection.
+# Tokens of a chunk, whose weights for each other are computed: 64 x 64 weights cost an eighth of a projection.
 CHUNK = 64
-# Tokens that backward computes once more at a time: scratch against small kernels.
+# Tokens of a segment, which backward recomputes at once: long ones need more scratch, short ones more kernels.
 SEGMENT = 512
 
 
 class MemSizerState(NamedTuple):
-    """What decoding keeps.
+    """State of decoding.
 
     Attributes
     ----------
     sum : torch.Tensor
         (batch, slots, hidden), Σ k_s v_sᵀ over the tokens so far, float32 or wider.
     count : torch.Tensor
-        (batch,) int64, how many tokens these are.
+        (batch,) int64, the number of tokens so far.
     """
 
     sum: torch.Tensor
     count: torch.Tensor
 
     def reorder(self, beams: torch.Tensor) -> "MemSizerState":
-        """Take the states of ``beams``, (batch,) indices, as beam search goes on with them."""
+        """Select the states that beam search continues with: ``beams``, (batch,) indices."""
         return MemSizerState(self.sum.index_select(0, beams), self.count.index_select(0, beams))
 
 
 class MemSizerAttention(nn.Module):
-    """A layer on hidden states: causal, not causal, or across two sequences.
+    """MemSizer on hidden states: causal, bidirectional, or across two sequences.
 
     Parameters
     ----------
     hidden_size : int
     num_heads : int
-        Over how many softmaxes the slots' weights are averaged.
+        Number of softmaxes over which the slots' weights are averaged.
     config : MemSizerConfig
     is_causal : bool
         Whether a token sees only itself and the tokens before it.
@@ -133,7 +133,7 @@ class MemSizerAttention(nn.Module):
         return scan(step, inputs, state, params, segment=SEGMENT, random=dropout > 0)[0]
 
     def summarise(self, memory: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum up a sequence once for all that `read` it.
+        """Compute the summary S of a sequence once for all tokens that `read` it.
 
         Parameters
         ----------
@@ -158,7 +158,7 @@ class MemSizerAttention(nn.Module):
             return total * _root(count, total.dtype)[:, None, None]
 
     def read(self, hidden_states: torch.Tensor, summary: torch.Tensor) -> torch.Tensor:
-        """Read for each token what the slots hold: a_t S.
+        """Read the slots for each token: a_t S.
 
         Parameters
         ----------
@@ -186,12 +186,12 @@ class MemSizerAttention(nn.Module):
         hidden_states : torch.Tensor
             (batch, 1, hidden_size).
         state : MemSizerState, optional
-            What the step before gave; None before the first token.
+            State from the previous step; None before the first token.
 
         Returns
         -------
         torch.Tensor, MemSizerState
-            (batch, 1, hidden_size), as the last token of `forward` on the whole sequence; the new state.
+            (batch, 1, hidden_size), equal to the last token of `forward` on the whole sequence; the new state.
         """
         if not self.is_causal or hidden_states.shape[1] != 1:
             raise ValueError(
@@ -208,7 +208,7 @@ class MemSizerAttention(nn.Module):
         return output.to(value.dtype), MemSizerState(total, count)
 
     def _of_memory(self) -> tuple[torch.Tensor, ...]:
-        """List key_proj, key_norm, value_proj and value_norm, weight and bias of each."""
+        """List weight and bias of key_proj, key_norm, value_proj and value_norm."""
         layers = (self.key_proj, self.key_norm, self.value_proj, self.value_norm)
         return tuple(t for layer in layers for t in (layer.weight, layer.bias))
 
@@ -234,19 +234,19 @@ def _memory(key, hidden_states, key_padding_mask, params) -> tuple[torch.Tensor,
 
 
 def _counts(hidden_states, key_padding_mask, before: torch.Tensor) -> torch.Tensor:
-    """Count the real tokens up to each, (batch, seq), ``before`` (batch,) those of earlier segments."""
+    """Count the real tokens up to each token, (batch, seq); ``before``, (batch,), counts earlier segments."""
     if key_padding_mask is None:
         return before[:, None] + torch.arange(1, hidden_states.shape[1] + 1, device=before.device)
     return before[:, None] + key_padding_mask.cumsum(1)
 
 
 def _root(count: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Give count ** -0.5; any finite number where there are none, for their sum is zero."""
+    """Give count ** -0.5, and 1 for a count of 0, where the sum is zero."""
     return count.clamp(min=1).to(dtype).rsqrt()
 
 
 class _NormalisedSum(torch.autograd.Function):
-    """Σ_s k_s LayerNorm(u_s)ᵀ without ever making the normalised u.
+    """Σ_s k_s LayerNorm(u_s)ᵀ without computing LayerNorm(u).
 
     LayerNorm(u) = (u - mean) rstd γ + β, so the sum is (Σ k rstd (u - mean)ᵀ) γ + (Σ k) βᵀ: products of (slots, seq)
     with u itself. key (batch, seq, slots), u (batch, seq, hidden); gives (batch, slots, hidden), float32 or wider.
@@ -255,7 +255,7 @@ class _NormalisedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, key, value, scale, shift, eps):
         dtype = torch.promote_types(value.dtype, torch.float32)
-        # For its two numbers a token: `var_mean` takes ten times as long on a CPU.
+        # Only mean and rstd are used; `var_mean` takes ten times as long on a CPU.
         _, mean, rstd = torch.native_layer_norm(value.to(dtype), value.shape[-1:], None, None, eps)
         scaled = key * rstd
         total = (scaled.to(value.dtype).transpose(1, 2) @ value).to(dtype)
@@ -269,14 +269,14 @@ class _NormalisedSum(torch.autograd.Function):
         key, value, scale, shift, mean, rstd, total = ctx.saved_tensors
         grad_scale = (grad * total).sum((0, 1)).to(scale.dtype)
         grad_shift = (grad * key.sum(1, dtype=grad.dtype)[..., None]).sum((0, 1)).to(shift.dtype)
-        scaled = grad * scale  # the gradient of the sum over u's normalised form
-        # What each slot's gradient finds in a token: that of its key, and LayerNorm's two means.
+        scaled = grad * scale  # the gradient of ``total``
+        # The key's gradient through ``total``, which LayerNorm's backward needs too.
         found = (value @ scaled.to(value.dtype).transpose(1, 2)).to(grad.dtype)
         found.sub_(mean * scaled.sum(-1)[:, None]).mul_(rstd)
         grad_key = found + (grad @ shift.to(grad.dtype))[:, None]
         along = (key * found).sum(-1, keepdim=True).mul_(rstd.square()).div_(-value.shape[-1])
         constant = -rstd * (key.to(grad.dtype) @ scaled.mean(-1)[..., None]) - along * mean
-        # The constant as one more slot: no pass over u for it.
+        # The constant is added as one more slot, which saves a pass over u.
         left = torch.cat([key * rstd, constant], -1).to(value.dtype)
         right = torch.cat([scaled, torch.ones_like(scaled[:, :1])], 1).to(value.dtype)
         grad_value = torch.bmm(left, right).addcmul_(value, along.to(value.dtype))
@@ -303,7 +303,7 @@ def _causal(inputs, state, params, *, heads: int, dropout: float):
     # (batch * chunks, chunk, slots or hidden)
     weights, key, value = (t.reshape(-1, chunk, t.shape[-1]) for t in (weights, key, value))
     sums = (key.transpose(1, 2) @ value).to(total.dtype).view(batch, -1, slots, hidden_size)
-    sums = torch.cat([total[:, None], sums], 1).cumsum(1)  # the sum before each chunk, and behind the last
+    sums = torch.cat([total[:, None], sums], 1).cumsum(1)  # the sum before each chunk, and after the last
     before = sums[:, :-1].to(value.dtype).flatten(0, 1)
     scores = (weights @ key.transpose(1, 2)).tril()
     output = torch.baddbmm(weights @ before, scores, value)
@@ -319,12 +319,12 @@ class MemSizerConfig(AttentionConfig):
     Parameters
     ----------
     slots : int
-        Slots of the memory, k; the paper's 4 for causal attention in translation, 32 elsewhere.
+        Slots of the memory, k; the paper takes 4 for causal attention in translation, 32 elsewhere.
     q_init_scale, kv_init_scale : float
-        The weights start with Xavier gains of their -1/2nd power; the paper's 8 and 8 in translation,
+        The initial weights have Xavier gain scale ** -0.5; the paper takes 8 and 8 in translation,
         32 and 1 in language modelling.
     dropout : float
-        Probability with which a head's weight of a slot is dropped in training.
+        Probability of dropping a head's weight of a slot in training.
     """
 
     slots: int = 4
@@ -357,9 +357,9 @@ class MemSizerConfig(AttentionConfig):
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
         hidden = heads * head_dim
-        if is_causal:  # the input, the sum and the count before each segment
+        if is_causal:  # the input; the sum and the count before each segment
             return batch * (seq * hidden + -(-seq // SEGMENT) * (self.slots * hidden + 1))
-        # Input and values; softmax, weights, keys before and behind their norm; two norms' two numbers.
+        # Input and values; softmax, weights, keys before and after their norm; two norms' mean and rstd.
         tokens = 2 * hidden + (heads + 3) * self.slots + 4
         return batch * (seq * tokens + 2 * self.slots * hidden + 1)  # the sum, the summary, n^(-1/2)
 

@@ -2,17 +2,17 @@
 
     Attention(Q, K, V) = softmax(Q K̃ᵀ s) · softmax(Q̃ K̃ᵀ s)⁺ · softmax(Q̃ Kᵀ s) V          (equation 13)
 
-Q̃ and K̃ are the landmarks, the means of m segments of queries and keys; s is the scale. The pseudo-inverse A⁺ is
-approached by the paper's iteration (equation 11, section 3.2), from Z₀ = Aᵀ / (‖A‖₁ ‖A‖∞)::
+Q̃ and K̃ are the landmarks, the means of m segments of queries and keys; s is the scale. The paper's iteration
+approximates the pseudo-inverse of A = softmax(Q̃ K̃ᵀ s) (equation 11, section 3.2), from Z₀ = Aᵀ / (‖A‖₁ ‖A‖∞)::
 
     Z ← ¼ Z (13 I − A Z (15 I − A Z (7 I − A Z)))
 
-Time and memory are linear in the sequence: the outer factors are exact attention to, and of, m landmarks. Backward
-makes the (m, m) part once more, so that nothing of the iterations is kept.
+Time and memory are linear in the sequence length: in the outer factors the queries attend to m landmarks, and m
+landmarks attend to the keys. Backward recomputes the (m, m) part, so that no tensor of the iterations is kept.
 
 Segments are cut by the real tokens of each sequence, so neither padding nor the rest of the batch changes anything;
-where the length is no multiple of m they differ by one token. With no more real tokens than landmarks attention is
-exact, as in the authors' code.
+their lengths differ by one token at most. With no more real tokens than landmarks attention is exact, as in the
+authors' code.
 
 Not implemented: the depth-wise convolution of the values that the authors' layer adds to the output. There is no
 causal form: landmarks hold later tokens.
@@ -46,7 +46,7 @@ def nystrom_attention(
     ----------
     landmarks : int [tokens]
     iterations : int
-        Steps towards the pseudo-inverse.
+        Iterations for the pseudo-inverse.
 
     Raises
     ------
@@ -81,7 +81,7 @@ def nystrom_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     solved = _Solve.apply(query_landmarks, key_landmarks, context, filled, iterations, factor)
     if filled is not None:
-        # With so few tokens a segment is one token or empty: attending to the segments is exact.
+        # With no more tokens than landmarks a segment is one token or empty: attention to the segments is exact.
         tokens = _landmarks(means, value).repeat_interleave(groups, dim=1)
         solved = torch.where((real_tokens <= landmarks)[:, None, None, None], tokens.to(solved.dtype), solved)
     return softmax_attention(query, key_landmarks.to(query.dtype), solved, key_padding_mask=filled, **exact)
@@ -96,7 +96,7 @@ def _check(landmarks: int, iterations: int) -> None:
 def _segments(
     key: torch.Tensor, landmarks: int, key_padding_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Say which tokens are in which segment, and how many are real.
+    """Assign the tokens to segments, and count the real tokens.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def _landmarks(means: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 class _Solve(torch.autograd.Function):
-    """softmax(Q̃ K̃ᵀ s)⁺ times what the landmarks gather, all (batch, heads, landmarks, head_dim); at least float32."""
+    """softmax(Q̃ K̃ᵀ s)⁺ times the landmarks' context, all (batch, heads, landmarks, head_dim); at least in float32."""
 
     @staticmethod
     def forward(ctx, query, key, context, filled, iterations, scale):
@@ -149,7 +149,7 @@ def _solve(query, key, context, filled, iterations, scale):
             # The lowest finite number, not -inf: a row without landmarks must not turn into NaN.
             scores = scores.masked_fill(~filled[:, None, None], torch.finfo(dtype).min)
         kernel = scores.softmax(-1)
-        # The norms of the paper's start, for each head: rows sum to 1, so only the columns' count.
+        # The norms of Z₀, for each head: rows sum to 1, so ‖A‖∞ = 1 and only ‖A‖₁, the largest column sum, is left.
         inverse = kernel.transpose(-1, -2) / kernel.sum(-2).amax(-1)[..., None, None]
         identity = torch.eye(kernel.shape[-1], dtype=dtype, device=kernel.device)
         for _ in range(iterations):
@@ -170,9 +170,9 @@ class NystromConfig(AttentionConfig):
     Parameters
     ----------
     landmarks : int [tokens]
-        Segments whose means stand for queries and keys; the paper's m.
+        Number of segments, whose means stand for queries and keys; the paper's m.
     iterations : int
-        Steps towards the pseudo-inverse.
+        Iterations for the pseudo-inverse.
     """
 
     landmarks: int = 64
@@ -192,11 +192,11 @@ class NystromConfig(AttentionConfig):
         return nystrom_attention(query, key, value, **asdict(self), **options)
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        tensors = 5 * batch * heads * seq * head_dim + batch * heads * seq  # as exact attention's
+        tensors = 5 * batch * heads * seq * head_dim + batch * heads * seq  # as in exact attention
         if seq <= self.landmarks:
             return tensors
-        # Landmarks of queries and keys, what they gather, that solved, each gathering one's log-sum-exp; the means.
+        # Landmarks of queries and keys, their context, ``solved``, a log-sum-exp for each landmark; the means.
         return tensors + batch * heads * self.landmarks * (4 * head_dim + 1) + self.landmarks * seq
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 3 * batch * heads * seq * head_dim  # every token's query too: one more token moves the segments
+        return 3 * batch * heads * seq * head_dim  # queries too: a new token moves the segments

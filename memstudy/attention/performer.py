@@ -5,16 +5,16 @@ With m random vectors w_i and q, k scaled by the square root of the softmax's sc
     φ(x)_i = exp(w_iᵀ x - |x|²/2) / √m,      E[φ(q)ᵀ φ(k)] = exp(qᵀ k)
     out_t  = φ(q_t)ᵀ Σ_s φ(k_s) v_sᵀ / φ(q_t)ᵀ Σ_s φ(k_s)
 
-s over all keys, or when causal over those up to t. The vectors are orthogonal in blocks of head_dim,
-with the norms of Gaussian ones; they are drawn once (not redrawn in training). The sums are one
-product, the values having a column of ones. In segments (see `scan`) memory beside the input is
-that of a segment and a state before each.
+with s over all keys, or over the keys up to t when causal. The random vectors are orthogonal in
+blocks of head_dim and have the norms of Gaussian vectors; they are drawn once. A column of ones in
+the values makes both sums one product. The sequence runs in segments (see `scan`): besides the input,
+memory holds one segment's features and the state before each segment.
 
-Features are float32 at least. A query's are divided by their largest, which cancels. A key's are
-left as they are, `w·k - |k|²/2 <= |w|²/2` being bounded: a shift by the largest of all keys would let
-later keys into earlier outputs. Keys so long that all their features underflow are not seen.
+Features are at least float32. A query's features are divided by their largest, which cancels. A key's features are
+not: their exponents are bounded (w·k - |k|²/2 <= |w|²/2), and a division by the largest of all keys would leak later
+keys into earlier outputs. A key so long that all its features underflow is not seen.
 
-Not implemented: features redrawn while training, other kernels than the softmax.
+Not implemented: redrawing the features in training, kernels other than the softmax.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from memstudy.attention.base import AttentionConfig, SelfAttention, check_inputs, check_padding
 from memstudy.attention.scan import scan
 
-# Tokens whose features are there at a time; a state of num_features x (head_dim + 1) a head is kept for each.
+# Tokens of a segment, whose features exist at once; each keeps a state of num_features x (head_dim + 1) per head.
 SEGMENT = 256
-# Tokens whose scores against each other are computed.
+# Tokens of a chunk, whose scores for each other are computed.
 CHUNK = 64
 
 
@@ -50,7 +50,7 @@ class PerformerFeatures(nn.Module):
         gaussian = torch.randn(blocks, head_dim, head_dim, dtype=torch.float64, generator=generator)
         norms = torch.randn(num_features, head_dim, dtype=torch.float64, generator=generator).norm(dim=1)
         directions, triangular = torch.linalg.qr(gaussian)
-        # Uniform among the orthogonal matrices only with the signs of the triangular factor's diagonal.
+        # QR gives uniformly random orthogonal matrices only with the signs of the triangular factor's diagonal.
         directions = directions * triangular.diagonal(dim1=1, dim2=2).sign()[:, None]
         rows = directions.transpose(1, 2).reshape(-1, head_dim)[:num_features]
         self.register_buffer("features", (rows * norms[:, None]).float())
@@ -105,7 +105,7 @@ def performer_attention(
 def _of_queries(query, features, scale: float, groups: int) -> torch.Tensor:
     """Features of queries (batch, seq, heads, head_dim): (batch, kv_heads, groups, seq, num_features).
 
-    Each query's are divided by their largest, and so need no factor exp(-|q|²/2).
+    A query's features are divided by their largest, which cancels the factor exp(-|q|²/2).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     logs = query.transpose(1, 2).to(dtype) @ (features.to(dtype).t() * scale**0.5)
@@ -133,7 +133,7 @@ def _quotient(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _no_keys(key: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor]:
-    """Give the state before all keys, (batch, kv_heads, num_features, head_dim + 1)."""
+    """Give the state before the first key, (batch, kv_heads, num_features, head_dim + 1)."""
     batch, _, kv_heads, head_dim = key.shape
     dtype = torch.promote_types(key.dtype, torch.float32)
     return (key.new_zeros(batch, kv_heads, features.shape[0], head_dim + 1, dtype=dtype),)
@@ -147,14 +147,14 @@ def _summarise(inputs, state, params, *, scale: float):
 
 
 def _read(inputs, state, params, *, scale: float):
-    """Attend a segment of queries to all that was summed up; a step of `scan`."""
+    """Attend from a segment of queries to all keys in the state; a step of `scan`."""
     (query,) = inputs
     phi = _of_queries(query, *params, scale, query.shape[2] // state[0].shape[1])
     return _quotient(phi @ state[0][:, :, None], query.dtype), state
 
 
 def _causal(inputs, state, params, *, scale: float):
-    """Attend a segment of queries to the keys up to each, in chunks; a step of `scan`."""
+    """Attend from a segment of queries to the keys up to each query, in chunks; a step of `scan`."""
     query, key, value, mask = inputs
     groups = query.shape[2] // key.shape[2]
     phi_query = _of_queries(query, *params, scale, groups)
@@ -197,7 +197,7 @@ def _layer_causal(inputs, state, params, *, num_heads: int, scale: float):
 
 
 class PerformerAttention(SelfAttention):
-    """Attention by random features with its projections, which backward computes once more."""
+    """Attention by random features with its projections, which backward recomputes."""
 
     def forward(self, hidden_states: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         check_padding(key_padding_mask, hidden_states.shape[:2])
@@ -224,9 +224,9 @@ class PerformerConfig(AttentionConfig):
     Parameters
     ----------
     features : int
-        Random vectors a head, m; more of them come closer to exact attention.
+        Random vectors per head, m; more are closer to exact attention.
     seed : int
-        Of the generator that draws them.
+        Seed of the generator that draws them.
     """
 
     features: int = 256
@@ -235,7 +235,7 @@ class PerformerConfig(AttentionConfig):
     name: ClassVar[str] = "performer"
     paper: ClassVar[str] = "Choromanski et al. 2021, arXiv:2009.14794"
     causal: ClassVar[tuple[bool, ...]] = (False, True)
-    # Its random vectors are drawn, not trained, but they are kept with the model.
+    # The random vectors are not trained, but they are stored with the model.
     parameter_free: ClassVar[bool] = False
     drops_weights: ClassVar[bool] = False
     cross: ClassVar[bool] = True
@@ -253,7 +253,7 @@ class PerformerConfig(AttentionConfig):
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
         state = self.state_elements(batch, heads, seq, head_dim)
-        # The input; the state before each segment; when not causal also that behind the last, which is read.
+        # The input; the state before each segment; when not causal also the state after the last, which is read.
         return batch * heads * seq * head_dim + (-(-seq // SEGMENT) + (not is_causal)) * state
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:

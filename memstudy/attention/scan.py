@@ -1,12 +1,12 @@
-"""Recurrences over the segments of a sequence that keep their input and little else.
+"""Recurrences over the segments of a sequence that keep little besides their input.
 
 A variant whose output depends on the past through a state of fixed size runs as::
 
     y_i, state_i = function(x_i, state_{i-1}, parameters)        for segments i = 1, 2, ...
 
-`scan` keeps the x and the state before each segment. Backward goes through the segments in reverse,
-computes each once more under autograd (checkpointing, segment by segment), and writes the gradients
-where they belong, so that scratch is that of one segment whatever the length.
+`scan` keeps x and the state before each segment. Backward goes through the segments in reverse,
+recomputes each under autograd (checkpointing, segment by segment) and writes its gradients into those
+of the whole sequence, so that scratch is one segment's whatever the length.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch.autograd.function import once_differentiable
 
-# Into how many groups a batch is cut at most, so that scratch is an eighth of the batch's and the
-# kernels don't get ever more numerous with it. Short sequences go together until they are a segment's tokens.
+# A group has batch // BATCH_GROUPS sequences: scratch is an eighth of the batch's, and larger batches don't call
+# ever more kernels. Short sequences are grouped until they have a segment's tokens.
 BATCH_GROUPS = 8
 
 Tensors = tuple[torch.Tensor | None, ...]
@@ -39,22 +39,22 @@ def scan(
     Parameters
     ----------
     function : callable
-        Takes a segment of each input, the state before it and the parameters. Must be a function of
-        these alone; any tensors in its closure get no gradient.
+        Takes a segment of each input, the state before it and the parameters. Must depend on
+        these alone; tensors in its closure get no gradient.
     inputs : tuple of torch.Tensor or None
-        (batch, seq, ...) each; an absent one (no padding) stays None.
+        (batch, seq, ...) each; None for an absent input (no padding mask).
     state : tuple of torch.Tensor
         (batch, ...) each, before the first segment.
     params : tuple of torch.Tensor
         The same for every segment and sequence.
     segment : int [tokens]
     random : bool
-        Whether the function draws random numbers, so that backward must draw the same.
+        Whether the function draws random numbers, which backward must draw again.
 
     Returns
     -------
     torch.Tensor or None, tuple of torch.Tensor
-        The output, (batch, seq, ...), None if the function gives none; the state behind the last segment.
+        The output, (batch, seq, ...), None if the function gives none; the state after the last segment.
     """
     tensors = (*inputs, *state, *params)
     sizes = (len(inputs), len(state), segment)
@@ -72,7 +72,7 @@ def _split(sizes: tuple[int, int, int], tensors: Tensors) -> tuple[Tensors, Tens
 
 
 def _plan(inputs: Tensors, segment: int) -> list[tuple[slice, slice]]:
-    """List sequences and tokens of each step: groups of the batch, in each the segments in order."""
+    """List the sequences and tokens of each step: for each group of the batch, its segments in order."""
     batch, seq = inputs[0].shape[:2]
     size = max(1, batch // BATCH_GROUPS, segment // seq)
     return [
@@ -106,7 +106,7 @@ def _run(function, sizes, tensors, keep=None) -> tuple[torch.Tensor | None, Tens
 
 
 class _Scan(torch.autograd.Function):
-    """The recurrence with its backward: the plan in reverse, each step computed once more."""
+    """The recurrence with its backward: the plan in reverse, each step recomputed."""
 
     @staticmethod
     def forward(ctx, function, sizes, random, *tensors):
@@ -119,7 +119,7 @@ class _Scan(torch.autograd.Function):
                 ctx.rng.append(rng_state(device))
 
         ctx.function, ctx.sizes = function, sizes
-        # What is cast without gradients must not be found in the cache by what needs them.
+        # No cache: parameters cast here without gradients must not be reused where gradients are needed.
         enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         ctx.autocast = {"device_type": device.type, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
         with torch.autocast(**ctx.autocast):
@@ -133,14 +133,14 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output, *grad_last):
         needed = ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors  # once: under checkpointing each can be unpacked once only
+        saved = ctx.saved_tensors  # read once: checkpointing lets each be unpacked only once
         tensors, states = saved[: len(needed)], saved[len(needed) :]
         inputs, first, params = _split(ctx.sizes, tensors)
         grads = [None] * len(tensors)
         for at, (tensor, need) in enumerate(zip(tensors, needed, strict=True)):
             if need and at < len(inputs) + len(first):
                 grads[at] = torch.empty_like(tensor)
-            elif need:  # in float32 at least: half precision would round every step into the sum
+            elif need:  # at least in float32: half precision would round the sum at every step
                 grads[at] = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
         plan = _plan(inputs, ctx.sizes[2])
         grad_state = None
@@ -169,7 +169,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _step_backward(ctx, parts, need, rng, grad_piece, grad_state) -> list[torch.Tensor | None]:
-    """Compute one step again under autograd; give the gradient of each part that needs one."""
+    """Recompute one step under autograd; return the gradient of each part that needs one."""
     leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(parts, need, strict=True)]
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -194,7 +194,7 @@ def rng_state(device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def drawing_again(device: torch.device, state: torch.Tensor) -> Iterator[None]:
-    """Draw as behind ``state``, then as before."""
+    """Draw from the generator's ``state`` inside the context; restore the generator afterwards."""
     set_state = torch.set_rng_state
     if device.type != "cpu":
         set_state = partial(torch.get_device_module(device).set_rng_state, device=device)

@@ -1,4 +1,4 @@
-"""From a variant's settings, as JSON has them, to its config: the one place."""
+"""Make a variant's config from its settings as plain JSON values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from memstudy.attention import ATTENTION, AttentionConfig
 
 
 def mixer_of(attention: dict[str, bool | str | int | float]) -> AttentionConfig:
-    """The attention variant that ``attention`` names and sets, as its config."""
+    """Config of the variant ``attention["variant"]`` with the other items as settings; ValueError for unknown ones."""
     settings = dict(attention)
     variant = settings.pop("variant", None)
     if variant not in ATTENTION:
@@ -21,7 +21,7 @@ def mixer_of(attention: dict[str, bool | str | int | float]) -> AttentionConfig:
 
 
 def check_window(mixer: AttentionConfig, seq_len: int) -> None:
-    """Raise ValueError where a window is longer than the sequence."""
+    """Raise ValueError if a window is longer than the sequence."""
     window = getattr(mixer, "window", 0)
     if window > seq_len:
         raise ValueError(f"window={window} is larger than seq_len={seq_len}")

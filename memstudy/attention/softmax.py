@@ -7,14 +7,14 @@ Three implementations of the same equation:
 eager
     matmul, softmax, matmul; keeps the (seq, seq) weights of every head for the backward pass.
 sdpa
-    PyTorch's fused kernels. Without padding no mask is made, so the flash kernel is chosen (Dao et
-    al. 2022, arXiv:2205.14135), which keeps the output and a log-sum-exp a query instead of the
-    weights. On CPU it is chosen with padding too; with dropout PyTorch takes its unfused kernel.
+    PyTorch's fused kernels. Without padding no mask is made, so PyTorch chooses the flash kernel (Dao
+    et al. 2022, arXiv:2205.14135), which keeps the output and a log-sum-exp per query instead of the
+    weights. On CPU PyTorch chooses it with padding too, but its unfused kernel with dropout.
 flash_attention_2
     The flash_attn package on CUDA (Dao 2023, arXiv:2307.08691), fp16 and bf16, without padding.
 
-The layer can besides keep its input and what the heads give only, and project queries, keys and values
-again in backward.
+With ``recompute`` the layer keeps only its input, the heads' outputs and the log-sum-exps, and projects
+queries, keys and values again in backward.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def softmax_attention(
     plain_causal = is_causal and plain and query.shape[2] == key.shape[2]
     mask = None if plain_causal else _visible(query, key, is_causal, key_padding_mask)
     if score_bias is not None:
-        # One mask holds both; a row that sees no key gives zeros, as with booleans.
+        # One mask holds both; a query that sees no key gives zeros, as with a boolean mask.
         mask = score_bias if mask is None else torch.where(mask, score_bias, -torch.inf)
     return F.scaled_dot_product_attention(
         query,
@@ -99,12 +99,12 @@ def _visible(
     is_causal: bool,
     key_padding_mask: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Say which keys a query sees; None for all.
+    """Mask of the keys that each query sees; None for all.
 
     Returns
     -------
     torch.Tensor or None
-        bool, broadcast to (batch, heads, query_len, key_len).
+        bool, broadcasts to (batch, heads, query_len, key_len).
     """
     visible = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
     query_len, key_len = query.shape[2], key.shape[2]
@@ -186,7 +186,7 @@ def flash_attention_2(
 
 
 class _Fused:
-    """PyTorch's fused kernels, forward and backward apart; a `memstudy.attention.heads.Kernel`."""
+    """PyTorch's fused kernels, with separate calls for forward and backward; a `memstudy.attention.heads.Kernel`."""
 
     def __init__(self, is_causal: bool, key_padding_mask: torch.Tensor | None) -> None:
         self.is_causal = is_causal
@@ -236,7 +236,7 @@ class SoftmaxAttention(SelfAttention):
             (self.q_proj, self.k_proj, self.v_proj),
             self.o_proj,
             heads=self.num_heads,
-            # Two: the CPU's kernel gives each thread a head.
+            # Two: the CPU's kernel gives each thread its own head.
             at_once=2 if self.num_heads % 2 == 0 else 1,
         )
 
@@ -248,9 +248,9 @@ class SoftmaxConfig(AttentionConfig):
     Parameters
     ----------
     implementation : {"sdpa", "eager", "flash_attention_2"}
-        How the same equation is computed.
+        How the equation is computed.
     recompute : bool
-        Whether the layer projects again in backward, a pair of heads at a time; with "sdpa".
+        Whether the layer projects again in backward, two heads at a time; needs "sdpa".
     """
 
     implementation: str = "sdpa"
@@ -279,9 +279,9 @@ class SoftmaxConfig(AttentionConfig):
         return softmax_attention(query, key, value, implementation=self.implementation, **options)
 
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
-        # Input and what the heads give; query, key and value.
+        # Input and heads' outputs; without recompute also query, key and value.
         tensors = (2 if self.recompute else 5) * batch * heads * seq * head_dim
-        if self.implementation == "eager":  # the weights; a causal mask of booleans
+        if self.implementation == "eager":  # the weights; a boolean causal mask
             return tensors + (batch * heads + (is_causal and seq > 1)) * seq**2
         return tensors + batch * heads * seq  # a log-sum-exp for each query
 

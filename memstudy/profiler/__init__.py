@@ -1,11 +1,11 @@
-"""Training memory: measured, predicted for a GPU that is not there, and the largest batch that fits.
+"""Training memory: measured, predicted for an absent GPU, and the largest batch that fits.
 
-It knows nothing else of memstudy, and stands alone.
+This package imports nothing else from memstudy.
 """
 
 import importlib
 
-# Name: its module. Imported when asked for, since the catalogue of GPUs needs no PyTorch.
+# Name: its module, imported on first access, since the catalogue of GPUs needs no PyTorch.
 _PLACES = {
     "CATEGORIES": "events",
     "MIB": "events",

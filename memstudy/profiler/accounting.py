@@ -1,4 +1,4 @@
-"""From a stream of memory events to a report: the one place where categories and phases are decided.
+"""Turns a stream of memory events into a report: the only place where categories and phases are decided.
 
 Categories of a block of memory:
 
@@ -8,7 +8,7 @@ Categories of a block of memory:
 - ``activations``: allocated in a forward pass and still alive when its backward pass begins
 - ``temporary``: any other block allocated and freed within one step (recomputed activations, gradients of activations,
   scratch)
-- ``other``: the rest: inputs, buffers, what outlives the step
+- ``other``: the rest: inputs, buffers, blocks that outlive the step
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class _Block:
 
 
 def account(events: Iterable[Event], *, device: str, kind: str, **others) -> MemoryReport:
-    """Replay ``events`` and report.
+    """Replay ``events`` into a report.
 
     Parameters
     ----------
     events : iterable of Event
-        In order. A ``free`` of a block that was never allocated is of memory from before: ignored. An ``alloc`` of one
-        that is in use says that it has been freed by another thread, such as a communication library's.
+        In order of time. A ``free`` of an unknown block is ignored: the block is older than the recording. An ``alloc``
+        of a block in use means that another thread, such as a communication library's, has freed the block.
     device, kind, others
         Passed on to :class:`MemoryReport`.
 
     Raises
     ------
     ValueError
-        When there is no iteration among the events.
+        When ``events`` has no iteration.
     """
     events = list(events)
     blocks = _categorise(events)
@@ -74,7 +74,7 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
                 release(event.block)
             block = alive[event.block] = blocks[index]
             live[block.category] += block.bytes
-            workspaces += block.bytes if block.module == WORKSPACE else 0  # which is kept for good
+            workspaces += block.bytes if block.module == WORKSPACE else 0  # never freed
         elif event.kind == "free" and event.block in alive:
             release(event.block)
         else:
@@ -104,7 +104,7 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
 
 
 def _categorise(events: list[Event]) -> dict[int, _Block]:
-    """The block of each ``alloc`` event, by the event's index, with its category decided."""
+    """The block of each ``alloc`` event, with its category, by the event's index."""
     made: dict[int, _Block] = {}
     alive: dict[int, _Block] = {}
     iteration, phase = 0, "build"

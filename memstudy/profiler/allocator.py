@@ -1,10 +1,10 @@
-"""PyTorch's CUDA caching allocator, replayed: what a stream of requests takes from the device.
+"""Replay of PyTorch's CUDA caching allocator: the memory that a stream of requests takes from the device.
 
-The allocator asks the device for *segments*, cuts *blocks* from them and keeps what is freed
-(c10/cuda/CUDACachingAllocator.cpp, torch 2.13; no garbage collection, default settings or ``expandable_segments``); a
-segment's blocks serve one stream alone. ``max_memory_allocated`` counts blocks, which are rounded up and whose tail is
-sometimes not worth cutting off, and ``max_memory_reserved`` counts segments; both therefore come out of this replay and
-not out of the requested bytes.
+The allocator asks the device for *segments*, cuts *blocks* from segments and keeps freed blocks
+(c10/cuda/CUDACachingAllocator.cpp, torch 2.13; no garbage collection, default settings or ``expandable_segments``). A
+segment serves only one stream. ``max_memory_allocated`` counts blocks, whose sizes are rounded up and may include a
+tail too small to cut off; ``max_memory_reserved`` counts segments. Requested bytes alone determine neither, hence
+the replay.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ROUND = 512  # kMinBlockSize: every block is a multiple
 SMALL = 1 * MIB  # kSmallSize: requests up to this come from small segments
 SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 LARGE_SEGMENT = 20 * MIB  # large_segment_size: the segment for requests below LARGE
-LARGE = 10 * MIB  # kMinLargeAlloc: requests from here get a segment of their own size,
-ROUND_LARGE = 2 * MIB  # kRoundLarge: rounded up to this
-ENDLESS = 2**40  # granules
+LARGE = 10 * MIB  # kMinLargeAlloc: requests of at least this get a segment of their own,
+ROUND_LARGE = 2 * MIB  # kRoundLarge: rounded up to a multiple of this
+ENDLESS = 2**40  # granules of an expandable segment's addresses
 
 
 @dataclass(eq=False)
@@ -29,7 +29,7 @@ class _Block:
     size: int
     address: int
     pool: _Pool
-    mapped: bool = True  # False: addresses of an expandable segment that have no memory yet, or no longer
+    mapped: bool = True  # False: addresses of an expandable segment without memory behind them
     free: bool = True
     before: _Block | None = None
     after: _Block | None = None
@@ -45,7 +45,7 @@ class _Block:
 
 @dataclass(eq=False)
 class _Pool:
-    """The free blocks of one kind, smallest first, then lowest address: the allocator's best fit."""
+    """Free small or large blocks of one stream, smallest first, then lowest address, for the allocator's best fit."""
 
     small: bool
     keys: list[tuple[int, int]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class _Pool:
 
     @property
     def granule(self) -> int:
-        """What an expandable segment is mapped and unmapped by."""
+        """The unit in which an expandable segment is mapped and unmapped [bytes]."""
         return SMALL_SEGMENT if self.small else LARGE_SEGMENT
 
     def add(self, block: _Block) -> None:
@@ -76,7 +76,7 @@ class _Pool:
         if index == len(self.keys):
             return None
         best = self.blocks[self.keys[index]]
-        # get_free_block: a block that can be expanded counts as large as it can become.
+        # get_free_block: an expandable block counts with the size that it can grow to.
         for following in range(index + 1, len(self.keys)):
             larger = self.blocks[self.keys[following]]
             if larger.expandable_size >= best.expandable_size:
@@ -91,16 +91,16 @@ class CachingAllocator:
     Parameters
     ----------
     capacity : int, optional
-        What the device has for segments. A request that does not fit first gives back every wholly free segment; when
-        it still does not fit it is granted all the same, and ``first_refusal`` says which it was.
+        Device memory for segments. When a request does not fit, every wholly free segment is given back. A request that
+        still does not fit is granted nevertheless, and ``first_refusal`` holds the first one's size.
     expandable_segments : bool
-        As with ``PYTORCH_ALLOC_CONF=expandable_segments:True``: one segment a stream and pool, of which memory is
-        mapped where it is needed. Its addresses have no end here; PyTorch sets aside 1 1/8 of the device's memory.
+        As with ``PYTORCH_ALLOC_CONF=expandable_segments:True``: one segment per stream and pool, with memory mapped
+        where needed. Its addresses have no end here; PyTorch reserves addresses for 1 1/8 of the device's memory.
 
     Attributes
     ----------
     allocated, reserved : int
-        Bytes in blocks in use, and in segments, now.
+        Bytes currently in used blocks, and in segments.
     peak_allocated, peak_reserved : int
         Their highest values.
     first_refusal : int or None
@@ -115,7 +115,7 @@ class CachingAllocator:
         self._next_address = 0
 
     def malloc(self, size: int, stream: int = 0) -> _Block:
-        """Give a block of at least ``size`` > 0 bytes, whose ``size`` says how many it has, for use on ``stream``."""
+        """Return a block of at least ``size`` > 0 bytes for ``stream``; ``block.size`` is its actual size."""
         size = -(-size // ROUND) * ROUND
         pool = self._pool(stream, small=size <= SMALL)
         block = pool.best_fit(size)
@@ -123,7 +123,7 @@ class CachingAllocator:
             block = self._map(pool, size) if self._expandable else self._segment(pool, size)
         pool.remove(block)
         rest = block.size - size
-        # should_split: of a large segment a tail of up to 1 MiB stays with the block.
+        # should_split: in a large segment, a tail of up to 1 MiB stays with the block.
         if rest >= ROUND if pool.small or self._expandable else rest > SMALL:
             self._split(block, size)
         block.free = False
@@ -169,7 +169,7 @@ class CachingAllocator:
         return block
 
     def _map(self, pool: _Pool, size: int) -> _Block:
-        """Make the first stretch of free blocks and unmapped addresses that has room one block."""
+        """Turn the first stretch of free blocks and unmapped addresses with room for ``size`` bytes into one block."""
         self._reserve(lambda: sum(missing for _, missing in self._stretch(pool, size)), size)
         for block, missing in self._stretch(pool, size):
             if not missing:
@@ -178,11 +178,11 @@ class CachingAllocator:
             if missing < block.size:
                 self._split(block, missing)
             block.mapped = True
-            grown = self._settle(block)  # with the stretch so far, and with what is free behind it
+            grown = self._settle(block)  # merges with the stretch so far and with a free block behind it
         return grown
 
     def _stretch(self, pool: _Pool, size: int) -> list[tuple[_Block, int]]:
-        """The blocks of that stretch, each with how many of its bytes are to be mapped (find_expandable_block)."""
+        """The blocks of the first stretch with room, each with its number of bytes to map (find_expandable_block)."""
         for hole in pool.unmapped:
             block = hole.before if hole.before is not None and hole.before.free else hole
             stretch, room = [], 0
@@ -196,7 +196,7 @@ class CachingAllocator:
         raise AssertionError("the last addresses have no end")
 
     def _unmap(self, block: _Block) -> None:
-        """Give back the whole granules within a free block, also from the middle of a segment."""
+        """Give back the whole granules within a free block, even in the middle of a segment."""
         pool = block.pool
         start = -(-block.address // pool.granule) * pool.granule
         end = (block.address + block.size) // pool.granule * pool.granule
@@ -214,7 +214,7 @@ class CachingAllocator:
         self._settle(block)
 
     def _reserve(self, needed: Callable[[], int], size: int) -> None:
-        """Take what ``needed()`` says from the device; asked again when cached memory has been given back."""
+        """Take ``needed()`` bytes from the device; ``needed`` is called again after the cache has been emptied."""
         if self._capacity is not None and self.reserved + needed() > self._capacity:
             self.empty_cache()
             if self.reserved + needed() > self._capacity and self.first_refusal is None:
@@ -223,7 +223,7 @@ class CachingAllocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _split(self, block: _Block, size: int) -> _Block:
-        """Cut ``block`` after ``size`` bytes; gives what is cut off, which is free."""
+        """Cut ``block`` after ``size`` bytes and return the rest, a free block."""
         rest = _Block(
             block.size - size, block.address + size, block.pool, block.mapped, before=block, after=block.after
         )
@@ -234,7 +234,7 @@ class CachingAllocator:
         return rest
 
     def _settle(self, block: _Block) -> _Block:
-        """Merge a block that became free, or was mapped or unmapped, with its like on both sides."""
+        """Merge a newly freed, mapped or unmapped block with its free neighbours of equal ``mapped``."""
         before, after, pool = block.before, block.after, block.pool
         if before is not None and before.free and before.mapped == block.mapped:
             pool.remove(before)
@@ -255,9 +255,9 @@ class CachingAllocator:
 
 @dataclass(frozen=True)
 class Replay:
-    """What :func:`replay` found; sizes in bytes.
+    """Result of :func:`replay`; sizes in bytes.
 
-    ``events`` are those given, each ``alloc`` with the size of its block; ``peak_reserved`` is the most in segments.
+    ``events`` are the replayed events, each ``alloc`` with its block's size; ``peak_reserved`` is the peak in segments.
     """
 
     events: list[Event]
@@ -266,13 +266,13 @@ class Replay:
 
 
 def replay(events: Iterable[Event], *, capacity: int | None = None, expandable_segments: bool = False) -> Replay:
-    """Run ``events`` through a :class:`CachingAllocator`; its parameters are those of the same names."""
+    """Run ``events`` through a :class:`CachingAllocator` with the given parameters."""
     allocator = CachingAllocator(capacity=capacity, expandable_segments=expandable_segments)
     blocks: dict[int, _Block] = {}
     seen: list[Event] = []
     phase, iteration, out_of_memory = "build", 0, None
     for event in events:
-        if event.kind == "alloc" and event.bytes:  # nothing is asked for a tensor without elements
+        if event.kind == "alloc" and event.bytes:  # a tensor without elements requests no memory
             block = blocks[event.block] = allocator.malloc(event.bytes, event.stream)
             if allocator.first_refusal is not None and out_of_memory is None:
                 out_of_memory = OutOfMemory(allocator.first_refusal, phase, iteration, event.label)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """What the search found.
+    """Result of :func:`largest_batch`.
 
     Attributes
     ----------
     batch_size : int
         The largest batch that was run within the budget; 0 when a batch of 1 does not fit.
     peak_mib : float or None
-        Its measured peak [MiB]; None for batch 0.
+        Measured peak of ``batch_size`` [MiB]; None for 0.
     headroom_percent : float or None
-        What it leaves of the budget.
+        Share of the budget that ``batch_size`` leaves free; None for 0.
     refused_at : int or None
         The smallest batch that was run and did not fit; None when ``limit`` was reached first.
     tested : tuple of int
@@ -34,18 +34,18 @@ class LargestBatch:
 def largest_batch(
     trial: Callable[[int], float | None], *, budget_mib: float, start: int = 1, limit: int = 4096
 ) -> LargestBatch:
-    """Search by doubling steps away from ``start``, then by bisection.
+    """Find the largest batch within ``budget_mib``: doubling steps away from ``start``, then bisection.
 
     Parameters
     ----------
     trial : callable
-        Runs a batch of the given size in a fresh process; its measured peak [MiB], or None when it did not fit.
+        Runs a batch of the given size in a fresh process and returns its peak [MiB], or None if it did not fit.
     budget_mib : float
         The budget [MiB], above 0.
     start : int
-        Where to begin; a predicted size saves trials, and 1 is always right.
+        First size to try: a predicted size saves trials, 1 always works.
     limit : int
-        No batch beyond this is tried.
+        Largest size to try.
 
     Raises
     ------

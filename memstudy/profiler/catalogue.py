@@ -1,4 +1,4 @@
-"""The GPUs that a prediction can be made for: ``gpus.yaml``, one entry a card, each figure with its source."""
+"""The GPUs to predict for: ``gpus.yaml``, one entry per card, each figure with its source."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Gpu(BaseModel):
     Attributes
     ----------
     name : str
-        As in the catalogue.
+        Key in the catalogue, or name of the YAML file.
     compute_capability : tuple of int
-        Major and minor; decides which kernels there are.
+        Major and minor version; decides which kernels are available.
     memory_mib : float
         All memory that CUDA reports (``torch.cuda.get_device_properties().total_memory``).
     context_mib : float
-        What a process takes besides the caching allocator's segments: CUDA's context and loaded kernels.
+        A process's memory outside the caching allocator's segments: CUDA's context and loaded kernels.
     memory_source, context_source : str
         Where the two figures come from.
     """
@@ -59,12 +59,12 @@ class Gpu(BaseModel):
 
     @property
     def capacity_bytes(self) -> int:
-        """What is left for the caching allocator's segments [bytes]."""
+        """Memory left for the caching allocator's segments [bytes]."""
         return int((self.memory_mib - self.context_mib) * MIB)
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name in the catalogue, or the one that a YAML file of that path describes.
+    """The GPU called ``name`` in the catalogue, or described by the YAML file at path ``name``.
 
     Raises
     ------
@@ -77,8 +77,8 @@ def find_gpu(name: str) -> Gpu:
             given = yaml.safe_load(Path(name).read_bytes())
         except OSError as error:
             raise ValueError(f"{where}: {error.strerror}; known GPUs: {', '.join(gpus())}") from None
-        except Exception as error:  # PyYAML lets errors of any kind out: KeyError for '!!bool x', RecursionError, ...
-            raise ValueError(f"{where}: no YAML: {' '.join(str(error).split())}; needed is {EXAMPLE}") from None
+        except Exception as error:  # PyYAML raises errors of any kind: KeyError for '!!bool x', RecursionError, ...
+            raise ValueError(f"{where}: YAML error: {' '.join(str(error).split())}; expected e.g. {EXAMPLE}") from None
         return _parse(Path(name).stem, given, where=where)
     known = gpus()
     if name not in known:
@@ -93,7 +93,7 @@ def gpus() -> dict[str, Gpu]:
 
 def _parse(name: str, given: object, *, where: str) -> Gpu:
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: {reprlib.repr(given)} is no mapping; needed is {EXAMPLE}")
+        raise ValueError(f"{where}: {reprlib.repr(given)} is not a mapping; expected e.g. {EXAMPLE}")
     try:
         return Gpu.model_validate({"name": name} | given)
     except ValidationError as error:
@@ -105,4 +105,4 @@ def _parse(name: str, given: object, *, where: str) -> Gpu:
         wrong = f"unknown key {field}; known: {', '.join(Gpu.model_fields)}"
     else:
         wrong = f"{field}={reprlib.repr(first['input'])}: {first['msg']}"
-    raise ValueError(f"{where}: {wrong}; needed is {EXAMPLE}")
+    raise ValueError(f"{where}: {wrong}; expected e.g. {EXAMPLE}")

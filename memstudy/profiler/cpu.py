@@ -1,8 +1,8 @@
-"""What the CPU's kernels allocate inside themselves: no dispatch mode sees it, so it is said by arithmetic.
+"""Memory that CPU kernels allocate internally: no dispatch mode sees it, so rules compute it.
 
-Each rule follows PyTorch 2.13's source, whose file stands beside it (below ``aten/src/ATen``); shapes and types are
-all it asks for, and the number of threads where each thread has a buffer of its own. What oneDNN takes for its
-products in bfloat16 and its convolutions depends on the processor, and is not said here.
+Each rule follows PyTorch 2.13's source and names the file (below ``aten/src/ATen``). A rule needs only shapes and
+types, and the number of threads where each thread has its own buffer. oneDNN's buffers for bfloat16 products and
+convolutions depend on the processor and are not counted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from memstudy.profiler.internals import OpOverload, _current_autograd_node, _get_current_graph_task_keep_graph
+
 _ATEN = torch.ops.aten
 _COMPARISONS = (_ATEN.eq, _ATEN.ne, _ATEN.lt, _ATEN.le, _ATEN.gt, _ATEN.ge)
 _BINARY = {
@@ -21,21 +23,21 @@ _BINARY = {
     *(_ATEN.add_, _ATEN.sub_, _ATEN.mul_, _ATEN.div_),
 }
 _QUOTIENTS = (_ATEN.div, _ATEN.div_)
-# Their second operand is saved for backward (tools/autograd/derivatives.yaml).
+# Ops whose second operand is saved for backward (tools/autograd/derivatives.yaml).
 _SAVING = {_ATEN.mul, _ATEN.div, _ATEN.mul_, _ATEN.div_}
 
 
 class BelowDispatch:
-    """Follows the ops of a step, and tells by ``tell`` what their kernels allocate and release unseen."""
+    """Follows the ops of a step and reports through ``tell`` the internal allocations of their kernels."""
 
     def __init__(self, tell: Callable[..., None]):
         self._tell = tell
         self._blocks = itertools.count(-1, -1)  # no storage's key is negative
         self._saved: tuple[int, weakref.ref] | None = None
 
-    def before(self, func: torch._ops.OpOverload) -> None:
-        """``func`` is called: the op before it has its node in autograd's graph by now."""
-        if self._saved is None or func.namespace == "prim":  # asked for the result's device before it has its node
+    def before(self, func: OpOverload) -> None:
+        """To be called before ``func``: the previous op has its node in autograd's graph by now."""
+        if self._saved is None or func.namespace == "prim":  # prim.device is called before the result has its node
             return
         (block, result), self._saved = self._saved, None
         node = None if result() is None else result().grad_fn
@@ -44,8 +46,8 @@ class BelowDispatch:
         else:
             self._free_with(node, block)
 
-    def after(self, func: torch._ops.OpOverload, args: Sequence, result: object) -> None:
-        """``func`` has returned, and its results have been told."""
+    def after(self, func: OpOverload, args: Sequence, result: object) -> None:
+        """To be called after ``func`` has returned and its results have been recorded."""
         inside, made = scratch(func, args, result), number(func, args)
         if made:
             block = next(self._blocks)
@@ -59,10 +61,10 @@ class BelowDispatch:
             self._tell("free", block=block)
 
     def _free_with(self, node: torch.autograd.graph.Node, block: int) -> None:
-        """Tell the release when ``node`` has been executed, or is dropped with its graph."""
+        """Tell the release of ``block`` once ``node`` has been executed or dropped with its graph."""
 
         def executed(*gradients):
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not _get_current_graph_task_keep_graph():
                 released()
 
         released = weakref.finalize(executed, self._tell, "free", block=block)
@@ -70,16 +72,16 @@ class BelowDispatch:
         node.register_hook(executed)
 
 
-def corrected(func: torch._ops.OpOverload, args: Sequence, result: object) -> object:
-    """What the kernel of ``func`` gives, where its fake one gives something else."""
+def corrected(func: OpOverload, args: Sequence, result: object) -> object:
+    """The result of ``func`` as its real kernel gives it, where the fake kernel differs."""
     if func is _ATEN.native_layer_norm.default and args[2] is not None and args[2].dtype != args[0].dtype:
         # Mean and 1 / deviation are in the weight's type (native/cpu/mixed_data_type.h, ``param_scalar_type``).
         return result[0], *(statistic.to(args[2].dtype) for statistic in result[1:])
     return result
 
 
-def scratch(func: torch._ops.OpOverload, args: Sequence, result: object) -> int:
-    """Bytes that the kernel of ``func`` holds besides its results, at most, and gives back before it returns."""
+def scratch(func: OpOverload, args: Sequence, result: object) -> int:
+    """Most bytes that the kernel of ``func`` holds besides its results; freed before the kernel returns."""
     packet = func.overloadpacket
     if packet in _BINARY:
         return _casts(packet, args, result)
@@ -88,30 +90,30 @@ def scratch(func: torch._ops.OpOverload, args: Sequence, result: object) -> int:
     return copied + (rule(args, result) if rule else 0)
 
 
-def number(func: torch._ops.OpOverload, args: Sequence) -> int:
-    """Bytes of the 0-dim tensors that are made of Python numbers for the length of ``func``.
+def number(func: OpOverload, args: Sequence) -> int:
+    """Bytes of the 0-dim tensors made of the Python numbers among ``args`` for the duration of ``func``.
 
-    The number stands where the kernel wants a tensor (torch/csrc/utils/python_arg_parser.cpp; native/BinaryOps.cpp,
-    ``wrapped_scalar_tensor``), and has 64 bits. In autograd's own formulas it is the one that was saved.
+    A number becomes a 64-bit tensor where the kernel expects a tensor (torch/csrc/utils/python_arg_parser.cpp;
+    native/BinaryOps.cpp, ``wrapped_scalar_tensor``). Autograd's own formulas use the saved tensor instead.
     """
     numbers = [arg for arg in args[:2] if isinstance(arg, (bool, int, float))]
     if func.overloadpacket not in _BINARY or not numbers:
         return 0
-    node = None if torch.is_grad_enabled() else torch._C._current_autograd_node()
+    node = None if torch.is_grad_enabled() else _current_autograd_node()
     if func._overloadname == "Tensor" and node is not None and node.name() in ("MulBackward0", "DivBackward0"):
         return 0
     return sum(1 if isinstance(given, bool) else 8 for given in numbers)
 
 
-def saves_number(func: torch._ops.OpOverload, args: Sequence) -> bool:
-    """Whether autograd keeps the tensor made of :func:`number` until the backward of ``func``."""
+def saves_number(func: OpOverload, args: Sequence) -> bool:
+    """Whether autograd keeps the tensor counted by :func:`number` until the backward of ``func``."""
     if func.overloadpacket not in _SAVING or func._overloadname == "Scalar":
         return False
     return torch.is_grad_enabled() and isinstance(args[0], torch.Tensor) and args[0].requires_grad
 
 
 def _casts(packet, args: Sequence, result: torch.Tensor) -> int:
-    """Operands are first copied in their common type, an output of another type later (TensorIterator.cpp)."""
+    """Copies to the common type: operands, and an in-place output, of another type (TensorIterator.cpp)."""
     left, right = args[:2]
     common = torch.result_type(left, right)
     if packet in _QUOTIENTS and not (common.is_floating_point or common.is_complex):
@@ -123,7 +125,7 @@ def _casts(packet, args: Sequence, result: torch.Tensor) -> int:
 
 
 def _copy(tensor: torch.Tensor) -> int:
-    """Bytes of the contiguous copy of what is not contiguous."""
+    """Bytes of a contiguous copy of ``tensor``; 0 when ``tensor`` is contiguous."""
     return 0 if tensor.is_contiguous() else tensor.numel() * tensor.dtype.itemsize
 
 
@@ -138,7 +140,7 @@ def _dtype(operand: torch.Tensor | float) -> torch.dtype:
 
 
 def _foreach(args: Sequence, result: object) -> int:
-    """One tensor after the other, each with a number (native/ForeachOpsKernels.cpp, the slow path)."""
+    """The slow path: one tensor at a time, each with a number (native/ForeachOpsKernels.cpp)."""
     tensors, operand = args[:2]
     if not isinstance(operand, (bool, int, float)):
         return 0
@@ -146,17 +148,17 @@ def _foreach(args: Sequence, result: object) -> int:
 
 
 def _sum(args: Sequence, result: torch.Tensor) -> int:
-    """The input is copied in the output's type (native/ReduceOpsUtils.h, ``make_reduction``)."""
+    """A copy of the input in the output's type (native/ReduceOpsUtils.h, ``make_reduction``)."""
     return args[0].numel() * result.dtype.itemsize if args[0].dtype != result.dtype else 0
 
 
 def _mean(args: Sequence, result: torch.Tensor) -> int:
-    """A sum, then a division by an integer in place (native/ReduceOps.cpp)."""
+    """A sum, then an in-place division by an integer (native/ReduceOps.cpp)."""
     return max(_sum(args, result), 8 + result.dtype.itemsize)
 
 
 def _safe_softmax(args: Sequence, result: torch.Tensor) -> int:
-    """Where it is -inf, in which rows everywhere, and a zero (native/transformers/attention.cpp)."""
+    """Masks of the -inf elements and of the rows of only -inf, and a zero (native/transformers/attention.cpp)."""
     masked = result.numel()
     return masked + masked // result.shape[args[1]] + result.dtype.itemsize if masked else 0
 
@@ -180,14 +182,14 @@ def _layer_norm_backward(args: Sequence, result: Sequence[torch.Tensor]) -> int:
 
 
 def _flash_sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
-    """Queries and keys in a block, and bytes of a number in a sum (native/cpu/FlashAttentionKernel.cpp)."""
+    """Queries and keys per block, and bytes per accumulated number (native/cpu/FlashAttentionKernel.cpp)."""
     queries, keys = query.shape[-2], key.shape[-2]
     rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
     return min(rows, queries), min(512, keys), max(query.dtype.itemsize, torch.float32.itemsize)
 
 
 def _flash_forward(args: Sequence, result: object) -> int:
-    """Each thread's scores, row maxima, row sums and output, and the scores in the input's narrower type."""
+    """Each thread's scores, row maxima, row sums and output, and a copy of the scores in a narrower input type."""
     query, key = args[:2]
     rows, columns, wide = _flash_sizes(query, key)
     narrow = query.dtype.itemsize if query.dtype.itemsize < wide else 0
@@ -196,9 +198,9 @@ def _flash_forward(args: Sequence, result: object) -> int:
 
 
 def _flash_backward(args: Sequence, result: object) -> int:
-    """Each thread's scores and their gradients, in both types, and one sum a row; heads go behind queries.
+    """Each thread's scores and score gradients in both types, one thread's row sums, and the transposed gradient.
 
-    Each thread has such sums, but in the other threads the profiler, and so `measure`, sees no allocation.
+    Every thread has row sums, but the profiler, and so `measure`, sees no allocation in the other threads.
     """
     gradient, query, key = args[:3]
     rows, columns, wide = _flash_sizes(query, key)
@@ -207,7 +209,7 @@ def _flash_backward(args: Sequence, result: object) -> int:
     return _copy(gradient.transpose(1, 2)) + torch.get_num_threads() * block + wide * rows
 
 
-# Which arguments are first made contiguous (native/SoftMax.cpp, native/layer_norm.cpp, native/Embedding.cpp).
+# Positions of arguments first made contiguous (native/SoftMax.cpp, native/layer_norm.cpp, native/Embedding.cpp).
 _CONTIGUOUS = {
     _ATEN._softmax: (0,),
     _ATEN._log_softmax: (0,),

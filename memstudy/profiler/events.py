@@ -1,8 +1,7 @@
-"""What happens to memory in a step, one event after another.
+"""The memory events of a step.
 
-Whoever knows what a step allocates (`measurement` on a real device, `recorder` on fake tensors) tells :class:`Event` s
-in the order in which they happened; `accounting` turns them into a report. Both therefore mean the same by
-"activations".
+`measurement` (on a real device) and `recorder` (on fake tensors) emit :class:`Event` s in order of time; `accounting`
+turns events from either source into a report, so that "activations" has one meaning.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from dataclasses import dataclass
 MIB = 2**20
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporary", "other")
 PHASES = ("build", "forward", "backward", "optimizer")
-WORKSPACE = "cuBLAS workspace"  # in an event's place for the module
+WORKSPACE = "cuBLAS workspace"  # in an event's ``label`` instead of a module
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened: ``kind`` says which of the other fields count.
+    """One memory event: ``kind`` decides which of the other fields count.
 
-    ``alloc`` (block, bytes, module, CUDA stream, of which 0 computes) · ``free`` (block) · ``is`` (block has been seen
-    to be of category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) · ``empty_cache``
-    (a caching allocator gives back what it does not use).
+    ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream) · ``free`` (block) · ``is``
+    (block belongs to category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) ·
+    ``empty_cache`` (a caching allocator gives back its unused memory).
     """
 
     kind: str
@@ -34,7 +33,7 @@ class Event:
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """The first request that a GPU could not have met: its bytes, and the phase, the step and the module it came in.
+    """The first request that does not fit on the GPU: its bytes, phase, step and module.
 
     ``iteration`` counts steps from 1; 0 is building.
     """

@@ -1,9 +1,9 @@
-"""Training memory, measured: what is alive when, to the byte, from the allocator's own events.
+"""Training memory, measured: the live blocks at each moment, to the byte, from the allocator's own events.
 
 The source of truth is PyTorch's profiler with ``profile_memory=True``: every allocation and release of the
 CPU allocator and of the CUDA caching allocator, with address, size and time. Resident-set size is not
-used: it misses what the allocator reuses. The same event stream carries what tells the phases apart
-(autograd's ``evaluate_function`` ranges, ``Optimizer.step``), so the measured step needs no change.
+used: it misses memory that the allocator reuses. The event stream also has the ranges that separate the phases
+(autograd's ``evaluate_function``, ``Optimizer.step``), so the measured step needs no change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BACKWARD, _OPTIMIZER = "autograd::engine::evaluate_function", "Optimizer."
 
 
 def measure(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
-    """Run ``step = build()`` and then ``step()`` ``iterations`` times, and report what they allocated.
+    """Run ``step = build()`` and then ``step()`` ``iterations`` times, and report the memory allocated.
 
     Everything that ``build`` makes counts (model, optimizer, inputs). Two iterations are the least that
     shows optimizer state and kept gradients at the peak.
@@ -40,7 +40,7 @@ def measure(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
     Returns
     -------
     MemoryReport
-        ``kind="measured"``; of the CUDA device when one is present and was used, else of the CPU.
+        ``kind="measured"``; for the CUDA device when one is available, otherwise for the CPU.
 
     Raises
     ------
@@ -111,9 +111,9 @@ def _events(profile, told: list[tuple[str, list[int]]], device: str) -> Iterator
 
 
 def _flatten(tree, device: str) -> Iterator[tuple[int, int, str, object]]:
-    """``(time [ns], serial, kind, payload)`` of what matters in the profiler's tree; not yet sorted."""
+    """``(time [ns], serial, kind, payload)`` of each relevant node in the profiler's tree; not yet sorted."""
     serial = 0
-    # (node, the phase it is surely in, the module whose forward it is in, building or stepping)
+    # (node, its phase if known, the module whose forward contains it, whether a step has begun)
     stack = [(node, "", "", False) for node in reversed(tree)]
     while stack:
         node, inside, module, stepping = stack.pop()

@@ -1,10 +1,10 @@
 """Training memory, predicted: the real step on fake tensors, which have shapes but no bytes.
 
-The step runs under PyTorch's ``FakeTensorMode``, so it takes no memory and no arithmetic; a dispatch mode
-sees each new storage once and, by a weak reference, its release. What a kernel allocates inside itself is
-seen where it is written in Python (a ``torch.library.custom_op``), and else said by rules: `cpu` for this machine,
-`cuda` for a GPU, for which the step also runs with CUDA's semantics and its requests go through the caching allocator
-(`allocator`). The events go through the same accounting as the measured ones (`accounting`).
+The step runs under PyTorch's ``FakeTensorMode``, so it takes no memory and no arithmetic. A dispatch mode
+sees each new storage once and, by a weak reference, its release. A kernel's internal allocations are seen if the kernel
+is written in Python (a ``torch.library.custom_op``); otherwise rules compute them: `cpu` for this machine, `cuda` for a
+GPU. For a GPU, the step also runs with CUDA's semantics and its requests go through a replay of the caching allocator
+(`allocator`). Predicted and measured events share the accounting (`accounting`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memstudy.profiler import cuda
 from memstudy.profiler.accounting import account
 from memstudy.profiler.allocator import replay
 from memstudy.profiler.catalogue import Gpu, find_gpu
 from memstudy.profiler.events import MIB
+from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMode
 from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules
 
-# What a CPU build of PyTorch says to it where no tensor is made.
+# Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
 _NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
 
 
@@ -47,39 +47,39 @@ def predict(
     Parameters
     ----------
     build : callable
-        Makes model, optimizer and inputs, and returns ``step``; runs on fake tensors. It makes everything on the CPU,
-        also for a GPU; ``torch.autocast("cuda")`` and ``GradScaler("cuda")`` may be used.
+        Makes model, optimizer and inputs, and returns ``step``; runs on fake tensors. Everything must be on the CPU,
+        even for a GPU; ``torch.autocast("cuda")`` and ``GradScaler("cuda")`` may be used.
     gpu : str or Gpu, optional
-        The GPU to predict for: a name of `catalogue`, or the path of a YAML file that describes one. None
-        predicts this CPU.
+        The GPU to predict for: a name in `catalogue`, or the path of a YAML file that describes one. None
+        predicts for this CPU.
     iterations : int
-        How many steps to follow; at least 1.
+        How many steps to predict; at least 1.
     expandable_segments : bool
         Whether the GPU's allocator runs with ``PYTORCH_ALLOC_CONF=expandable_segments:True``.
     processes : int
-        How many processes share the step, each with such a GPU. ``torch.distributed`` is set up in ``build``, as
-        ``torchrun`` and ``init_process_group`` leave it in the first of them, which is the one that is predicted.
+        How many processes share the step, each on its own device. The first process is predicted: ``build`` finds
+        ``torch.distributed`` as ``torchrun`` and ``init_process_group`` set it up there.
     semantics : Semantics
-        What an older PyTorch did otherwise on a GPU.
+        CUDA's semantics in the PyTorch release to predict for.
 
     Returns
     -------
     MemoryReport
-        ``kind="predicted"``. For a GPU allocated bytes are those of the caching allocator's blocks, and the report says
-        what is reserved, what the whole GPU shows, and which request would fail if the step does not fit.
+        ``kind="predicted"``. For a GPU, allocated bytes are the sizes of the caching allocator's blocks, and the report
+        has the reserved memory, the process's whole memory, and the first request to fail if the step does not fit.
 
     Raises
     ------
     ValueError
-        When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains what ``build`` has not
-        made, ``build`` asks for a CUDA device, or this process is one of several already.
+        When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains a parameter
+        made outside ``build``, ``build`` asks for a CUDA device, or this process is one of several already.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least 1 step must run")
     if processes < 1:
         raise ValueError(f"processes={processes}: at least 1 process must run the step")
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    # When the step goes, so does what it holds.
+    # Dropping the step would add the release of its tensors to the events.
     recorder, _step = _follow(build, iterations, card, processes, semantics)
     if card is None:
         return account(recorder.events, device="cpu", kind="predicted")
@@ -100,9 +100,9 @@ def predict(
 def _follow(
     build: Callable[[], Step], iterations: int, card: Gpu | None, processes: int, semantics: cuda.Semantics
 ) -> tuple[Recorder, Step]:
-    """Run everything on fake tensors under a recorder; also gives the step."""
+    """Run ``build`` and the steps on fake tensors; return the recorder and the step."""
     if "transformers" in sys.modules:
-        # It imports its models when they are asked for, and must not look for flash-attn while a stand-in is there.
+        # transformers imports lazily, and must not detect flash-attn while our stand-in is installed.
         import transformers.modeling_utils  # noqa: F401
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(fake, card, semantics)
@@ -115,7 +115,7 @@ def _follow(
     roles = Roles(mark=lambda: recorder.mark(roles.told[-1]), key=key_of)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # a Trainer counts so
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # Trainer counts parameters by it
         stack.enter_context(roles.watch())
         stack.enter_context(recorder.watch_optimizer())
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
@@ -123,12 +123,12 @@ def _follow(
         stack.enter_context(patch("torch.compile", recorder.compiled))
         # Without this, torch's foreach path rejects FakeTensor parameters.
         types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
-        for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
-            stack.enter_context(patch(f"{module}._foreach_supported_types", types))
+        for name in FOREACH_TYPES:
+            stack.enter_context(patch(name, types))
         if card is not None:
             stack.enter_context(cuda.as_on(card, semantics))
         else:
-            # Its tensor is made below dispatch; checkpointing keeps one for each block.
+            # The state's tensor is made below dispatch; checkpointing keeps one per block.
             stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))
         stack.enter_context(patch("torch.utils.swap_tensors", partial(_swap, fake)))
         stack.enter_context(fake)
@@ -138,9 +138,9 @@ def _follow(
             stack.enter_context(on_fake_tensors())
             stack.enter_context(patch("torch.UntypedStorage.resize_", recorder.resizing(torch.UntypedStorage.resize_)))
         if "transformers" in sys.modules:
-            # Told that it traces a graph, it would make every mask that data might call for.
+            # For fake tensors, transformers assumes tracing and makes every mask that any data could need.
             stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
-        # Cycles must go between steps, or when their memory is released is chance. Only the step's own need a look.
+        # Collect cycles between steps, or their release comes at a random time; freeze() skips all older objects.
         gc.freeze()
         stack.callback(gc.unfreeze)
         try:
@@ -160,7 +160,7 @@ def _follow(
 
 
 def _swap(fake: FakeTensorMode, one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
-    """A module that is cast or moved swaps its parameters, which refuse while the mode remembers how it made them."""
+    """Swap as ``Module.to`` does; the mode's weak references to the tensors, which forbid swapping, are dropped."""
     memo = fake.fake_tensor_converter.meta_converter.tensor_memo
     for key in [key for key, made in memo.items() if made is one or made is other]:
         del memo[key]

@@ -1,8 +1,7 @@
-"""Several processes, of which only the first is there: ``torch.distributed`` as that one sees it.
+"""``torch.distributed`` as the first of several processes sees it, when no other process exists.
 
-Collectives return at once and leave the tensors as they are. What the first process holds of a model that is shared by
-DDP or FSDP is then the same as beside real others, so that a step in many processes can be predicted, or measured, in
-one.
+Collectives return at once, without communication. The first process then holds as much of a DDP or FSDP model as among
+real peers, so that a step in many processes can be predicted, or measured, in one process.
 """
 
 from __future__ import annotations
@@ -11,23 +10,30 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pkgutil import resolve_name
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from torch._C._distributed_c10d import _create_work_from_future
-from torch.distributed import device_mesh
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp._fully_shard import _fsdp_init
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import _disable_current_modes
+
+from memstudy.profiler.internals import (
+    ACCELERATOR,
+    BOOKKEEPING,
+    CHECK_OF_PROCESSES,
+    REBUILD_BUCKETS,
+    _create_work_from_future,
+    _disable_current_modes,
+)
 
 _BACKEND = "memstudy_first_process"
 
 
 class _FirstProcess(dist.ProcessGroup):
-    """A group whose other processes are not there."""
+    """A process group in which only the first process exists.
+
+    PyTorch's own ``fake`` backend does not serve DDP, whose hook wants the result of an all-reduce and finds none.
+    """
 
     def _done(self, tensors: list[torch.Tensor]) -> dist.Work:
         future = torch.futures.Future()
@@ -40,7 +46,7 @@ class _FirstProcess(dist.ProcessGroup):
     broadcast = reduce = allreduce
 
     def allgather(self, outputs, inputs, options=None):
-        for output in outputs[0]:  # the others have what this one has
+        for output in outputs[0]:  # as if every process had this input
             output.copy_(inputs[0])
         return self._done(outputs[0])
 
@@ -65,7 +71,7 @@ dist.Backend.register_backend(_BACKEND, lambda store, rank, size, timeout: _Firs
 
 @contextmanager
 def first_of(processes: int) -> Iterator[None]:
-    """In the block this process is the first of ``processes`` that ``torchrun`` has started, and the only one there.
+    """Within the block, this process is the first of ``processes`` started by ``torchrun``; the others do not exist.
 
     Raises
     ------
@@ -75,13 +81,13 @@ def first_of(processes: int) -> Iterator[None]:
     if dist.is_initialized():
         raise ValueError(f"processes={processes}: this process is one of {dist.get_world_size()} already")
     started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    # Accelerate would else choose a number of threads, for good, and name the device cpu:0.
+    # Otherwise Accelerate would set the number of threads permanently and name the device cpu:0.
     started |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_TORCH_DEVICE": "cpu"}
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, started))
-        for remembered in (PartialState, AcceleratorState):  # how many processes there are
+        for remembered in (PartialState, AcceleratorState):  # they cache the number of processes
             stack.enter_context(patch.dict(remembered._shared_state, clear=True))
-        stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # is made to name the process
+        stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # replaced by init_process_group
         dist.init_process_group(_BACKEND, store=dist.HashStore(), rank=0, world_size=processes)
         stack.callback(dist.destroy_process_group)
         yield
@@ -89,11 +95,10 @@ def first_of(processes: int) -> Iterator[None]:
 
 @contextmanager
 def on_fake_tensors() -> Iterator[None]:
-    """In the block ``torch.distributed`` does beside the prediction what is no part of the step: it asks itself which
-    shape an op's result will have, and with real tensors what it reads numbers from.
+    """Within the block, exclude the bookkeeping of ``torch.distributed`` from the prediction.
 
-    DDP puts its buckets together anew after the first step, in another order: of the same size, so that the first ones
-    may stay.
+    DTensor computes the shapes of results by itself, and device meshes read numbers from real tensors. DDP keeps its
+    first buckets: the buckets rebuilt after the first step have another order but equal size.
     """
 
     def really(function: Callable) -> Callable:
@@ -103,17 +108,10 @@ def on_fake_tensors() -> Iterator[None]:
 
         return call
 
-    shapes = "_propagate_tensor_meta_non_cached"
-    make_mesh = really(device_mesh.init_device_mesh)
-    with (
-        patch.object(torch._C, "_get_accelerator", lambda: torch.device("cpu")),
-        patch.object(DeviceMesh, "__init__", really(DeviceMesh.__init__)),
-        patch.object(DeviceMesh, "__getitem__", really(DeviceMesh.__getitem__)),
-        patch.object(device_mesh, "init_device_mesh", make_mesh),
-        patch.object(dist, "init_device_mesh", make_mesh),
-        patch.object(_fsdp_init, "init_device_mesh", make_mesh),
-        patch.object(ShardingPropagator, shapes, really(getattr(ShardingPropagator, shapes))),
-        patch.object(dist, "_verify_params_across_processes", lambda *args: None),
-        patch.object(dist.Reducer, "_rebuild_buckets", lambda reducer: False),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(patch(ACCELERATOR, lambda: torch.device("cpu")))
+        stack.enter_context(patch(CHECK_OF_PROCESSES, lambda *args: None))
+        stack.enter_context(patch(REBUILD_BUCKETS, lambda reducer: False))
+        for name in BOOKKEEPING:
+            stack.enter_context(patch(name, really(resolve_name(name))))
         yield

@@ -1,4 +1,4 @@
-"""Follows a step on fake tensors, op by op: what is allocated and released when, as :class:`Event` s."""
+"""Records the allocations and releases of a step on fake tensors, op by op, as :class:`Event` s."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
-from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.autograd.graph import _engine_run_backward
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from memstudy.profiler import cpu, cuda
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.events import Event
+from memstudy.profiler.internals import (
+    OPDEFS,
+    DispatchKey,
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    _current_autograd_node,
+    _default_cpu_stream,
+    _engine_run_backward,
+    _storage_Use_Count,
+    tree_map_only,
+)  # fmt: skip
 from memstudy.profiler.results import Results, tensors
 from memstudy.profiler.values import Values
 
@@ -30,39 +38,39 @@ ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where pr
 
 
 def key_of(tensor: torch.Tensor) -> int:
-    """By what events know the tensor's storage."""
+    """Key of the tensor's storage in events."""
     return tensor.untyped_storage()._cdata
 
 
 def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
-    """Whether autograd's engine asks for the sum of two gradients, and nobody else has the first one's storage.
+    """Whether autograd's engine asks for the sum of two gradients, and nothing else uses the first one's storage.
 
-    It then adds in place, except to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
+    It adds in place, but not to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
     """
-    # Up from here: __torch_dispatch__, and who called the op.
+    # Frame 1 is __torch_dispatch__, frame 2 the caller of the op.
     engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
     alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
-    # One user is the tensor, the other the object that Python has made to be asked.
-    return engine_asks and alike and torch._C._storage_Use_Count(key_of(gradient)) == 2
+    # Two users: the tensor, and the Python object that key_of makes of the storage.
+    return engine_asks and alike and _storage_Use_Count(key_of(gradient)) == 2
 
 
 class _Op(NamedTuple):
-    """What is asked of each op, and costs too much to ask each time."""
+    """Properties of an op, too slow to look up at each call."""
 
     name: str
-    queries: bool  # only where a tensor is
+    queries: bool  # asks only for a tensor's device
     computes: bool
 
 
 @functools.cache
-def _traits(func: torch._ops.OpOverload) -> _Op:
+def _traits(func: OpOverload) -> _Op:
     return _Op(func._schema.name, func is torch.ops.prim.device.default, func.namespace != "profiler")
 
 
 class Recorder(TorchDispatchMode):
-    """Tells each storage that an op makes, and its release, as :class:`Event` s.
+    """Records each storage that an op makes, and its release, as :class:`Event` s.
 
-    With a GPU also what CUDA's kernels allocate besides (`cuda`); ``requested_bytes`` is the peak of the tensors alone.
+    `cpu` or `cuda` adds the kernels' internal allocations; ``requested_bytes`` is the peak of the tensors alone.
     """
 
     def __init__(self, fake: FakeTensorMode, card: Gpu | None, semantics: cuda.Semantics):
@@ -70,7 +78,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.modules: list[str] = []  # whose forward runs, outermost first
         self.requested_bytes = 0
-        self.wrapper: type[torch.Tensor] | None = None  # of tensors of which each process has a part
+        self.wrapper: type[torch.Tensor] | None = None  # class of tensors split over processes
         self._fake, self._card = fake, card
         self._alive: dict[int, weakref.ref] = {}
         self._live_bytes = 0
@@ -85,7 +93,7 @@ class Recorder(TorchDispatchMode):
         self._corrected = cpu.corrected if card is None else cuda.corrected
 
     def end_build(self) -> None:
-        """Forget what building made and dropped: a model is built on the host, and what is left moves to the GPU."""
+        """For a GPU, forget the blocks freed while building: a model is built on the host, then moves to the GPU."""
         if self._card is None:
             return
         gc.collect()
@@ -123,7 +131,7 @@ class Recorder(TorchDispatchMode):
                 handle.remove()
 
     def noting(self, make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """``make``, whose tensor counts although no dispatch mode sees it."""
+        """Wrap ``make`` to count its tensor, which no dispatch mode sees."""
 
         def noted():
             made = make()
@@ -133,7 +141,7 @@ class Recorder(TorchDispatchMode):
         return noted
 
     def resizing(self, resize: Callable[[torch.UntypedStorage, int], None]) -> Callable:
-        """``resize``, after which a storage has other memory: FSDP takes and gives back whole layers so."""
+        """Wrap ``resize`` to count the storage's new memory: FSDP allocates and frees whole layers by resizing."""
 
         def resized(storage, size):
             known = self._alive.pop(storage._cdata, None)
@@ -146,10 +154,10 @@ class Recorder(TorchDispatchMode):
         return resized
 
     def compiled(self, function: Callable | None = None, **options) -> Callable:
-        """Stands for ``torch.compile``, which follows no fake tensors: of what it makes the results alone count.
+        """Replaces ``torch.compile``, which does not support fake tensors: only the results of ``function`` count.
 
-        Its kernels hold the rest in registers. True of functions of elements, as of an optimizer's; a reduction between
-        them has a buffer that is not counted.
+        Compiled elementwise kernels, as of an optimizer, hold intermediate values in registers. The buffer of a
+        reduction between them is not counted.
         """
         if function is None:
             return partial(self.compiled, **options)
@@ -170,35 +178,35 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch._dynamo is imported, and stands between each op and this mode
+        return False  # otherwise dynamo is imported and runs between each op and this mode
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.wrapper in types:
-            return NotImplemented  # it asks for the same of its part
+            return NotImplemented  # the wrapper then calls the op on its local part
         op = _traits(func)
         if not op.queries:
             self.below.before(func)
         if self._phase != "build" and not self._in_optimizer and op.computes:
-            in_backward = torch._C._current_autograd_node() is not None
+            in_backward = _current_autograd_node() is not None
             self._enter("backward" if in_backward else "forward")
         if op.queries and type(args[0]) is FakeTensor:
             return args[0].device
         key = self._results.key(func, args, kwargs)
-        if key is None:  # only then may one be real
+        if key is None:  # only then may an argument be a real tensor
             real = any(not isinstance(tensor, FakeTensor) for tensor in tensors((*args, *kwargs.values())))
-            if real and func is not torch.ops.aten.lift_fresh.default:  # its tensor has just been made, by torch.tensor
+            if real and func is not torch.ops.aten.lift_fresh.default:  # torch.tensor has just made its argument
                 args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
             return self._values.answer(args[0])
         if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
             return args[0]
-        if op.name in OPDEFS:  # a kernel written in Python: what it allocates can be seen
+        if op.name in OPDEFS:  # a kernel written in Python: its allocations are visible
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)
-        if self._card is None and op.name.startswith("bitsandbytes::optimizer_update"):  # as are these
+        if self._card is None and op.name.startswith("bitsandbytes::optimizer_update"):  # Python kernels too
             with self:
-                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+                return func._op_dk(DispatchKey.CPU, *args, **kwargs)
         known, result = self._results.recall(key, args) if key else (False, None)
         if not known:
             result = self._corrected(func, args, func(*args, **kwargs))
@@ -206,7 +214,7 @@ class Recorder(TorchDispatchMode):
                 self._results.remember(key, func, args, kwargs, result)
         self._values.follow(func, args, kwargs, result)
         if self._card is not None and self._in_optimizer and func is torch.ops.aten.lift_fresh.default:
-            self._ignore(result)  # a count of steps, which stays on the host
+            self._ignore(result)  # the optimizer's step count stays on the host
             return result
         for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if not known and tensor.is_cuda:
@@ -226,14 +234,14 @@ class Recorder(TorchDispatchMode):
             return tensor
         if tensor.requires_grad:
             raise ValueError(
-                f"a parameter of shape {tuple(tensor.shape)} was made before build() was called: make the model in it"
+                f"a parameter of shape {tuple(tensor.shape)} was made before build(): make the model inside build()"
             )
         faked = self._fake.from_tensor(tensor)
-        self._ignore(faked)  # memory from before
+        self._ignore(faked)  # allocated before build()
         return faked
 
     def _ignore(self, tensor: torch.Tensor) -> None:
-        """Neither count the tensor's storage nor its release."""
+        """Count neither the tensor's storage nor its release."""
         storage = tensor.untyped_storage()
         self._alive[storage._cdata] = weakref.ref(storage)
 
@@ -247,13 +255,13 @@ class Recorder(TorchDispatchMode):
         known = self._alive.get(key)
         if known is None or known() is None:
             self._alive[key] = weakref.ref(storage, lambda _: self._release(key, size))
-            stream = torch.cpu.current_stream()  # FSDP's code runs on streams on a CPU too, where they are idle objects
+            stream = torch.cpu.current_stream()  # FSDP selects streams on a CPU too, where they do nothing
             self._tell(
                 "alloc",
                 block=key,
                 size=size,
                 label=self.modules[-1] if self.modules else "",
-                stream=0 if stream is torch.cpu._default_cpu_stream else id(stream),
+                stream=0 if stream is _default_cpu_stream else id(stream),
             )
             self._live_bytes += size
             self.requested_bytes = max(self.requested_bytes, self._live_bytes)

@@ -1,4 +1,4 @@
-"""What a training step held in memory: the report that a measurement and a prediction share."""
+"""The report of a training step's memory, shared by measurement and prediction."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from memstudy.profiler.events import CATEGORIES, MIB, OutOfMemory
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """What a training step held in memory, in bytes; ``*_mib`` in MiB (2^20 bytes).
+    """Memory of a training step in bytes; ``*_mib`` in MiB (2^20 bytes).
 
     Attributes
     ----------
     device : str
-        Where it was measured, or for which it was predicted.
+        The device measured, or predicted for.
     kind : str
         ``measured`` or ``predicted``.
     peak_bytes : int
         Most bytes allocated at once, over building and all steps.
     peak_by_category : dict
-        The same moment, by category; the values add up to ``peak_bytes``.
+        Bytes by category at the moment of the peak; they add up to ``peak_bytes``.
     peak_by_phase : dict
         Most bytes allocated at once in each phase, over all steps.
     forward_end_by_category : dict
-        When the last forward pass had ended and its backward pass began.
+        Bytes by category when the last forward pass has ended and its backward pass begins.
     iteration_peaks : tuple of int
-        The peak of each step; the first has no optimizer state before its end.
+        The peak of each step; the first step has no optimizer state until its end.
     timeline : list of tuple
         ``(time since the step began [ms], phase, bytes by category)`` after each event of the last step.
     modules : dict
         Bytes of activations alive at the end of the last forward pass, by the module that made them.
     peak_reserved_bytes : int or None
-        What the CUDA caching allocator had taken from the device at most; None elsewhere.
+        Most bytes that the CUDA caching allocator held from the device; None on a CPU.
     requested_bytes : int or None
-        On a predicted GPU: the most that tensors alone asked for at once, before the allocator rounds it up and without
-        what kernels use inside themselves.
+        On a predicted GPU: most bytes that tensors requested at once, before the allocator's rounding and without the
+        kernels' internal memory.
     workspace_bytes : int
         On a predicted GPU: cuBLAS's workspaces among ``peak_bytes``, counted under ``other``.
     context_bytes : int
-        On a predicted GPU: what the process takes besides the allocator's segments.
+        On a predicted GPU: the process's memory outside the allocator's segments.
     memory_bytes : int or None
         All memory of the predicted GPU.
     out_of_memory : OutOfMemory or None
         On a predicted GPU: the request that would fail there; None when the step fits.
     unverified : tuple of str
-        On a predicted GPU: ops that no rule covers, predicted as their CPU kernels, and what is not counted.
+        On a predicted GPU: ops that no rule covers, predicted as their CPU kernels, and memory not counted.
     """
 
     device: str
@@ -82,13 +82,13 @@ class MemoryReport:
 
     @property
     def whole_gpu_mib(self) -> float | None:
-        """What the GPU's own monitor would show of the process [MiB]: segments and context; None without a GPU."""
+        """The process's memory as ``nvidia-smi`` would show it [MiB]: segments and context; None without a GPU."""
         return None if self.peak_reserved_bytes is None else (self.peak_reserved_bytes + self.context_bytes) / MIB
 
     def waterfall_mib(self) -> dict[str, float]:
-        """The whole of the peak in parts that add up [MiB]: the categories, then what a GPU adds to them.
+        """The peak in parts that add up [MiB]: the categories, then a GPU's workspace, fragmentation and context.
 
-        ``other`` without the workspace; ``fragmentation`` is what the allocator has reserved beyond its peak.
+        ``other`` excludes the workspace; ``fragmentation`` is the reserved memory beyond the allocated peak.
         """
         parts = dict(self.peak_by_category)
         if self.peak_reserved_bytes is not None:
@@ -117,7 +117,7 @@ class MemoryReport:
     def timeline_mib(self, points: int) -> list[list]:
         """The timeline thinned to ``points`` rows ``[ms, phase, MiB of each category]``.
 
-        Of each stretch the highest moment is kept, so a thinned timeline has the step's peak.
+        Each stretch keeps its highest moment, so a thinned timeline has the step's peak.
         """
         stretch = max(1, -(-len(self.timeline) // points))
         highest = (

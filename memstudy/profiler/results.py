@@ -1,6 +1,6 @@
-"""What an op gives on fake tensors, remembered: a training step asks for the same thousands of times.
+"""A cache of op results on fake tensors: a training step repeats equal ops thousands of times.
 
-``FakeTensorMode`` remembers too, but takes five times as long to find a result and to make it again.
+``FakeTensorMode`` has a cache too, but takes five times as long to find a result and make it again.
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from memstudy.profiler.internals import (
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    _DisableTorchDispatch,
+    _set_warn_deprecated_on_mutable_data_ptr,
+)
 
 _CPU = torch.device("cpu")
 _PLAIN = {
     bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
 }  # fmt: skip
-# Their results depend on data, or they change what a tensor is.
+# Ops whose results depend on data, or that change a tensor's metadata.
 _NEVER = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
 _CHANGES_STORAGE = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.lift, torch.ops.aten.lift_fresh}
 
 
 @dataclass(frozen=True)
 class _Made:
-    """One result: the argument ``given`` itself, a view of it where there is a shape too, or else a new tensor."""
+    """One result: argument number ``given`` itself, a view of it if ``shape`` is set, or a new tensor."""
 
     given: int | None
     shape: tuple[int, ...] | None = None
@@ -38,10 +45,10 @@ class Results:
         self._fake = fake
         self._remembered: dict[tuple, tuple[type | None, tuple[_Made | None, ...]] | None] = {}
         with fake:
-            self._attributes = dict(vars(torch.empty(0)))  # what FakeTensor's constructor gives each
+            self._attributes = dict(vars(torch.empty(0)))  # set by FakeTensor's constructor
 
-    def key(self, func: torch._ops.OpOverload, args: Sequence, kwargs: dict) -> tuple | None:
-        """What the results of ``func`` depend on; None where that is more than can be said."""
+    def key(self, func: OpOverload, args: Sequence, kwargs: dict) -> tuple | None:
+        """Everything that the results of ``func`` depend on; None when it cannot be described."""
         described: list = [func, torch.get_default_dtype()]
         if not _describe(args, described):
             return None
@@ -52,17 +59,17 @@ class Results:
         return tuple(described)
 
     def recall(self, key: tuple, args: Sequence) -> tuple[bool, object]:
-        """Whether the results for ``key`` are known, and these, made anew."""
+        """Whether the results for ``key`` are known, and the results made anew."""
         found = self._remembered.get(key)
         if found is None:
             return False, None
         container, made = found
-        with torch._C._DisableTorchDispatch():
+        with _DisableTorchDispatch():
             results = [self._make(one, args) for one in made]
         return True, results[0] if container is None else container(results)
 
-    def remember(self, key: tuple, func: torch._ops.OpOverload, args: Sequence, kwargs: dict, result: object) -> None:
-        """``func`` has given ``result`` for ``key``."""
+    def remember(self, key: tuple, func: OpOverload, args: Sequence, kwargs: dict, result: object) -> None:
+        """Remember ``result``, which ``func`` gave for ``key``."""
         if key in self._remembered:
             return
         container = type(result) if isinstance(result, (tuple, list)) else None
@@ -83,13 +90,13 @@ class Results:
         tensor = torch.Tensor._make_subclass(
             FakeTensor, tensor, False, dispatch_device=True, device_for_backend_keys=_CPU
         )
-        torch._C._set_warn_deprecated_on_mutable_data_ptr(tensor)
+        _set_warn_deprecated_on_mutable_data_ptr(tensor)
         vars(tensor).update(self._attributes)
         return tensor
 
 
 def _describe(args: Sequence, described: list) -> bool:
-    """Append what results may depend on; False where that is more than can be said."""
+    """Append everything that results may depend on; False when it cannot be described."""
     for arg in args:
         kind = type(arg)
         if kind is FakeTensor:
@@ -97,7 +104,7 @@ def _describe(args: Sequence, described: list) -> bool:
                 return False
             described += (arg.shape, arg.stride(), arg.dtype, arg.storage_offset())
         elif kind in _PLAIN:
-            described += (kind, arg)  # 1, 1.0 and True are equal
+            described += (kind, arg)  # with the type, since 1 == 1.0 == True
         elif kind is list or kind is tuple:
             described.append(len(arg))
             if not _describe(arg, described):
@@ -107,7 +114,7 @@ def _describe(args: Sequence, described: list) -> bool:
     return True
 
 
-def _lasts(func: torch._ops.OpOverload) -> bool:
+def _lasts(func: OpOverload) -> bool:
     return (
         func.namespace == "aten"
         and func.overloadpacket not in _CHANGES_STORAGE
@@ -116,7 +123,7 @@ def _lasts(func: torch._ops.OpOverload) -> bool:
 
 
 def _how(results: Sequence, args: Sequence, kwargs: dict) -> tuple[_Made | None, ...] | None:
-    """How to make ``results`` again; None where it is not known how."""
+    """How to make ``results`` again; None when that is unknown for one of them."""
     storages = [_storage(arg) for arg in args]
     others = {_storage(tensor) for tensor in tensors((*args, *kwargs.values()))}
     made: list[_Made | None] = []
@@ -151,7 +158,7 @@ def _fills_its_storage(tensor: torch.Tensor) -> bool:
 
 
 def tensors(values: Iterable) -> Iterator[torch.Tensor]:
-    """The tensors among an op's arguments or results, which nest no deeper than in lists."""
+    """The tensors among an op's arguments or results, also those in lists and tuples, which do not nest."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

@@ -1,4 +1,4 @@
-"""Which storages are parameters, gradients and optimizer state, and which module runs: told by PyTorch's hooks."""
+"""The storages of parameters, gradients and optimizer state, and the running module, from PyTorch's hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from memstudy.profiler.internals import is_traceable_wrapper_subclass
 
 Step = Callable[[], object]
 
@@ -21,8 +22,8 @@ Step = Callable[[], object]
 class Roles:
     """Learns, through PyTorch's hooks, which storages are parameters, gradients and optimizer state.
 
-    Each time it learns something it calls ``mark()`` and appends ``(category, storages)`` to ``told``, so
-    the n-th mark in the event stream belongs to the n-th entry. Storages are known by ``key``.
+    Each finding appends ``(category, storage keys)`` to ``told`` and calls ``mark()``, so the n-th mark in the
+    event stream belongs to the n-th entry. ``key`` maps a tensor to its storage's key.
     """
 
     def __init__(
@@ -50,12 +51,12 @@ class Roles:
                 handle.remove()
 
     def watch_gradients(self) -> None:
-        """Hook the parameters that came to need gradients only after they were registered."""
+        """Hook the parameters whose ``requires_grad`` was set after registration."""
         for parameter in self._alive():
             self._hook_gradient(parameter)
 
     def tell_parameters(self) -> None:
-        """Say which storages are parameters now: modules may have been cast or moved since."""
+        """Tell the current storages of parameters: modules may have been cast or moved since registration."""
         self._tell("parameters", self._alive())
 
     def _alive(self) -> list[torch.nn.Parameter]:
@@ -87,7 +88,7 @@ class Roles:
 
 
 def _tensors_of(kept: object) -> Iterator[torch.Tensor]:
-    """The plain tensors of what is kept: itself, a wrapper's or a sparse one's parts, or what a projector has."""
+    """The plain tensors in ``kept``: a tensor itself, a wrapper's or sparse tensor's parts, a projector's tensors."""
     if is_traceable_wrapper_subclass(kept):
         for name in kept.__tensor_flatten__()[0]:
             yield from _tensors_of(getattr(kept, name))

@@ -1,4 +1,4 @@
-"""The largest batch that a memory budget holds, by prediction; run to be sure where the machine can."""
+"""The largest batch within a memory budget, by prediction, confirmed by a run where the machine can."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from memstudy.profiler.prediction import predict
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Step
 
-LIMIT = 65_536  # no batch beyond this is looked at
+LIMIT = 65_536  # largest batch to consider
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found.
+    """Result of :func:`fit`.
 
     Attributes
     ----------
     batch_size : int
-        The largest batch that fits, over all processes; 0 when a batch of 1 for each does not.
+        The largest batch that fits, over all processes; 0 when a batch of 1 per process does not fit.
     accumulation : int
-        How many such batches make the effective batch; 1 when none was asked for.
+        How many batches make the effective batch; 1 without ``effective_batch``.
     budget_mib, needed_mib : float
-        The budget, and what the largest batch takes of it: on a GPU the whole of it, else what is allocated. With batch
-        0: what a batch of 1 would take.
+        The budget, and the memory of that batch: the process's whole memory on a GPU, allocated memory on a CPU. For
+        batch size 0: the memory of a batch of 1 per process.
     report : MemoryReport
-        The prediction for that batch, or for a batch of 1.
+        The prediction for that batch, or for a batch of 1 per process.
     refused_at : int or None
         The smallest batch that was found not to fit.
     tested : bool
-        Whether the batch has been run and was within the budget; else it is only predicted.
+        Whether the batch was run within the budget; otherwise it is only predicted.
     """
 
     batch_size: int
@@ -47,13 +47,12 @@ class Fit:
 
     @property
     def headroom_percent(self) -> float:
-        """What is left of the budget; negative when nothing fits."""
+        """Share of the budget left free; negative when nothing fits."""
         return 100 * (1 - self.needed_mib / self.budget_mib)
 
 
 def steps_to_settle(processes: int) -> int:
-    """After how many steps nothing changes any more: the first has no optimizer state before its end, and after it DDP
-    puts its buckets together anew."""
+    """Steps until memory settles: the first ends with new optimizer state, and DDP then rebuilds its buckets."""
     return 2 if processes == 1 else 3
 
 
@@ -76,33 +75,33 @@ def fit(
 ) -> Fit:
     """Find the largest batch that fits a GPU, or a budget on this CPU.
 
-    The batch itself and the next larger one have both been predicted. (What an allocator reserves may fall as the batch
-    grows: in rare cases a still larger one would fit.)
+    The result and the next larger candidate are both predicted. (Reserved memory may fall as the batch grows, so in
+    rare cases a still larger batch would fit.)
 
     Parameters
     ----------
     build_for_batch : callable
-        From a batch size to what :func:`~memstudy.profiler.predict` takes. With ``effective_batch`` its step shall go
-        through at least two batches, so that it has gradients when the second comes.
+        From a batch size to the ``build`` of :func:`~memstudy.profiler.predict`. With ``effective_batch``, ``step``
+        must accumulate at least two batches, so that gradients exist during the second.
     gpu : str or Gpu, optional
-        The GPU, all of whose memory is the budget unless ``budget_mib`` is given.
+        The GPU; its whole memory is the default budget.
     budget_mib : float, optional
-        The budget [MiB]; needed without a GPU. A GPU is then taken to have so much memory.
+        The budget [MiB]; required without ``gpu``, and replaces the memory size of ``gpu``.
     effective_batch : int, optional
-        Sequences in one update: the batch must divide it, and is accumulated up to it.
+        Sequences in one update, accumulated from batches; the batch size must divide this number.
     expandable_segments, processes
-        As in :func:`~memstudy.profiler.predict`; the processes share the batch, and the budget is each one's.
+        As in :func:`~memstudy.profiler.predict`; the processes share the batch, and each has the budget.
     limit : int
-        No larger batch is looked at; ``processes`` at least.
+        Largest batch to consider; at least ``processes``.
     run : callable, optional
-        Runs a batch for real: its measured peak [MiB], or None when it did not fit. The batch that prediction gives is
-        then run, and smaller ones until one fits.
+        Runs a real batch and returns its measured peak [MiB], or None if it did not fit. The predicted batch is run,
+        then smaller ones until one fits.
 
     Raises
     ------
     ValueError
-        Without a budget, for one that is not above 0 and finite, and for an effective batch that is below 1 or that the
-        processes do not share evenly.
+        Without ``gpu`` and ``budget_mib``, for a budget that is not above 0 and finite, and for an effective batch that
+        is below 1 or no multiple of ``processes``.
     """
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if budget_mib is None and card is None:
@@ -148,11 +147,11 @@ def fit(
 
 
 def _largest(needed: Callable[[int], float], sizes: Sequence[int], budget: float) -> int:
-    """The place among ``sizes``, counted from 1, of the largest that fits; 0 when none does.
+    """The place in ``sizes``, counted from 1, of the largest size that fits; 0 when none does.
 
-    What batches take is nearly a line, but for small ones, whose peak is in the optimizer, and for the steps in which
-    an allocator reserves. So a line leads to the next batch: through the last two as long as all fit, then through the
-    nearest on either side. Every fourth time the distance is halved, lest steps slow it down.
+    Memory is nearly linear in the batch, except for small batches, whose peak is in the optimizer, and for jumps in
+    reserved memory. So a line gives the next size: through the last two sizes while all fit, then through the nearest
+    on either side. Every fourth turn bisects instead, so that jumps do not slow the search down.
     """
     before, fits, refused, place = 0, 0, len(sizes) + 1, 1
     for turn in itertools.count(1):
@@ -174,7 +173,7 @@ def _largest(needed: Callable[[int], float], sizes: Sequence[int], budget: float
 
 
 def _on_line(needed, sizes, budget, low: int, high: int) -> int:
-    """The place of the largest that should fit, by the line through those at the places ``low`` and ``high``."""
+    """The place of the largest size that should fit, by the line through places ``low`` and ``high``."""
     small, large = sizes[low - 1], sizes[high - 1]
     slope = (needed(large) - needed(small)) / (large - small)
     return bisect.bisect_right(sizes, small + (budget - needed(small)) / slope) if slope > 0 else len(sizes)

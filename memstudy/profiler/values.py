@@ -1,26 +1,27 @@
-"""What a step on fake tensors is told when it asks for a value, as by ``.item()``: fake tensors have none.
+"""Answers for a step that reads a value from a fake tensor, as by ``.item()``: fake tensors have no values.
 
-Where the value needs no data it is the true one: elements of a range of whole numbers, and the largest of them
-(positions, say). Else it is a guess that suits training on whole sequences.
+The answer is exact for an element of an integer range, such as positions, and for the range's maximum. Otherwise it is
+a guess that suits training on whole sequences.
 """
 
 from __future__ import annotations
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from memstudy.profiler.internals import FakeTensor, OpOverload
 
 _ATEN = torch.ops.aten
 
 
 class Values:
-    """Follows where values come from, op by op, and answers for them."""
+    """Follows the origin of values, op by op, and answers reads of them."""
 
     def __init__(self):
-        self._ranges = WeakIdKeyDictionary()  # storage: its first element, and the step to each next one
+        self._ranges = WeakIdKeyDictionary()  # storage: its first element, and the step between elements
 
-    def follow(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object) -> None:
-        """``func`` has been called."""
+    def follow(self, func: OpOverload, args: tuple, kwargs: dict, result: object) -> None:
+        """To be called after ``func``: note the origin of its ``result``."""
         if func.overloadpacket is _ATEN.any:
             result._memstudy_any = True
         elif func.overloadpacket is _ATEN.arange and all(isinstance(bound, int) for bound in args):
@@ -34,18 +35,18 @@ class Values:
                     self._ranges.pop(value.untyped_storage(), None)
 
     def answer(self, tensor: FakeTensor) -> bool | int | float:
-        """The value of ``tensor``, which has one element."""
+        """The exact or guessed value of the one-element ``tensor``."""
         known = self._largest(tensor)
         if known is not None:
             return known
-        # True and 1 mean no padding, one sequence a row, the first update; of a condition none is the exception, as
-        # in "any padding?".
+        # True and 1 mean no padding, one sequence per row, the first update. ``any`` asks for an exception, as in
+        # "any padding?", so the answer is False.
         if tensor.dtype is torch.bool:
             return not getattr(tensor, "_memstudy_any", False)
         return 1.0 if tensor.is_floating_point() else 1
 
     def _largest(self, tensor: torch.Tensor) -> int | None:
-        """The largest element of a range, or of a view of one."""
+        """The largest element of a known range, or of a view of one."""
         if tensor.is_floating_point() or (found := self._ranges.get(tensor.untyped_storage())) is None:
             return None
         first, step = found

@@ -1,4 +1,4 @@
-"""``scaled_dot_product_attention`` as CUDA carries it out: which kernel takes which tensors (paths are PyTorch's)."""
+"""``scaled_dot_product_attention`` as on CUDA: which kernel takes which tensors (paths are PyTorch's)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def attention_on(gpu: Gpu) -> Callable:
-    """``scaled_dot_product_attention`` as CUDA carries it out on ``gpu``.
+    """``scaled_dot_product_attention`` as CUDA executes it on ``gpu``.
 
     aten/src/ATen/native/transformers/attention.cpp, ``scaled_dot_product_attention``.
     """
@@ -50,10 +50,10 @@ def attention_on(gpu: Gpu) -> Callable:
 
 
 def _cudnn_fits(gpu, query, key, value, dropout, enable_gqa) -> bool:
-    """Hopper and Blackwell of the data centre, with the cuDNN (above 9.15) of the CUDA 13 wheels.
+    """Whether cuDNN is used: on data-centre Hopper and Blackwell, with the CUDA 13 wheels' cuDNN (above 9.15).
 
     aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, ``check_prefer_cudnn_attention`` and
-    ``can_use_cudnn_attention``. What cuDNN itself takes is not known, so the op counts as unverified.
+    ``can_use_cudnn_attention``. cuDNN's own memory is not known, so the op counts as unverified.
     """
     widths = query.shape[-1], value.shape[-1]
     return (
@@ -89,7 +89,7 @@ def _flash_fits(gpu, query, key, value, mask, dropout, is_causal, enable_gqa) ->
 def _efficient_fits(gpu, query, key, value) -> bool:
     """aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, ``can_use_mem_efficient_attention``.
 
-    Not with grouped queries, which came with torch 2.14.
+    Grouped queries do not fit: their support came with torch 2.14.
     """
     half = query.dtype in _HALF
     tensor_cores = gpu.compute_capability >= (8, 0) or (gpu.compute_capability >= (7, 0) and half)
@@ -127,10 +127,10 @@ def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.T
 
 @contextmanager
 def flash_attn() -> Iterator[None]:
-    """The flash_attn package's function, which keeps and takes what PyTorch's copy of the same kernel does.
+    """Replace ``flash_attn`` by PyTorch's copy of its kernel, which saves and allocates as much.
 
     flash_attn/flash_attn_interface.py, ``FlashAttnFunc``; tensors are (batch, seq, heads, head_dim). A window changes
-    which scores are computed, and no size.
+    which scores are computed but no size.
     """
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, **others):
@@ -140,7 +140,7 @@ def flash_attn() -> Iterator[None]:
 
     stand_in = types.ModuleType("flash_attn")
     stand_in.flash_attn_func = flash_attn_func
-    # Not by patch.dict, which would also forget what is imported meanwhile.
+    # patch.dict would also remove every module imported within the block.
     installed = sys.modules.get("flash_attn")
     sys.modules["flash_attn"] = stand_in
     try:

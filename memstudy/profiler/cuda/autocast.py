@@ -1,12 +1,13 @@
-"""AutocastCUDA's policies where AutocastCPU's differ (paths are PyTorch's)."""
+"""AutocastCUDA's policies that differ from AutocastCPU's (paths are PyTorch's)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.library import fallthrough_kernel
+
+from memstudy.profiler.internals import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard, tree_map_only
 
 _ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -24,10 +25,10 @@ _ON_CPU_ONLY = ("cross_entropy_loss", "cat", "stack", "index_copy", "avg_pool3d"
 
 
 def kernels(fp32: Sequence[str]) -> dict[str, Callable]:
-    """AutocastCUDA's policies where AutocastCPU's differ; both use the same cache of cast weights.
+    """Kernels for AutocastCUDA's policies that differ from AutocastCPU's, by op; both share the cache of cast weights.
 
-    aten/src/ATen/autocast_mode.h, ``AT_FORALL_FP32`` and ``AT_FORALL_FP32_SET_OPT_DTYPE``, less what is in both lists.
-    What is cast to the lower precision is the same for the ops of Transformers.
+    aten/src/ATen/autocast_mode.h, ``AT_FORALL_FP32`` and ``AT_FORALL_FP32_SET_OPT_DTYPE``, less ops in both devices'
+    lists. For the ops of Transformers, the lists of casts to the lower precision agree.
     """
     made = {name: _in_fp32(_overload(name)) for name in fp32}
     made |= {name: _to_fp32(_overload(name)) for name in _FP32_RESULT}
@@ -47,16 +48,14 @@ def _in_fp32(op) -> Callable:
 
     def kernel(*args, **kwargs):
         with _ExcludeDispatchKeyGuard(_below_autocast):
-            args, kwargs = torch.utils._pytree.tree_map_only(
-                torch.Tensor, lambda t: t.float() if t.dtype in _HALF else t, (args, kwargs)
-            )
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.float() if t.dtype in _HALF else t, (args, kwargs))
             return op(*args, **kwargs)
 
     return kernel
 
 
 def _to_fp32(op) -> Callable:
-    """Policy ``fp32_set_opt_dtype``: the op is asked for an fp32 result of what is in lower precision."""
+    """Policy ``fp32_set_opt_dtype``: an input in lower precision gets an fp32 result."""
     place = [argument.name for argument in op._schema.arguments].index("dtype")
     positional = not op._schema.arguments[place].kwarg_only
 

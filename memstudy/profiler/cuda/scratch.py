@@ -1,4 +1,4 @@
-"""What CUDA's kernels allocate besides their results (paths are PyTorch's)."""
+"""Memory that CUDA's kernels allocate besides their results (paths are PyTorch's)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.cuda.verified import is_verified
 from memstudy.profiler.events import WORKSPACE
+from memstudy.profiler.internals import OpOverload, _current_autograd_node
 
 _ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class BelowDispatch:
-    """Tells by ``tell`` what the kernels of a step's ops allocate and release unseen.
+    """Reports through ``tell`` the internal allocations of the kernels of a step's ops.
 
     Attributes
     ----------
@@ -28,14 +29,14 @@ class BelowDispatch:
         self._tell, self._workspace = tell, workspace
         self._multiplied: set[bool] = set()
 
-    def before(self, func: torch._ops.OpOverload) -> None:
-        """``func`` is called."""
+    def before(self, func: OpOverload) -> None:
+        """To be called before ``func``; does nothing on CUDA."""
 
-    def after(self, func: torch._ops.OpOverload, args: tuple, result: object) -> None:
-        """``func`` has returned, and its results have been told."""
+    def after(self, func: OpOverload, args: tuple, result: object) -> None:
+        """To be called after ``func`` has returned and its results have been recorded."""
         if not is_verified(func):
             self.unverified.add(func._schema.name)
-        in_backward = torch._C._current_autograd_node() is not None  # autograd has a thread of its own for the GPU
+        in_backward = _current_autograd_node() is not None  # autograd has a thread of its own for the GPU
         if func.overloadpacket in PRODUCTS and in_backward not in self._multiplied:
             self._multiplied.add(in_backward)
             block = -len(self._multiplied)  # no storage's key is negative
@@ -51,7 +52,7 @@ PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.addbmm, _ATEN
 
 
 def workspace_bytes(gpu: Gpu) -> int:
-    """cuBLAS's workspace, one for each thread that multiplies and kept for good; cuBLASLt's is the same memory.
+    """Size of cuBLAS's workspace, one per multiplying thread and never freed; cuBLASLt uses it too.
 
     aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``: ":4096:2:16:8", and 32 MiB on Hopper and
     Blackwell.
@@ -60,13 +61,13 @@ def workspace_bytes(gpu: Gpu) -> int:
 
 
 def scratch(func, args: tuple, result: object) -> list[int]:
-    """What the kernel of ``func`` allocates and gives back before it ends [bytes each]."""
+    """Sizes of the blocks that the kernel of ``func`` allocates and frees before it returns [bytes]."""
     rule = _SCRATCH.get(func.overloadpacket)
     return rule(args, result) if rule else []
 
 
 def _in_rows(grad: torch.Tensor) -> list[int]:
-    """A copy of a gradient that does not lie as (batch, row, head, width).
+    """A copy of a gradient that is not contiguous as (batch, seq, heads, head_dim).
 
     aten/src/ATen/native/transformers/cuda/attention_backward.cu, ``contiguous`` in both backward functions.
     """
@@ -76,8 +77,8 @@ def _in_rows(grad: torch.Tensor) -> list[int]:
 def _flash_backward(args, result) -> list[int]:
     """aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, ``mha_bwd``.
 
-    The rowsum of gradient times output, and the gradient of the queries in fp32, both over rounded shapes; with
-    grouped queries the gradients of keys and values for every query head.
+    The row sums of gradient times output, and the queries' gradient in fp32, both in rounded shapes; with grouped
+    queries also the gradients of keys and values for every query head.
     """
     query, key = args[1], args[2]
     batch, heads, query_len, head_dim = query.shape
@@ -90,7 +91,7 @@ def _flash_backward(args, result) -> list[int]:
 
 
 def _efficient_forward(args, result) -> list[int]:
-    """aten/src/ATen/native/transformers/cuda/attention.cu: wide results in half precision are summed up in fp32."""
+    """aten/src/ATen/native/transformers/cuda/attention.cu: fp32 sums of wide results in half precision."""
     query, value = args[0], args[2]
     width = value.shape[-1]
     return [4 * query[..., 0].numel() * width] if query.dtype in _HALF and width > 128 else []
@@ -99,15 +100,15 @@ def _efficient_forward(args, result) -> list[int]:
 def _efficient_backward(args, result) -> list[int]:
     """aten/src/ATen/native/transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h.
 
-    The rowsum of gradient times output, and the kernel's workspace: the gradient of the queries in fp32, in tiles with
-    a header each. (In fp32 the rowsum is made of ordinary ops, whose products are gone when the workspace comes.)
-    Not what the gradients of keys and values are staged in, in half precision beyond 128 columns or where shared memory
-    is small: some MiB at most, unless there are hundreds of heads times batch.
+    The row sums of gradient times output, and the kernel's workspace: the queries' gradient in fp32, in tiles with a
+    header each. (In fp32, ordinary ops make the row sums and free their products before the workspace is allocated.)
+    Not counted are the staging buffers for the gradients of keys and values, in half precision beyond 128 columns or
+    where shared memory is small: some MiB at most, unless batch times heads is in the hundreds.
     """
     query = args[1]
     batch, heads, query_len, head_dim = query.shape
     rows = 64 if head_dim <= 64 else 128
-    tiles = -(-query_len // rows) * -(-head_dim // 64)  # some kernels have one of 128 columns, and a header less
+    tiles = -(-query_len // rows) * -(-head_dim // 64)  # some kernels have one tile of 128 columns, so one header less
     workspace = batch * heads * tiles * (16 + 4 * rows * 64)
     return [*_in_rows(args[0]), 4 * batch * heads * query_len, workspace]
 
@@ -115,8 +116,8 @@ def _efficient_backward(args, result) -> list[int]:
 def _embedding_backward(args, result) -> list[int]:
     """aten/src/ATen/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu.
 
-    Beyond 3,072 tokens they are sorted, and each run of ten of the same token has a partial gradient in fp32; as many
-    are allocated as there could be.
+    More than 3,072 tokens are sorted, and each run of ten equal tokens has a partial gradient in fp32; memory is
+    allocated for the most runs possible.
     """
     grad, indices, rows = args[:3]
     tokens, width = indices.numel(), grad.shape[-1]
@@ -128,7 +129,7 @@ def _embedding_backward(args, result) -> list[int]:
 
 
 def _index_put(args, result) -> list[int]:
-    """aten/src/ATen/native/cuda/Indexing.cu, ``index_put_with_sort_kernel``: adding sorts the indices, in int64."""
+    """aten/src/ATen/native/cuda/Indexing.cu, ``index_put_with_sort_kernel``: adding sorts the indices as int64."""
     accumulates = len(args) > 3 and args[3]
     indices = max((8 * index.numel() for index in args[1] if index is not None), default=0)
     return [indices] * 6 if accumulates else []

@@ -1,10 +1,9 @@
-"""CUDA's semantics on fake CPU tensors: what a CUDA build of PyTorch would do where a CPU build does otherwise.
+"""CUDA's semantics on fake CPU tensors: rules for where a CUDA build of PyTorch differs from a CPU build.
 
-Each rule is a small function with its reason and its source (paths are PyTorch's, torch 2.13). A rule either stands in
-for an op's dispatch (registered for the length of a prediction at the dispatch keys that a CPU tensor goes through, so
-that it holds wherever the op is called from, recomputation in backward included) or says what a kernel allocates
-besides its results (`scratch`). What no rule covers is predicted as its CPU kernel and named in the report as
-unverified.
+Each rule is a small function with its reason and its source (paths are PyTorch's, torch 2.13). A rule either replaces
+an op's kernel (registered during a prediction at the dispatch keys of CPU tensors, so that the rule holds for every
+caller of the op, recomputation in backward included) or gives a kernel's allocations besides its results (`scratch`).
+An op that no rule covers is predicted as its CPU kernel and named in the report as unverified.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
-from torch.library import _scoped_library
 
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.cuda import autocast, scratch
 from memstudy.profiler.cuda.attention import attention_on, flash_attn
+from memstudy.profiler.internals import FOREACH_DEVICES, OpOverload, _scoped_library
 
 _ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def softmax(self, dim, dtype=None):
-    """Reads fp16 and writes fp32 at once; from bf16 it makes a copy in fp32 first, as the CPU does from both.
+    """CUDA's kernel reads fp16 and writes fp32; bf16 is first copied to fp32, as the CPU does with both.
 
     aten/src/ATen/native/SoftMax.cpp, ``softmax``.
     """
@@ -38,7 +37,7 @@ def softmax(self, dim, dtype=None):
 
 @dataclass(frozen=True)
 class Semantics:
-    """What changed from release to release of PyTorch; the defaults are those of 2.13.
+    """The semantics that differ between PyTorch releases; the defaults are for 2.13.
 
     Attributes
     ----------
@@ -47,7 +46,7 @@ class Semantics:
     fp32 : tuple of str
         Ops that autocast runs in fp32.
     workspace_bytes : callable
-        What cuBLAS keeps for a thread that multiplies on a `Gpu`, in the caching allocator's memory.
+        Bytes that cuBLAS keeps in the caching allocator's memory for each multiplying thread, from the `Gpu`.
     """
 
     softmax: Callable = softmax
@@ -60,7 +59,7 @@ TODAY = Semantics()
 
 @contextmanager
 def as_on(gpu: Gpu, semantics: Semantics) -> Iterator[None]:
-    """Make CPU tensors behave as tensors on ``gpu`` do, as far as memory goes, within the block."""
+    """Make CPU tensors use memory as tensors on ``gpu`` do, within the block."""
     with ExitStack() as stack:
         library = stack.enter_context(_scoped_library("aten", "IMPL"))
         for key in ("AutogradCPU", "CPU"):
@@ -77,11 +76,11 @@ def as_on(gpu: Gpu, semantics: Semantics) -> Iterator[None]:
         yield
 
 
-# --- kernels that CUDA has and the CPU has not
+# --- kernels that only CUDA has
 
 
 def _dropout(input, p, train):
-    """One fused kernel with a mask of one byte an element; the CPU keeps a mask in the input's own dtype.
+    """One fused kernel with a mask of one byte per element; the CPU keeps a mask in the input's own dtype.
 
     aten/src/ATen/native/Dropout.cpp, ``is_fused_kernel_acceptable``.
     """
@@ -93,7 +92,7 @@ def _dropout(input, p, train):
 
 
 def _log_softmax(self, dim, dtype=None):
-    """As `softmax`; ibidem, ``log_softmax``."""
+    """As `softmax`: aten/src/ATen/native/SoftMax.cpp, ``log_softmax``."""
     if self.dtype is torch.float16 and dtype is torch.float32:
         return _ATEN._log_softmax(self, dim, True)
     return _ATEN._log_softmax(self if dtype is None else self.to(dtype), dim, False)
@@ -103,22 +102,22 @@ def _log_softmax(self, dim, dtype=None):
 
 
 def _foreach_optimizers():
-    """Optimizers take their multi-tensor form by default on CUDA, which holds one more copy of all parameters.
+    """Make the multi-tensor optimizers the default, as on CUDA; they hold one more copy of all parameters.
 
     torch/optim/optimizer.py, ``_default_to_fused_or_foreach``.
     """
-    return patch("torch.optim.optimizer._get_foreach_kernels_supported_devices", lambda: ["cpu"])
+    return patch(FOREACH_DEVICES, lambda: ["cpu"])
 
 
 def _amp() -> list:
-    """``torch.autocast("cuda")`` and ``torch.amp.GradScaler("cuda")`` work, on the tensors that stand for CUDA's.
+    """Make ``torch.autocast("cuda")`` and ``torch.amp.GradScaler("cuda")`` work on the CPU tensors.
 
-    No loss is infinite: the scaler always lets the optimizer step.
+    No gradient is infinite: the scaler always lets the optimizer step.
     """
     autocast, scaler = torch.autocast.__init__, torch.amp.GradScaler.__init__
 
     def enter(self, device_type, dtype=None, *args, **kwargs):
-        if device_type == "cuda":  # whose default is fp16
+        if device_type == "cuda":  # fp16 by default
             device_type, dtype = "cpu", torch.float16 if dtype is None else dtype
         autocast(self, device_type, dtype, *args, **kwargs)
 
@@ -136,7 +135,7 @@ def _amp() -> list:
 
 
 def _offload():
-    """What is saved goes to the host's memory, and comes back into new memory of the GPU.
+    """Saved tensors move to the host's memory and come back into new memory of the GPU.
 
     torch/autograd/graph.py, ``save_on_cpu``.
     """
@@ -154,10 +153,10 @@ def _offload():
     return patch.object(torch.autograd.graph.save_on_cpu, "__init__", on_cpu)
 
 
-def corrected(func: torch._ops.OpOverload, args: tuple, result: object) -> object:
-    """What the kernel of ``func`` gives, where its fake one gives something else."""
+def corrected(func: OpOverload, args: tuple, result: object) -> object:
+    """The result of ``func`` as its CUDA kernel gives it, where the fake kernel differs."""
     if func is _ATEN.native_layer_norm.default:
-        # aten/src/ATen/native/cuda/layer_norm_kernel.cu: mean and rstd are fp32 at least, on the CPU as the input.
+        # aten/src/ATen/native/cuda/layer_norm_kernel.cu: mean and rstd are at least fp32, not the input's type.
         output, *moments = result
         return output, *(moment.float() if moment.dtype in _HALF else moment for moment in moments)
     return result

@@ -1,4 +1,4 @@
-"""Which ops are known to allocate on CUDA what they do here, with the rules of `semantics` and `scratch`."""
+"""Ops whose predicted memory, by the rules of `semantics` and `scratch`, is known to be right on CUDA."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-# Compared with CUDA's own dispatch, byte by byte (benchmarks/cuda_oracle), or with what GPUs were seen to allocate
+# Compared with CUDA's own dispatch, byte by byte (benchmarks/cuda_oracle), or with allocations seen on GPUs
 # (benchmarks/prediction).
 _VERIFIED = {
     "_local_scalar_dense",
@@ -21,7 +21,7 @@ _VERIFIED = {
     "native_layer_norm_backward", "new_empty_strided", "new_ones", "new_zeros", "nll_loss_backward",
     "nll_loss_forward", "normal_", "ones", "ones_like", "randint", "randn", "randn_like", "scalar_tensor",
     "select_backward", "slice_backward", "stack", "sum", "tril", "uniform_", "zero_", "zeros", "zeros_like",
-    # Results only, whatever the device.
+    # Ops that allocate only their results, on any device.
     "addmm_", "amax", "dot", "empty_like", "empty_strided", "index_add_", "index_select", "linspace", "new_empty",
     "promote_types", "softmax", "where",
 }  # fmt: skip
@@ -29,6 +29,6 @@ _VERIFIED = {
 
 @functools.cache
 def is_verified(func) -> bool:
-    """Whether ``func`` is known to allocate on CUDA what it does here, with the rules above."""
+    """Whether the predicted memory of ``func`` is known to be right on CUDA."""
     namespace, _, name = func._schema.name.partition("::")
     return namespace in ("prim", "profiler") or func.is_view or torch.Tag.pointwise in func.tags or name in _VERIFIED

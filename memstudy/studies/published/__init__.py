@@ -1,5 +1,21 @@
-"""What others published: their figures (``*.csv``), and their readings of GPUs' memory, predicted (`rows`)."""
+"""Figures that others published (``*.csv``), and predictions of their readings of GPU memory (`rows`)."""
 
-# The GPU that each table of readings was taken on. Which one it was for "inference" is not published, and no rule of
-# that time depends on it.
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+HERE = Path(__file__).parent
+# The GPU of each table's readings. The GPU of "inference" is not published, and no rule of that time depends on it.
 GPUS = {"ops": "A100-80GB", "inference": "V100-16GB", "bert": "V100-16GB"}
+Figures = Iterable[tuple[str, float, Callable[[], float]]]  # row, published [MiB], function that predicts it [MiB]
+
+
+def frame_of(name: str, rows: Iterable[tuple[str, float, float]]) -> pd.DataFrame:
+    """A frame of ``(row, published, predicted)`` [MiB], and the errors."""
+    frame = pd.DataFrame(rows, columns=["row", "published_mib", "predicted_mib"])
+    frame.insert(0, "table", name)
+    difference = frame.predicted_mib - frame.published_mib
+    return frame.assign(error_percent=100 * difference / frame.published_mib.abs())

@@ -1,21 +1,21 @@
-"""What PyTorch and transformers did otherwise when the published figures were taken, a rule each.
+"""How PyTorch and transformers differed from today when the published figures were taken, one rule each.
 
-How each choice was made: BEFORE the difference that it explains was seen, or AFTER it, and then on which row. The rows
-not named were held out.
+Each rule was chosen BEFORE the error that it explains was seen, or AFTER, on the row named here. Rows not named were
+held out.
 
 ============================================  =====================================================================
-ops: second iteration, what else is alive     BEFORE: in the benchmark's code. No constant.
+ops: second iteration, other live tensors     BEFORE: in the benchmark's code. No constant.
 inference: context of 919 MB                  AFTER: one constant for 15 rows, fitted on "Reformer C/P, no axial" 256
 inference: Reformer's model                   BEFORE: as it is in transformers today
-inference: GPT-2's attention of 2020          BEFORE: the model's code of then
-inference: GPT-2's cache as views             AFTER: one of two ways of the time (the other stacks them), by "GPT2
+inference: GPT-2's attention of 2020          BEFORE: the model's code of 2020
+inference: GPT-2's cache as views             AFTER: one of the two ways of 2020 (the other stacks), on "GPT2
                                               base" 256
-BERT: context of 1,341 MB                     BEFORE: published as 1,343 with the tensor that it was read with
-BERT: the Trainer's step and AdamW, zeros     BEFORE: code of transformers 4.16
-BERT: softmax keeps its input                 not recorded. A known fault of the time; 1,536 MB of "batch 4"
-BERT: GELU in fp32 under autocast             AFTER: for "batch 4, fp16", 530 MB short without it, 82 MB with it. It
-                                              makes at most 12 MB of the other fp16 rows, which cannot tell
-cuBLAS's workspace                            BEFORE: the code of then
+BERT: context of 1,341 MB                     BEFORE: published as 1,343, with a tensor made for the reading
+BERT: Trainer step, AdamW, zeroed gradients   BEFORE: code of transformers 4.16
+BERT: softmax keeps its input                 not recorded. A known bug of the time; 1,536 MB of "batch 4"
+BERT: GELU in fp32 under autocast             AFTER: on "batch 4, fp16", 530 MB low without it, 82 MB with it. The
+                                              other fp16 rows change by 12 MB at most: no evidence either way
+cuBLAS's workspace                            BEFORE: PyTorch's code of the time
 ============================================  =====================================================================
 """
 
@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config,
 from memstudy.profiler.cuda import TODAY, Semantics
 
 INFERENCE_CONTEXT_MIB = 919
-BERT_CONTEXT_MIB = 1343 - 2  # the tensor has a small segment
+BERT_CONTEXT_MIB = 1343 - 2  # the tensor takes a small segment
 
 
 class _Softmax(torch.autograd.Function):
@@ -47,9 +47,9 @@ class _Softmax(torch.autograd.Function):
 
 
 def softmax(self, dim, dtype=None):
-    """Softmax kept not only its output for backward but also its input, of which it asked the dtype.
+    """Softmax saved its input for backward besides its output, only to read the input's dtype.
 
-    Until PyTorch 1.10: pytorch/pytorch#49600, mended by #65242.
+    Until PyTorch 1.10: pytorch/pytorch#49600, fixed by #65242.
     """
     return _Softmax.apply(self, self.dtype is torch.float16 and dtype is torch.float32)
 
@@ -63,14 +63,14 @@ def _no_workspace(gpu) -> int:
 
 
 FORWARD_OF_2020 = Semantics(workspace_bytes=_no_workspace)
-# PyTorch up to 1.10 while a model trains. Under autocast GELU ran in fp32, and so kept a copy of its input in fp32.
-# From PyTorch 1.6 on, until after pytorch/pytorch#59639 (June 2021) asked for the contrary:
+# PyTorch up to 1.10 in training. Autocast ran GELU in fp32, so GELU saved an fp32 copy of its input: from PyTorch 1.6
+# until after pytorch/pytorch#59639 (June 2021), which asked for the opposite;
 # aten/src/ATen/autocast_mode.cpp, KERNEL(ADD_NS(gelu), "gelu", Tensor (const Tensor &), fp32).
 TRAINING_OF_2022 = Semantics(softmax=softmax, fp32=(*TODAY.fp32, "gelu"), workspace_bytes=_no_workspace)
 
 
 class AdamW(torch.optim.Optimizer):
-    """The default of transformers' Trainer: parameter by parameter, with one tensor besides the state.
+    """The Trainer's default then: updates parameter by parameter, with one temporary tensor.
 
     transformers 4.16, optimization.py, ``AdamW.step``.
     """
@@ -95,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def bert_attention(module, query, key, value, attention_mask, **kwargs):
-    """Scores were divided and masked in tensors of their own, by an fp32 mask that makes fp16 scores fp32.
+    """Dividing and masking each made new score tensors, and the fp32 mask turned fp16 scores into fp32.
 
     transformers 4.16, models/bert/modeling_bert.py, ``BertSelfAttention.forward``.
     """
@@ -107,7 +107,7 @@ def bert_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def bert_mask(batch_size, kv_length, **kwargs):
-    """Each batch had a mask, padded or not: (1 - attention_mask) * -10000.
+    """Every batch had a mask, padded or not: (1 - attention_mask) * -10000.
 
     transformers 4.16, modeling_utils.py, ``get_extended_attention_mask``.
     """
@@ -115,10 +115,10 @@ def bert_mask(batch_size, kv_length, **kwargs):
 
 
 def gpt2_attention(module, query, key, value, attention_mask, **kwargs):
-    """A causal mask of bytes was in each layer, and ``torch.where`` put it on the scores.
+    """Each layer had a causal mask of bytes, applied to the scores by ``torch.where``.
 
-    transformers 3.x, modeling_gpt2.py, ``Attention._attn``. The keys and values are kept as they are, as a cache that
-    nobody asked for: ``use_cache`` was on.
+    transformers 3.x, modeling_gpt2.py, ``Attention._attn``. Keys and values are kept as views, for a cache that
+    nothing reads: ``use_cache`` was on.
     """
     module.present = key, value
     weights = torch.matmul(query, key.transpose(-1, -2))
