@@ -1,11 +1,11 @@
-"""What planning, resuming and tabulating a study costs as its records grow: seconds and MiB, with generated records.
+"""The cost of planning, resuming and tabulating a study as its records grow: seconds and MiB, with generated records.
 
     python benchmarks/records.py                     # 1,000 and 10,000; targets: 5 s and 500 MiB for 10,000
     python benchmarks/records.py --counts 100000
 
-Each generated record is a committed one of the ablation under another seed, so sizes are real. *Plan*: how many
-runs are missing, none having a record; *resume*: half of them have; *tabulate*: all have, and their table is made and
-printed.
+Each generated record is a committed record of the ablation with another seed, so sizes are real. *Plan*: list the
+missing runs when no run has a record. *Resume*: the same when half of the runs have one. *Tabulate*: make the table
+when all runs have one.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TARGET_S, TARGET_MIB = 5, 500
 
 
 def generate(folder: Path, count: int) -> list[dict]:
-    """Write ``count`` records below ``folder``; their configs."""
+    """Write ``count`` records to ``folder`` and return their configs."""
     from memstudy import records
 
     found = [json.loads(p.read_text("utf-8")) for p in sorted((ROOT / "results" / "memory_ablation").glob("*.json"))]
@@ -39,18 +39,17 @@ def generate(folder: Path, count: int) -> list[dict]:
     return configs
 
 
-class Planned:
-    """A run of which only the choices matter."""
+class Planned(dict):
+    """A run that is only its choices."""
 
-    def __init__(self, config: dict):
-        self.config = config
+    timed = True
 
     def model_dump(self, *, mode: str) -> dict:
-        return self.config
+        return dict(self)
 
 
 def measure(folder: Path) -> dict:
-    """In this process: seconds and MiB of what is left to do, given the records that are there."""
+    """Seconds and MiB that this process takes for a sweep over the records in ``folder``."""
     from memstudy import records
     from memstudy.project import notebook_parameters
     from memstudy.study import Study
@@ -67,7 +66,7 @@ def measure(folder: Path) -> dict:
     except records.MissingRecords:
         pass
     else:
-        study.table(rows.groupby("experiment")[["peak_allocated_mib", "step_time_ms"]].median(), "all", "{:.1f}")
+        study.table(rows.groupby("experiment")[["peak_allocated_mib", "step_time_ms"]].median(), "all", 1)
         study.values({})
     return {"seconds": time.perf_counter() - began, "mib": (process.memory_info().rss - before) / 2**20}
 

@@ -1,25 +1,98 @@
-"""Figures as the report has them."""
+"""The style of the report's figures, and the drawing functions that several studies use."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
+WIDTH = 5.83  # text width of the report [inches]
+MARKERS = "osD^vP<>X*phd8"
 
 
 def use_style() -> None:
-    """Draw what follows in the report's style."""
+    """Draw all later figures in the report's style."""
     plt.style.use(STYLE)
 
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write ``figure`` as PDF to ``path``, and as PNG beside it for web pages."""
-    # It warns that matplotlib's own Computer Modern files have no dates.
+    # fontTools warns that matplotlib's Computer Modern files have no dates.
     logging.getLogger("fontTools.ttLib").setLevel(logging.ERROR)
-    # Without a date, the same rows give the same file.
+    # No date, so that the same rows give the same file.
     figure.savefig(path, metadata={"CreationDate": None})
     figure.savefig(path.with_suffix(".png"), dpi=160)
+
+
+def stacked_bars(parts: pd.DataFrame, *, row_height: float, margin: float, label: str, legend_columns: int) -> Axes:
+    """Horizontal stacked bars: a bar for each row of ``parts``, the first on top, and its columns named above.
+
+    ``row_height`` and ``margin`` [inches] set the figure's height; ``label`` is the axis label.
+    """
+    _, axes = plt.subplots(figsize=(WIDTH, margin + row_height * len(parts)))
+    parts.iloc[::-1].plot.barh(stacked=True, ax=axes, width=0.75, linewidth=0)
+    axes.set(xlabel=label, ylabel="")
+    axes.grid(axis="y", visible=False)
+    legend_above(axes, legend_columns, x=0.4)
+    return axes
+
+
+def legend_above(axes: Axes, columns: int, *, x: float = 0.5) -> None:
+    """Put the legend above ``axes``, centred at the fraction ``x`` of their width."""
+    axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(x, 1.0), columnspacing=1.0, handlelength=1.0)
+
+
+def memory_timeline(axes: Axes, x: pd.Series, parts: pd.DataFrame, phases: pd.Series) -> dict[str, float]:
+    """Draw allocated memory over ``x``, the columns of ``parts`` stacked, with a dotted line between phases.
+
+    Returns the ``x`` at which each phase begins, without the first.
+    """
+    axes.stackplot(x, parts.T, labels=parts.columns, linewidth=0, step="post")
+    begins = {phase: x[phases.eq(phase).idxmax()] for phase in phases.drop_duplicates().iloc[1:]}
+    for place in begins.values():
+        axes.axvline(place, color="0.3", linewidth=0.8, linestyle=":")
+    return begins
+
+
+def mark_gpus(axes: Axes, memory: Mapping[str, float]) -> None:
+    """Write each GPU's name, rotated by 90°, at its ``memory`` on the horizontal axis."""
+    for name, amount in memory.items():
+        axes.annotate(
+            name, (amount, 0), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points",
+            fontsize=7, rotation=90, color="0.4",
+        )  # fmt: skip
+
+
+def small_multiples(titles: Sequence[str], *, columns: int, height: float, margin: float, **options) -> dict[str, Axes]:
+    """Panels of one figure by their ``titles``: ``columns`` per row, ``height`` [inches] each, ``margin`` above all.
+
+    ``options`` go to ``plt.subplots``.
+    """
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    _, panels = plt.subplots(rows, columns, figsize=(WIDTH, margin + height * rows), squeeze=False, **options)
+    for axes in panels.flat[len(titles) :]:
+        axes.set_visible(False)
+    return dict(zip(titles, panels.flat, strict=False))
+
+
+def name_points(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> None:
+    """Write the index of ``named`` right of its points, above or below: on the side with fewer of ``points``.
+
+    Both frames have the horizontal coordinate in the first column, the vertical coordinate in the second.
+    """
+    place = axes.transData.transform
+    drawn = place(points.to_numpy()) * 72 / axes.figure.dpi
+    for name, where in zip(named.index, named.to_numpy(), strict=True):
+        x, y = place(where) * 72 / axes.figure.dpi
+        beside = (drawn[:, 0] > x) & (drawn[:, 0] < x + 4 * len(name))
+        above, below = (((drawn[beside, 1] - y) * way > 2) & ((drawn[beside, 1] - y) * way < 12) for way in (1, -1))
+        offset = (4, 4 if above.sum() < below.sum() else -8)
+        axes.annotate(name, where, xytext=offset, textcoords="offset points", fontsize=6)

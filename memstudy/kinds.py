@@ -1,4 +1,4 @@
-"""The kinds of run, by name; among them predictions of the others."""
+"""The kinds of run by name, including predictions of other runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
 from memstudy.studies.reformer.run import ReformerRun
-from memstudy.trainers.base import PROCESS_MIB, Run, megabytes
+from memstudy.trainers.base import ForetellingRun, Run
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.inference import InferenceRun
 from memstudy.trainers.language_model import LanguageModelRun
@@ -20,10 +20,10 @@ from memstudy.trainers.language_model import LanguageModelRun
 Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | Seq2SeqRun
 
 
-class PredictionRun(Run):
-    """Every choice of one prediction: the step of the run ``of``, on ``gpu`` or, where that is empty, on this CPU.
+class PredictionRun(ForetellingRun):
+    """Every choice of one prediction: the step of the run ``of`` on ``gpu``, or on this CPU if ``gpu`` is empty.
 
-    Nothing of it depends on the machine that predicts. As a run it leaves a record, so that it is made once.
+    The choices do not depend on the machine that predicts. As a run, a prediction leaves a record and is made once.
     """
 
     kind: Literal["prediction"] = "prediction"
@@ -33,9 +33,9 @@ class PredictionRun(Run):
     @field_validator("of")
     @classmethod
     def _of_pytorch(cls, of: Predictable) -> Predictable:
-        for text, lever in zip(of.techniques, of.levers(), strict=True):
-            if lever.group == "engine":
-                raise ValueError(f"what {text} takes is its own to say and not predicted: leave it out, for PyTorch's")
+        for text, technique in zip(of.techniques, of.parsed_techniques(), strict=True):
+            if technique.group == "engine":
+                raise ValueError(f"the memory of {text} is not predicted: leave it out, to predict plain PyTorch")
         return of
 
     @field_validator("gpu")
@@ -52,12 +52,9 @@ class PredictionRun(Run):
             metrics |= {"whole_gpu_mib": report.whole_gpu_mib, "fits": report.out_of_memory is None}
         return {"metrics": metrics, "curves": {"unverified_ops": list(report.unverified)}, "data": {}}
 
-    def needs(self, gpu=""):
-        return {"mem_mb": megabytes(2 * PROCESS_MIB)}  # of what is followed, millions of small objects
-
 
 class LargestBatchRun(PredictionRun):
-    """The search for the largest batch of the step of the run ``of``, whose own batch does not matter, on ``gpu``."""
+    """The search for the largest batch of the run ``of`` on ``gpu``; the run's own batch size does not matter."""
 
     kind: Literal["largest_batch"] = "largest_batch"  # type: ignore[assignment]
     gpu: str = Field(min_length=1)
@@ -91,12 +88,12 @@ KINDS: dict[str, type[Run]] = {
 
 
 def parse_run(given: object) -> Run:
-    """The run that the JSON value ``given`` describes; its ``kind`` says which.
+    """The run that the JSON value ``given`` describes, of the class that its ``kind`` names.
 
     Raises
     ------
     ValueError
-        For an unknown kind or field, a value out of range, choices that contradict each other.
+        For an unknown kind or field, a value out of range, or choices that contradict each other.
     """
     kind = given.get("kind") if isinstance(given, dict) else given
     if not isinstance(given, dict) or not isinstance(kind, str) or kind not in KINDS:

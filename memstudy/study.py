@@ -1,11 +1,11 @@
 """A study: asks for a table of runs, fills the missing rows, prints tables, figures and numbers from the rows.
 
 study = Study("lab4_grid", globals())
-rows = study.sweep(runs)                     # a tidy DataFrame, one row a run
-study.table(frame, "comparison", "{:.1f}")   # report/tables/lab4_grid_comparison.tex
-study.claims(rows)                           # its rows of the report's ledger of claims
+rows = study.sweep(runs)                     # a tidy DataFrame, one row per run
+study.table(frame, "comparison")             # report/tables/lab4_grid_comparison.tex, each cell a \\val
+study.claims(rows)                           # the study's rows in the report's ledger of claims
 study.figure(figure, "memory")               # figures/lab4_grid_memory.pdf
-study.values({"baseline_peak_mib": "1,098"}) # \\val{lab4_grid.baseline_peak_mib} in the LaTeX
+study.values({"budget_mib": 192.0})          # \\val{lab4_grid.budget_mib} in the LaTeX
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,81 +24,101 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from tqdm import tqdm
 
-from memstudy import launcher, machine, records
+from memstudy import latex, launcher, machine, provenance, records
 from memstudy.figures import use_style, write_figure
-from memstudy.latex import breakable, escape
 from memstudy.project import notebook_parameters
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 PUBLISHED = Path(__file__).parent / "studies" / "published"
 
 
+def verdict(value: float, low: float, high: float, slack: float) -> str:
+    """The verdict, one of ``VERDICTS``, on a claim of ``low`` to ``high`` when ``value`` was found.
+
+    Reproduced if ``value`` is within ``slack`` of the range; partly if it has the same sign and is more than ``slack``
+    away from 0; not testable here if it is missing.
+    """
+    if pd.isna(value):
+        return "not testable here"
+    if low - slack <= value <= high + slack:
+        return "reproduced"
+    same_way = value if low + high > 0 else -value
+    return "partly" if same_way > slack else "not reproduced"
+
+
 class Run(Protocol):
-    """What a sweep takes: a frozen description that gives its every choice as JSON values."""
+    """The runs that a sweep takes: frozen descriptions, whose non-default choices give the run id."""
+
+    timed: bool  # whether other runs at the same time would spoil its timings
 
     def model_dump(self, *, mode: str) -> dict: ...
 
+    def __iter__(self) -> Iterator[tuple[str, object]]: ...  # all choices as (name, value), for dict()
+
 
 class Study:
-    """One study's runs and what is printed from them.
+    """One study's runs, and the tables, figures and values made from them.
 
     Parameters
     ----------
     stem : str
-        The study's name, that of its notebook.
+        The study's name, which is its notebook's stem.
     namespace : dict
-        The notebook's ``globals()``. Of it the parameters are taken: those of the notebook's parameters cell.
-        ``results_dir``, ``out_dir`` and ``run_missing`` must be among them; relative folders start at the
-        notebook's.
+        The notebook's ``globals()``, with the parameters of its parameters cell. ``results_dir``, ``out_dir`` and
+        ``run_missing`` must be among the parameters; relative folders start at the notebook's folder.
 
     Raises
     ------
     ValueError
-        When the results folder cannot be written.
+        If the results folder cannot be written.
     """
 
     def __init__(self, stem: str, namespace: dict):
         self.stem = stem
         self.parameters = {name: namespace[name] for name in notebook_parameters(stem)}
+        places = ("results_dir", "out_dir", "run_missing")  # without influence on the numbers
+        self._told = {name: value for name, value in self.parameters.items() if name not in places}
         base = records.ROOT / "notebooks"
         self._results = (base / self.parameters["results_dir"] / stem).resolve()
         self._out = (base / self.parameters["out_dir"]).resolve()
         self._run_missing = self.parameters["run_missing"]
         self._plan = os.environ.get(records.PLAN)
-        self._machine = ""  # whose measurements count
+        self._machine = ""  # the device whose measurements count
         self._used: dict[str, dict] = {}
         self._verdicts: dict[str, str] = {}
+        self._cells: dict[str, str] = {}
+        self._columns: set[str] = set()  # columns of tables, whose rows differ by scale
         if self._run_missing:
             records.check_writable(self._results)
         use_style()
 
     def precision(self, asked: str | list[str]) -> list[str]:
-        """The techniques for the precision of trainings: those ``asked`` for; of ``auto``, ``bf16`` where it is fast.
+        """The precision techniques for training: ``asked``, or for ``"auto"`` bf16 if it is fast on this machine.
 
-        Each run's record says why: ``bf16_speed`` in its provenance.
+        Each record gives the reason: ``bf16_speed`` in its provenance.
         """
         if asked != "auto":
             return list(asked)
         return ["bf16"] if machine.bf16_is_fast() else []
 
     def sweep(self, runs: Iterable[Run]) -> pd.DataFrame:
-        """One row a run, in the order given; runs without a record here are run now, one after another.
+        """One row per run, in the order given; runs without a record are run now, untimed ones two at a time.
 
-        A run that is killed, runs out of memory or raises is a row with that ``status``; the others go on. Columns:
-        ``run_id``, ``status``, ``reason``, the run's fields, its metrics, ``curves`` (a mapping), ``data_source``,
-        ``device``, ``commit``.
+        A run that is killed, runs out of memory or raises becomes a row with that ``status``; the other runs continue.
+        Columns: ``run_id``, ``status``, ``reason``, the run's fields, its metrics, ``curves`` (a mapping),
+        ``data_source``, ``device``, ``commit``.
 
         Raises
         ------
         MissingRecords
-            When rows are missing and ``run_missing`` is false, or they are only to be planned (``records.PLAN``).
+            If rows are missing and ``run_missing`` is false, or only a plan is wanted (``records.PLAN``).
         """
-        configs = {records.run_id(c): c for c in (run.model_dump(mode="json") for run in runs)}
+        planned = {records.run_id(run.model_dump(mode="json")): run for run in runs}
+        configs = {name: run.model_dump(mode="json") for name, run in planned.items()}
         known = self._known(configs)
         missing = [name for name in configs if name not in known]
-        if missing and self._plan:
-            for name in missing:
-                Path(self._plan, f"{name}.json").write_text(json.dumps(configs[name]), encoding="utf-8")
+        for name in missing if self._plan else ():
+            Path(self._plan, f"{name}.json").write_text(json.dumps(configs[name]), encoding="utf-8")
         if missing and (self._plan or not self._run_missing):
             first = configs[missing[0]]
             raise records.MissingRecords(
@@ -106,58 +126,62 @@ class Study:
                 f"{first.get('experiment')}, run {missing[0]}): run the study at this scale first"
             )
         if missing:
-            with tqdm(missing, desc=self.stem, unit="run", file=sys.stderr, mininterval=1) as bar:
-                for name in bar:
+            with tqdm(total=len(missing), desc=self.stem, unit="run", file=sys.stderr, mininterval=1) as bar:
+                for name, record in self._run(missing, planned, configs):
+                    bar.update()
                     bar.set_postfix_str(str(configs[name].get("experiment", name)))
-                    known[name] = launcher.spawn(configs[name], self._results)
-                    if known[name]["status"] == "failed":
-                        warnings.warn(f"run {name}: {known[name]['reason']}", stacklevel=2)
-        self._used |= {name: known[name] for name in configs}
-        return pd.DataFrame([_row(known[name]) for name in configs])
+                    known[name] = record
+                    if record["status"] == "failed":
+                        warnings.warn(f"run {name}: {record['reason']}", stacklevel=2)
+        self._used |= {name: {"study": self.stem} | known[name] for name in configs}
+        return pd.DataFrame([_row(known[name], run) for name, run in planned.items()])
+
+    def _run(self, names: list[str], planned: dict[str, Run], configs: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+        """Carry out the runs ``names``: the untimed ones two at a time, then the timed ones one by one."""
+        untimed = {name: configs[name] for name in names if not planned[name].timed}
+        yield from launcher.spawn_together(untimed, self._results)
+        for name in names:
+            if name not in untimed:
+                yield name, launcher.spawn(configs[name], self._results)
 
     def trials(self, run: Run, *, budget_mib: float) -> Callable[[int], float | None]:
-        """What ``profiler.batch_size.largest_batch`` calls: batch -> measured peak [MiB], None when over the budget."""
+        """The trial for ``profiler.batch_size.largest_batch``: batch -> measured peak [MiB], None if over budget."""
 
         def trial(batch_size: int) -> float | None:
-            update = {"batch_size": batch_size, "budget_mib": budget_mib}
-            row = self.sweep([run.model_copy(update=update)]).iloc[0]
+            tried = run.model_copy(update={"batch_size": batch_size, "budget_mib": budget_mib})
+            row = self.sweep([tried]).iloc[0]
             if row["status"] not in ("ok", "oom"):
                 raise RuntimeError(f"batch {batch_size}: {row['status']}: {row['reason']}")
             return row["peak_allocated_mib"] if row["status"] == "ok" else None
 
         return trial
 
-    def table(self, frame: pd.DataFrame, label: str, formats: str | dict, *, wrap: str = "") -> Styler:
-        """Write ``frame`` as ``report/tables/<stem>_<label>.tex`` and give it back styled, for display.
+    def table(
+        self, frame: pd.DataFrame, label: str, digits: int | str | Mapping = latex.BY_HEADER, *, wrap: str = ""
+    ) -> Styler:
+        """Write ``frame`` as ``report/tables/<stem>_<label>.tex`` and return it styled, for display.
 
-        ``formats`` says how numbers print, for all columns or by column, as pandas' ``Styler.format`` takes it;
-        what is missing prints as a dash. ``wrap`` names a column of long text, to be broken into lines.
+        The unit in brackets in a header, or ``digits``, sets the number format (see `latex.formats`); missing values
+        print as a dash. ``wrap`` names a column of long text that is broken into lines. Each cell is also a value,
+        ``\\val{<stem>.<label>.<row>.<column>}``, with names made by `latex.key`.
         """
         frame = frame.rename_axis(index=None)
-        latex = frame.style.format(formats, na_rep="–", escape="latex")
-        latex = latex.format_index(escape="latex").format_index(escape="latex", axis=1)
-        kinds = "".join(
-            ">{\\raggedright\\arraybackslash}X" if name == wrap else "r" if pd.api.types.is_numeric_dtype(kind) else "l"
-            for name, kind in frame.dtypes.items()
-        )
-        text = latex.to_latex(hrules=True, column_format=f"l{kinds}", multicol_align="c")
-        if wrap:
-            text = text.replace(r"\begin{tabular}", r"\begin{tabularx}{\linewidth}").replace(
-                r"\end{tabular}", r"\end{tabularx}"
-            )
+        formats = latex.formats(frame, digits)
         path = self._file("report/tables", f"{self.stem}_{label}.tex")
-        path.write_text(text, encoding="utf-8")
-        return frame.style.format(formats, na_rep="–")
+        path.write_text(latex.tabular(frame, formats, wrap=wrap), encoding="utf-8")
+        self._cells |= {f"{label}.{name}": text for name, text in latex.cells(frame, formats).items()}
+        self._columns |= {f"{label}.{latex.key(column)}" for column in frame}
+        return frame.style.format(formats, na_rep=latex.MISSING)
 
     def trade_offs(self, *, memory: pd.Series, time: pd.Series, quality_lost: pd.Series) -> pd.DataFrame:
-        """Write what each technique saves and costs, measured, for the report's synthesis over studies.
+        """Write what each technique saves and costs, measured, for the report's synthesis over all studies.
 
         Parameters
         ----------
         memory, time : pd.Series
-            By technique: peak and time of a step, the baseline's being 1; where one is missing there is no row.
+            By technique: peak and time of a step relative to the baseline; techniques that lack one are left out.
         quality_lost : pd.Series
-            [%]: by how much perplexity rises or a score falls; missing where it was not measured.
+            Rise of the perplexity or fall of the score [%]; missing if not measured.
         """
         rows = pd.DataFrame({"memory": memory, "time": time, "quality_lost": quality_lost}).astype(float)
         rows = rows.dropna(subset=["memory", "time"]).rename_axis("technique")
@@ -165,68 +189,58 @@ class Study:
         return rows
 
     def claims(self, rows: Iterable[tuple[str, str, str, str, str]]) -> Styler:
-        """Write the sources' claims for the report's ledger of all studies' claims; give them back for display.
+        """Write the study's rows of the report's ledger of claims, and return them styled, for display.
 
-        A row has the claim, what is published, predicted and measured, "–" where nothing is, and the verdict, one of
-        ``VERDICTS``, by a rule that the notebook states. How many there are of each is among the values.
+        A row has the claim, the published, predicted and measured results ("–" for none), and the verdict, by
+        `verdict` or by a rule stated in the notebook. The count of each verdict is among the values.
 
         Raises
         ------
         ValueError
-            For another verdict.
+            For a verdict that is not in ``VERDICTS``.
         """
         frame = pd.DataFrame(rows, columns=["claim", "published", "predicted", "measured", "verdict"])
-        unknown = set(frame["verdict"]) - set(VERDICTS)
-        if unknown:
+        if unknown := set(frame["verdict"]) - set(VERDICTS):
             raise ValueError(f"verdict {min(unknown)!r}: one of {', '.join(VERDICTS)} is needed")
         count = frame["verdict"].value_counts()
         self._verdicts = {"n_claims": str(len(frame))} | {
             f"n_{verdict.replace(' ', '_')}": str(count.get(verdict, 0)) for verdict in VERDICTS
         }
-        styler = frame.style.hide(axis="index")
-        wide, narrow = (rf">{{\raggedright\arraybackslash}}p{{{mm}mm}}" for mm in (43, 23))
-        latex = styler.format(escape="latex").to_latex(
-            environment="longtable", hrules=True, column_format=wide + 4 * narrow
-        )
-        self._file("report/tables", f"{self.stem}_ledger.tex").write_text(latex, encoding="utf-8")
+        self._file("report/tables", f"{self.stem}_ledger.tex").write_text(latex.ledger(frame), encoding="utf-8")
         return frame.style.hide(axis="index")
 
     def figure(self, figure: Figure, label: str) -> None:
         """Write ``figure`` as ``figures/<stem>_<label>.pdf``, and as PNG beside it for web pages."""
         write_figure(figure, self._file("figures", f"{self.stem}_{label}.pdf"))
 
-    def values(self, values: dict[str, str]) -> None:
-        """Write ``values`` for the report's ``\\val``, with what every caption says, and the provenance.
+    def values(self, values: dict[str, object]) -> None:
+        """Write ``values``, the cells of the tables and the captions' provenance for the report's ``\\val``.
 
-        Call it last: device, commit and data are those of all rows that the study has used. Of a study that only
-        predicts they say that nothing was run, and name the commit that predicted. Parameters that are a number or a
-        text are values too, by their own names.
+        The unit at the end of a name (``_mib``, ``_percent``, ``_x``) sets the number format; see `latex.printed`. A
+        series gives one value per row, ``\\val{<stem>.<name>.<row>}``; a row that a scale lacks prints as a dash.
+
+        Call this method last: device, commit and data cover all rows used so far. Parameters that are numbers or texts
+        become values under their own names.
         """
-        used = list(self._used.values())
-        measured = [record for record in used if not _is_prediction(record)]
-        sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
-        commits = sorted({_commit(record["provenance"]) for record in used}) or [_commit(records.git_state())]
-        said = {
-            "parameters_hash": records.run_id(self._told_parameters())[:8],
-            "commit": ", ".join(commits),
-            "dataset": ", ".join(sources) or "random tokens",
-            "device": "; ".join(sorted({r["provenance"]["device"] for r in measured})) or "nothing was run",
-            "n_runs": str(len(measured)),
-            "n_predictions": str(len(used) - len(measured)),
-        }
-        scalars = {name: value for name, value in self._told_parameters().items() if type(value) in (int, float, str)}
-        given = {
-            name: f"{v:,}" if isinstance(v, int) else f"{v:g}" if isinstance(v, float) else v
-            for name, v in scalars.items()
-        }
-        every = given | values | self._verdicts | said
-        lines = [f"\\defval{{{self.stem}.{key}}}{{{escape(text)}}}" for key, text in every.items()]
+        used, parameters = list(self._used.values()), self._told
+        said = provenance.said(used, parameters)
+        scalars = {name: value for name, value in parameters.items() if type(value) in (int, float, str)}
+        series = {name: value for name, value in values.items() if isinstance(value, pd.Series)}
+        given = {name: f"{value:g}" if type(value) is float else value for name, value in scalars.items()}
+        given |= {name: value for name, value in values.items() if name not in series}
+        every = {name: latex.printed(name, value) for name, value in given.items()}
+        for name, rows in series.items():
+            every |= {f"{name}.{latex.key(row)}": latex.printed(name, value) for row, value in rows.items()}
+        every |= self._cells | self._verdicts | said
+        lines = [f"\\defval{{{self.stem}.{key}}}{{{latex.escape(text)}}}" for key, text in every.items()]
+        lines += [f"\\defcolumn{{{self.stem}.{name}}}" for name in sorted(self._columns | series.keys())]
         path = self._file("report/values", f"{self.stem}.tex")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self._file("report/tables", f"{self.stem}_provenance.tex").write_text(self._provenance(), encoding="utf-8")
+        appendix = provenance.appendix(used, parameters)
+        self._file("report/tables", f"{self.stem}_provenance.tex").write_text(appendix, encoding="utf-8")
 
     def published(self, name: str) -> pd.DataFrame:
-        """The published figures of ``published/<name>.csv``."""
+        """The published numbers in ``published/<name>.csv``."""
         path = PUBLISHED / f"{name}.csv"
         if not path.exists():
             known = ", ".join(sorted(p.stem for p in PUBLISHED.glob("*.csv")))
@@ -234,101 +248,50 @@ class Study:
         return pd.read_csv(path)
 
     def _known(self, configs: dict[str, dict]) -> dict[str, dict]:
-        """Records of ``configs`` that count: settled ones of one machine, and predictions that it would make too.
+        """Records of ``configs`` that count: settled records of one machine, and predictions valid on that machine.
 
-        The machine is this one; where nothing may be run, the one with most records of those first asked for, lest two
-        machines' timings stand in one table. A prediction for a GPU is the same on any machine with the same packages.
+        The machine is this one; if nothing may be run, it is the machine with most records in the first sweep, so that
+        no table mixes timings of two machines. A prediction for a GPU is valid wherever the packages are the same.
         """
         settled = []
-        for path, record in records.iterate_records(self._results, configs):
-            if record["status"] in records.SETTLED:
-                settled.append(record | {"curves": records.Curves(path)})
+        # The other studies' folders count too: a run that two studies ask for is run once.
+        for folder in sorted(self._results.parent.glob("*/"), key=lambda folder: folder == self._results):
+            for path, record in records.iterate_records(folder, configs):
+                if record["status"] in records.SETTLED:
+                    settled.append(record | {"curves": records.Curves(path), "study": folder.name})
         here = os.environ.get(records.MACHINE) or machine.device()
         if self._run_missing:
             self._machine = here
         elif not self._machine:
-            count = Counter(r["provenance"]["device"] for r in settled if not _is_prediction(r))
+            count = Counter(r["provenance"]["device"] for r in settled if not provenance.is_prediction(r))
             self._machine = max(count, key=lambda name: (count[name], name == here), default="")
-        versions = {name: version for name, version in records.versions().items() if version != "not installed"}
+        versions = {name: version for name, version in machine.versions().items() if version != "not installed"}
         known: dict[str, dict] = {}
         for record in settled:
             where = record["provenance"]
             usable = where["device"] == self._machine
-            if _is_prediction(record) and not usable:
-                same = versions.items() <= where["packages"].items() and record["config"]["gpu"]
+            if provenance.is_prediction(record) and not usable:
+                same = versions.items() <= where["packages"].items() and record["config"].get("gpu")
                 usable = record["status"] == "ok" and (same or not self._run_missing) and record["run_id"] not in known
             if usable:
                 known[record["run_id"]] = record
         return known
-
-    def _told_parameters(self) -> dict:
-        places = ("results_dir", "out_dir", "run_missing")  # say nothing about the numbers
-        return {name: value for name, value in self.parameters.items() if name not in places}
 
     def _file(self, folder: str, name: str) -> Path:
         path = self._out / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def _provenance(self) -> str:
-        """LaTeX: machines and versions, data, parameters, then the run of every record, by commit and experiment."""
-        used = list(self._used.values())
-        machines = {
-            (p["device"], p["cpu"], p["platform"], tuple(p["packages"].items()))
-            for p in (record["provenance"] for record in used)
-        }
-        data = {
-            (d["name"], d["source"], d["revision"], d["content_hash"]) for d in (record["data"] for record in used) if d
-        }
-        lines = []
-        for device, cpu, platform, packages in sorted(machines):
-            versions = ", ".join(f"{name} {version}" for name, version in packages)
-            name = device if device == cpu else f"{device}, {cpu}"
-            lines.append(f"Machine: {name}; {platform}; {versions}.")
-        for name, source, revision, content_hash in sorted(data):
-            lines.append(f"Data: {name}, from {source}, revision {revision}, SHA-256 {content_hash}.")
-        if not used:
-            versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
-            lines.append(f"Nothing was run; predicted with {versions}.")
-        parameters = "; ".join(f"{k} = {v}" for k, v in self._told_parameters().items())
-        lines.append(f"Parameters: {parameters}.")
-        text = "\n\n".join(rf"\noindent {breakable(line)}" for line in lines)
-        by_commit: dict[str, dict[str, list[dict]]] = {}
-        for record in used:
-            state = [record["status"]] * (record["status"] != "ok") + ["predicted"] * _is_prediction(record)
-            name = str(record["config"].get("experiment", "run")) + f" ({', '.join(state)})" * bool(state)
-            by_commit.setdefault(_commit(record["provenance"]), {}).setdefault(name, []).append(record)
-        for commit, experiments in sorted(by_commit.items()):
-            dates = sorted(r["provenance"]["started"][:10] for of_it in experiments.values() for r in of_it)
-            days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-            listed = "; ".join(
-                f"{breakable(name)}: " + " ".join(rf"\run{{{self.stem}}}{{{r['run_id']}}}" for r in of_it)
-                for name, of_it in experiments.items()
-            )
-            text += f"\n\n\\noindent Commit \\texttt{{{commit}}}, {days}: {listed}."
-        return text + "\n"
 
-
-def _is_prediction(record: dict) -> bool:
-    """True for a prediction's record: its config has ``of``."""
-    return "of" in record["config"]
-
-
-def _commit(state: dict) -> str:
-    """The commit's first seven digits, with a plus when what a run depends on differed from it."""
-    return state["commit"][:7] + "+" * state["dirty"]
-
-
-def _row(record: dict) -> dict:
-    config = {
-        name: "+".join(map(str, value)) if isinstance(value, list) else value
-        for name, value in record["config"].items()
+def _row(record: dict, run: Run) -> dict:
+    choices = {
+        name: "+".join(map(str, value)) if isinstance(value, tuple) else value for name, value in dict(run).items()
     }
     return {
         "run_id": record["run_id"],
         "status": record["status"],
         "reason": record["reason"],
-        **config,
+        **choices,
         **record["metrics"],
         "curves": record["curves"],
         "data_source": record["data"].get("source"),

@@ -1,4 +1,4 @@
-"""A layer measured alone: what is refused, what the peak holds, that it is predicted, and whose layers there are."""
+"""A layer measured alone: refused choices, the contents of the peak, its prediction, and the peers' layers."""
 
 import importlib.metadata
 import itertools
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from support.tiers import cover, slow_but
 from torch import nn
 
-from memstudy import records
+from memstudy import machine, records
 from memstudy.attention import ATTENTION, Unavailable
 from memstudy.kinds import parse_run
 from memstudy.profiler import MIB, measure, predict
@@ -39,7 +39,7 @@ def layer_run(variant="window", **changes) -> LayerRun:
 
 
 def peer_run(who: str) -> LayerRun:
-    """Return a tiny run of a peer, causal where its variant can be."""
+    """Return a tiny run of a peer, causal if the variant can be."""
     variant = PEERS[who].variant
     return layer_run(variant, who=who, is_causal=True in ATTENTION[variant].causal)
 
@@ -113,7 +113,7 @@ def test_the_peak_has_inputs_and_gradients_but_not_weights_and_the_next_layers_g
     monkeypatch.setattr(LayerRun, "make_layer", lambda run: nn.Linear(run.hidden_size, run.hidden_size))
     tensor, weights = 4 * 32 * 16, 4 * (16 * 16 + 16)  # bytes
     peak = layers.peak_bytes(layer_run(), measure)
-    assert 0 <= peak - (2 * tensor + weights) <= 16  # input and gradient, the weights' gradients; the loss and its own
+    assert 0 <= peak - (2 * tensor + weights) <= 16  # input, its gradient, weights' gradients; loss and its gradient
 
 
 def test_a_second_sequence_and_its_gradient_count(monkeypatch):
@@ -122,7 +122,7 @@ def test_a_second_sequence_and_its_gradient_count(monkeypatch):
             return hidden_states + memory
 
     monkeypatch.setattr(LayerRun, "make_layer", lambda run: Sum())
-    run = layer_run().model_copy(update={"cross": True})  # no variant of the registry need have the form
+    run = layer_run().model_copy(update={"cross": True})  # without a check that the variant has this form
     assert 0 <= layers.peak_bytes(run, measure) - 4 * 4 * 32 * 16 <= 16
 
 
@@ -151,7 +151,7 @@ def test_a_peer_is_a_layer_of_the_same_contract(who):
     assert output.shape == hidden_states.shape
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
-    # In LSH the future decides who share a chunk; performer-pytorch scales the keys by the largest of them all.
+    # In LSH, later tokens change the chunks; performer-pytorch scales all keys by the largest one.
     if run.is_causal and PEERS[who].variant not in ("lsh", "performer"):
         changed = hidden_states.detach().clone()
         changed[:, 20:] += 1
@@ -190,6 +190,6 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_what_to_install(monkeyp
 def test_a_record_names_the_peers_versions():
     for package in ("local-attention", "reformer-pytorch", "linformer", "performer-pytorch"):
         try:
-            assert records.versions()[package] == importlib.metadata.version(package)
+            assert machine.versions()[package] == importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            assert records.versions()[package] == "not installed"
+            assert machine.versions()[package] == "not installed"

@@ -1,13 +1,24 @@
-"""Studies' parameters: whatever the YAML says, it is a dict of known keys or a `ValueError` of one line."""
+"""Studies' parameters: any YAML text gives a dict of known keys or a `ValueError` of one line."""
 
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memstudy.project import check_parameters, notebook_parameters, read_parameters, scales, studies
+from memstudy.project import check_parameters, notebook_parameters, parameters_in, read_parameters, scales, studies
 
-DEFAULTS = {"dataset": "miniature", "n_layers": 2, "learning_rate": 0.001, "run_missing": True, "seeds": [0]}
+CELL = parameters_in("""
+dataset: str = "miniature"
+n_layers: int = 2
+learning_rate: float = 0.001
+run_missing: bool = True
+seeds: list = [0]
+precision: str = "auto"
+size: dict = {"width": 64, "dropout": 0.1}
+texts: dict[str, dict] = {"ptb": {"rows": 32}, "xsum": {"rows": 8, "beams": 1}}
+lengths: dict[str, list] = {"ptb": [64]}
+""")
+DEFAULTS = {name: default for name, (_, default) in CELL.items()}
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates()
 documents = st.recursive(
@@ -35,7 +46,7 @@ tagged = st.builds(
 @example(b"\xff\xfe\x00")
 def test_any_text_gives_known_keys_of_the_right_type_or_one_line(text):
     try:
-        read = check_parameters(text, DEFAULTS, where="quick/some.yaml")
+        read = check_parameters(text, CELL, where="quick/some.yaml")
     except ValueError as error:
         read, said = {}, str(error)
     else:
@@ -44,7 +55,8 @@ def test_any_text_gives_known_keys_of_the_right_type_or_one_line(text):
     assert len(said.splitlines()) == 1
     assert read.keys() <= DEFAULTS.keys()
     for name, value in read.items():
-        assert type(value) is type(DEFAULTS[name]) or (name == "learning_rate" and type(value) is int)
+        also = {"learning_rate": int, "precision": list}.get(name)
+        assert type(value) in (type(DEFAULTS[name]), also)
 
 
 @given(
@@ -56,29 +68,40 @@ def test_any_text_gives_known_keys_of_the_right_type_or_one_line(text):
             "learning_rate": st.floats(allow_nan=False) | st.integers(),
             "run_missing": st.booleans(),
             "seeds": st.lists(st.integers()),
+            "precision": st.just("auto") | st.lists(st.text()),
+            "size": st.fixed_dictionaries({}, optional={"width": st.integers(), "dropout": st.integers()}),
+            "texts": st.dictionaries(st.text(), st.fixed_dictionaries({}, optional={"rows": st.integers()})),
+            "lengths": st.dictionaries(st.text(), st.lists(st.integers())),
         },
     )
 )
 def test_parameters_of_the_right_types_are_read_as_they_were_written(given):
-    assert check_parameters(yaml.safe_dump(given), DEFAULTS, where="") == given
+    assert check_parameters(yaml.safe_dump(given), CELL, where="") == given
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
 def test_an_empty_file_sets_nothing(text):
-    assert check_parameters(text, DEFAULTS, where="") == {}
+    assert check_parameters(text, CELL, where="") == {}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layers: 3", "unknown key 'layers'; known: dataset, n_layers, learning_rate, run_missing, seeds"),
+        ("layers: 3", "unknown key 'layers'; known: dataset, n_layers, learning_rate, run_missing, seeds, "),
         ("3: 3", "unknown key 3; known: dataset, "),
         ("n_layers: two", "n_layers='two' is of type str, int is needed"),
         ("n_layers: true", "n_layers=True is of type bool, int is needed"),
         ("n_layers: 2.0", "n_layers=2.0 is of type float, int is needed"),
         ("run_missing: 1", "run_missing=1 is of type int, bool is needed"),
         ("seeds: 3", "seeds=3 is of type int, list is needed"),
-        ("learning_rate: 1e-3", "learning_rate='1e-3' is of type str, float is needed"),  # YAML 1.1 wants 1.0e-3
+        ("learning_rate: 1e-3", "learning_rate='1e-3' is of type str, float is needed"),  # YAML 1.1 needs 1.0e-3
+        ("seeds: [0, one]", "seeds[1]='one' is of type str, int is needed"),
+        ("size: {widht: 64}", "unknown key 'widht' in size; known: width, dropout"),
+        ("size: {width: wide}", "size['width']='wide' is of type str, int is needed"),
+        ("texts: {wmt: {row: 32}}", "unknown key 'row' in texts['wmt']; known: rows, beams"),
+        ("texts: {wmt: 32}", "texts['wmt']=32 is of type int, dict is needed"),
+        ("lengths: {wmt: [64, x]}", "lengths['wmt'][1]='x' is of type str, int is needed"),
+        ("precision: 16", "precision=16 is of type int, str is needed"),
         ("- n_layers", "a mapping of parameters is needed, got list"),
         ("n_layers", "a mapping of parameters is needed, got str"),
         ("0", "a mapping of parameters is needed, got int"),
@@ -88,7 +111,7 @@ def test_an_empty_file_sets_nothing(text):
 )
 def test_the_error_names_the_file_the_key_the_value_and_what_is_allowed(text, message):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
-        check_parameters(text, DEFAULTS, where="quick/some.yaml")
+        check_parameters(text, CELL, where="quick/some.yaml")
     assert str(caught.value).startswith(f"quick/some.yaml: {message}")
 
 

@@ -1,5 +1,6 @@
-"""Runs in fresh processes and their records, with real processes, real kills and a real lack of memory."""
+"""Runs in fresh processes and their records, with real processes, real kills and real lack of memory."""
 
+import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,13 +24,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_run import tiny_config
+from support.tiny_run import tiny_config, tiny_run
 
 from memstudy import data, launcher, machine, records
+from memstudy.kinds import PredictionRun
 from memstudy.launcher import forker
 
 ROOT = Path(__file__).parents[1]
-LONG = 10**9  # timed steps; never reached
+LONG = 10**9  # timed steps of a run that never ends by itself
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def record(folder):
-    """The record of a run that succeeded, as `spawn` returned it, its curves read in."""
+    """The record of a successful run, as returned by `spawn`, with its curves loaded."""
     record = launcher.spawn(tiny_config(), folder)
     return record | {"curves": dict(record["curves"])}
 
@@ -52,13 +54,13 @@ def imported_by_python(code: str, *, cwd: Path = ROOT, **environment: str) -> su
 
 
 def fork_server() -> psutil.Process:
-    """The process that forks the runs, started when there is none."""
-    forker()
+    """The process that forks the runs; started if there is none."""
+    forker(0)
     return next(child for child in psutil.Process().children() if "memstudy.cli.worker" in child.cmdline())
 
 
 def wait_for_run() -> psutil.Process:
-    """The process of the run under way, once there is one."""
+    """Wait for a run to start, and return its process."""
     server = fork_server()
     for _ in range(600):
         if running := server.children():
@@ -109,7 +111,7 @@ def test_a_record_tells_every_choice_what_came_out_and_where(folder, record):
     assert where["threads"] == int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     assert where["platform"].startswith("Linux")
     assert where["packages"]["torch"] == importlib.metadata.version("torch")
-    assert set(where["packages"]) == set(records.PACKAGES)
+    assert set(where["packages"]) == set(machine.PACKAGES)
     assert {"commit": where["commit"], "dirty": where["dirty"]} == records.git_state()
     started, ended = (datetime.fromisoformat(where[when]) for when in ("started", "ended"))
     assert started < ended < datetime.now(UTC)
@@ -132,7 +134,7 @@ def test_the_record_of_a_training_names_its_data_by_hash(folder):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The package's runs in a repository of their own, to be changed."""
+    """A folder with a copy of the modules that write records, for changes and commits."""
     package = tmp_path / "memstudy"
     package.mkdir()
     for name in ("__init__.py", "machine.py", "records.py"):
@@ -167,7 +169,7 @@ def test_outside_git_the_commit_is_unknown(checkout):
 
 @pytest.mark.slow
 def test_a_writer_that_is_killed_never_leaves_half_a_record(tmp_path, record):
-    """Real kills at random moments, ten or until one has hit a write; the record, 300 kB, is read all the while."""
+    """Ten or more real kills, until one interrupts a write; the 300 kB record is read all the time."""
     large = record | {"curves": {"padding": [0.123456789] * 20_000}}
     given, written = tmp_path / "given", tmp_path / "written"
     given.write_text(json.dumps(large))
@@ -196,7 +198,7 @@ def test_a_writer_that_is_killed_never_leaves_half_a_record(tmp_path, record):
 
 
 def damaged(record: dict) -> dict[str, bytes]:
-    """Ways in which a record's file may have been spoilt."""
+    """Contents of damaged record files, by kind of damage."""
     whole = json.dumps(record).encode()
     without = {name: value for name, value in record.items() if name != "metrics"}
     no_commit = {name: value for name, value in record["provenance"].items() if name != "commit"}
@@ -249,7 +251,7 @@ def test_a_record_cut_off_anywhere_is_not_a_whole_one(tmp_path_factory, record, 
 
 def test_of_many_records_those_asked_for_are_read_alone_and_curves_when_wanted(tmp_path, record):
     path = records.write_record(tmp_path, record | {"curves": {"losses": [3.0, 2.0], "labels": []}})
-    (tmp_path / f"{'0' * 16}.json").write_text("{")  # another run's, of no concern
+    (tmp_path / f"{'0' * 16}.json").write_text("{")  # another run's damaged record
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ((found, read),) = records.iterate_records(tmp_path, {record["run_id"]})
@@ -288,12 +290,42 @@ def test_a_run_killed_from_outside_is_a_failed_record_with_the_signal(tmp_path):
     assert record["reason"].startswith("killed by SIGKILL")
     assert record["metrics"] == {}
     assert records.read_records(tmp_path) == [record]
-    assert launcher.spawn(tiny_config(), tmp_path)["status"] == "ok"  # the next run goes on
+    assert launcher.spawn(tiny_config(), tmp_path)["status"] == "ok"  # the next run works
+
+
+def test_runs_that_are_not_timed_go_two_at_a_time_and_each_has_its_record(tmp_path):
+    runs = [PredictionRun(experiment=f"of {size}", of=tiny_run(batch_size=size)) for size in (1, 2, 3)]
+    configs = {run.experiment: run.model_dump(mode="json") for run in runs}
+    found = dict(launcher.spawn_together(configs, tmp_path))
+    assert found.keys() == configs.keys()
+    for name, record in found.items():
+        assert (record["config"], record["status"]) == (configs[name], "ok")
+        assert dict(record["metrics"]) == runs[[*configs].index(name)].execute(tmp_path)["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("timed", "allocated", "waits"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_a_timed_run_waits_for_another_but_in_an_allocation(timed, allocated, waits, tmp_path, monkeypatch):
+    """The lock is the machine's: another results folder is no way around it."""
+    monkeypatch.setattr(records, "TIMED_LOCK", tmp_path / "lock")
+    for name in records.ALLOCATED:
+        monkeypatch.delenv(name, raising=False)
+    if allocated:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    nothing = {"metrics": {}, "curves": {}, "data": {}}
+    with open(tmp_path / "lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        future = pool.submit(records.perform, tiny_config(), tmp_path / "results", lambda _: nothing, timed=timed)
+        done, _ = wait([future], timeout=1 if waits else 30)
+        assert bool(done) != waits
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert future.result(timeout=30)["status"] == "ok"
 
 
 @pytest.mark.slow
 def test_an_interrupted_wait_kills_the_run_and_the_next_one_gets_its_own_answer(tmp_path):
-    """Ctrl-C in a terminal or a notebook; the run must not linger, nor its exit status answer for the next."""
+    """Ctrl-C in a terminal or a notebook: the run must end, and the next run must not get its exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     running = []
 
@@ -315,7 +347,7 @@ def test_an_interrupted_wait_kills_the_run_and_the_next_one_gets_its_own_answer(
 
 @pytest.mark.slow
 def test_a_run_ends_with_who_asked_for_it(tmp_path):
-    """Killed without a word, as a notebook's kernel may be; the run must not go on beside the next sweep."""
+    """If the sweep's process is killed (such as a notebook's kernel), its run must not disturb the next sweep."""
     config = tiny_config(measure_steps=LONG)
     code = f"from pathlib import *; from memstudy import launcher; launcher.spawn({config!r}, {tmp_path!r})"
     asking = psutil.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -325,7 +357,7 @@ def test_a_run_ends_with_who_asked_for_it(tmp_path):
             break
         time.sleep(0.05)
     asking.kill()
-    asking.wait()  # else it stays a zombie among this process's children
+    asking.wait()  # or it would stay a zombie among this process's children
     gone, left = psutil.wait_procs(below, timeout=20)
     assert (len(gone), left) == (2, [])
     assert records.read_records(tmp_path) == []
@@ -348,7 +380,7 @@ def test_a_run_over_its_budget_is_out_of_memory(folder, record):
 
 
 def test_what_the_allocator_refuses_is_out_of_memory(tmp_path):
-    """Under a real limit of address space, inherited from the process that forks the runs."""
+    """Under a real limit on address space, inherited from the process that forks the runs."""
     server = fork_server()
     unlimited = resource.prlimit(server.pid, resource.RLIMIT_AS, (16 << 30, resource.RLIM_INFINITY))
     try:
@@ -361,7 +393,7 @@ def test_what_the_allocator_refuses_is_out_of_memory(tmp_path):
 
 @pytest.fixture
 def memory_limit():
-    """A function that puts the runs to come under a control group's limit [bytes]; skips where that is forbidden."""
+    """A function that puts later runs under a control group's limit [bytes]; skips where that is forbidden."""
     server, controller = fork_server(), Path("/sys/fs/cgroup/memory")
     group = controller / "memstudy_test_runs"
     try:
@@ -434,7 +466,7 @@ def test_a_run_that_is_refused_is_a_failed_record_with_its_last_words(tmp_path, 
 
 
 def test_a_run_that_raises_is_a_failed_record_and_keeps_its_checkpoints(tmp_path, capsys):
-    """The checkpoints are there when it is tried again, and gone once it has succeeded."""
+    """The checkpoints are still there on the next try, and removed after success."""
     config = {"experiment": str(tmp_path)}
     seen = []
 

@@ -1,4 +1,4 @@
-"""Sweeps that are killed, resumed and retried, with real runs; and what a study prints from their records."""
+"""Sweeps that are killed, resumed and retried, with real runs; and a study's output from their records."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def test_a_sweep_killed_half_way_goes_on_where_it_stopped(tmp_path):
     assert 2 <= len(before) < 4
 
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == [[0, "ok"], [1, "ok"], [2, "ok"], [3, "ok"]]
+    assert json.loads(again.stdout) == ["ok"] * 4
     after = started(records_in(tmp_path))
     assert len(after) == 4
     assert {name: after[name] for name in before} == before, "a finished run was repeated"
@@ -76,7 +76,7 @@ PLANNED = (
 
 @pytest.fixture(scope="module")
 def swept(folder):
-    """A study that has swept runs of every status, and its rows."""
+    """A study after a sweep over runs of every status, and the rows."""
     study = make_study(folder)
     with pytest.warns(UserWarning, match="run [0-9a-f]{16}: exit status 2; error: data set 'miniature'"):
         rows = study.sweep(PLANNED)
@@ -128,7 +128,7 @@ def test_a_truncated_record_is_run_again_and_the_others_are_not(swept, folder, t
 
 
 def from_another_machine(folder: Path, place: Path) -> None:
-    """Copy the baseline's record into `place`, as another machine would have written it."""
+    """Copy the baseline's record into `place` as if another machine had written it."""
     place.mkdir()
     record = records_in(folder)[records.run_id(PLANNED[0].model_dump(mode="json"))]
     records.write_record(place, record | {"provenance": record["provenance"] | {"device": "another GPU"}})
@@ -210,22 +210,23 @@ def test_unknown_published_figures_are_named_with_those_there_are(tmp_path):
         study.published("lab5")
 
 
-# What a study prints
+# A study's output
 
 
 @pytest.fixture(scope="module")
 def printed(swept, folder):
-    """The folder into which a study with awkward names has written everything it can."""
+    """The folder with all kinds of output of a study with awkward names."""
     study, rows = swept
     frame = rows.set_index("experiment")[["status", "peak_allocated_mib", "reason"]]
     frame.columns = ["status & co.", "peak_{max} [MiB] #1", "reason ~ 100 % \\ $x^2$"]
-    study.table(frame, "awkward", {"peak_{max} [MiB] #1": "{:.2f}"})
-    study.table(frame.iloc[:, :2], "plain", {"peak_{max} [MiB] #1": "{:.1f}"})
+    study.table(frame, "awkward", 2)
+    study.table(frame.iloc[:, :2], "plain", {"peak_{max} [MiB] #1": ".1f"})
     figure, axes = plt.subplots(figsize=(2, 2))
     axes.plot([1, 2])
     study.figure(figure, "line")
     plt.close(figure)
-    study.values({"awkward": "50 % & more: a_b #1 {x} $3 ~ 2^20 \\ ± 1–2 ×", "plain": "1,098"})
+    peaks = frame["peak_{max} [MiB] #1"]
+    study.values({"awkward": "50 % & more: a_b #1 {x} $3 ~ 2^20 \\ ± 1–2 ×", "plain": "1,098", "peak_mib": peaks})
     return folder
 
 
@@ -269,8 +270,9 @@ def test_a_verdict_of_another_kind_is_refused(tmp_path):
 
 
 def read_values(folder: Path) -> dict[str, str]:
-    lines = (folder / "report/values/lab4_grid.tex").read_text("utf-8").splitlines()
-    return dict(re.fullmatch(r"\\defval\{(.+?)\}\{(.*)\}", line).groups() for line in lines)
+    text = (folder / "report/values/lab4_grid.tex").read_text("utf-8")
+    assert all(re.fullmatch(r"\\defval\{.+?\}\{.*\}|\\defcolumn\{.+?\}", line) for line in text.splitlines())
+    return dict(re.findall(r"\\defval\{(.+?)\}\{(.*)\}", text))
 
 
 def test_values_are_those_given_and_what_every_caption_says(printed):
@@ -287,6 +289,15 @@ def test_values_are_those_given_and_what_every_caption_says(printed):
     assert values["lab4_grid.paper_gpu"] == "RTX5090"
     assert "lab4_grid.results_dir" not in values
     assert re.fullmatch("[0-9a-f]{8}", values["lab4_grid.parameters_hash"])
+
+
+def test_each_cell_of_a_table_and_each_row_of_a_series_is_a_value(swept, printed):
+    values, peaks = read_values(printed), swept[1].set_index("experiment")["peak_allocated_mib"]
+    assert values["lab4_grid.plain.baseline.status_co"] == "ok"
+    assert values["lab4_grid.plain.baseline.peak_max_mib_1"] == f"{peaks['baseline']:.1f}"
+    assert values["lab4_grid.awkward.baseline.peak_max_mib_1"] == f"{peaks['baseline']:,.2f}"
+    assert values["lab4_grid.peak_mib.baseline"] == f"{peaks['baseline']:,.0f}"
+    assert values["lab4_grid.peak_mib.over_50_percent_of_it"] == "–"
 
 
 def test_the_parameters_hash_tells_parameters_apart_but_not_places(swept, folder, tmp_path):
@@ -330,7 +341,7 @@ def test_provenance_has_the_machine_the_versions_and_every_run(printed):
 
 
 def test_provenance_names_the_data_of_trained_rows_once(swept, folder, tmp_path):
-    """The data's name and hash, from two records that differ in the seed."""
+    """The data's name and hash appear once for two records that differ in the seed."""
     shutil.copytree(folder / "lab4_grid", tmp_path / "lab4_grid")
     data = {"name": "some_books", "source": "folder", "revision": "unversioned", "content_hash": "0123456789abcdef"}
     (baseline,) = (r for r in records_in(folder).values() if r["config"]["experiment"] == "baseline")
@@ -372,8 +383,28 @@ def test_escaped_text_has_no_character_left_that_latex_would_act_on(text):
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
+@pytest.mark.parametrize(
+    ("latex", "unknown"),
+    [
+        (r"\val{lab4_grid.n_rnus}", "lab4_grid.n_rnus"),
+        (r"\val{lab4_grid.plain.baseline.statsu}", "lab4_grid.plain.baseline.statsu"),
+        (r"\everyrow\val{lab4_grid.plain.absent.status_co}", "lab4_grid.plain.absent.status_co"),
+    ],
+)
+def test_a_number_that_no_study_has_written_is_an_error_of_latex(latex, unknown, printed, tmp_path):
+    (tmp_path / "memstudy.sty").write_text((ROOT / "report/memstudy.sty").read_text("utf-8"), "utf-8")
+    values = rf"\input{{{printed}/report/values/lab4_grid}}"
+    document = rf"\documentclass{{article}}\usepackage{{memstudy}}{values}\begin{{document}}{latex}\end{{document}}"
+    (tmp_path / "unknown.tex").write_text(document, "utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "unknown.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 1
+    assert f"No value named '{unknown}'" in done.stdout.replace("\n", "")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
 def test_latex_takes_all_that_a_study_writes(printed, tmp_path):
-    """In one document with the report's own style, nothing but what the study has written."""
+    """A document with the report's own style and nothing but the study's output."""
     (tmp_path / "memstudy.sty").write_text((ROOT / "report/memstudy.sty").read_text("utf-8"), "utf-8")
     (tmp_path / "generated.tex").write_text(rf"\newcommand{{\generated}}{{{printed}}}")
     document = r"""
@@ -381,6 +412,8 @@ def test_latex_takes_all_that_a_study_writes(printed, tmp_path):
         \input{\generated/report/values/lab4_grid}
         \begin{document}
         \val{lab4_grid.awkward}, \val{lab4_grid.plain}
+        \val{lab4_grid.awkward.baseline.status_co}
+        \val{lab4_grid.plain.absent.status_co} \val{lab4_grid.peak_mib.absent}
         \studytable[sidewaystable]{lab4_grid}{awkward}{measured}{Awkward.}
         \studytable{lab4_grid}{plain}{measured}{Plain.}
         \studyfigure{lab4_grid}{line}{measured}{A line.}
@@ -394,14 +427,14 @@ def test_latex_takes_all_that_a_study_writes(printed, tmp_path):
 
 def test_a_wrapped_column_breaks_into_lines(swept, tmp_path):
     frame = pd.DataFrame({"reason": ["long " * 40], "n": [1]}, index=["baseline"])
-    make_study(tmp_path).table(frame, "wrapped", {}, wrap="reason")
+    make_study(tmp_path).table(frame, "wrapped", wrap="reason")
     text = (tmp_path / "report/tables/lab4_grid_wrapped.tex").read_text("utf-8")
     assert text.startswith(r"\begin{tabularx}{\linewidth}{l>{\raggedright\arraybackslash}Xr}")
     assert text.rstrip().endswith(r"\end{tabularx}")
 
 
 def test_a_sweep_of_finished_runs_starts_no_process_and_warns_of_nothing(swept, folder, monkeypatch):
-    monkeypatch.setattr(launcher, "forker", lambda: pytest.fail("a process was to be started"))
+    monkeypatch.setattr(launcher, "forker", lambda number: pytest.fail("a process was to be started"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_study(folder).sweep([PLANNED[0], PLANNED[1], PLANNED[4]])
