@@ -1,4 +1,4 @@
-"""The command line: bad input is one line on stderr and exit status 2, help teaches, lists are the registries."""
+"""The command line: bad input gives one line on stderr and exit status 2; help teaches; lists match the registries."""
 
 import json
 import os
@@ -24,7 +24,7 @@ VALID = tiny_config()
 
 @pytest.fixture
 def run(tmp_path):
-    """Give `memstudy run` a JSON value and return what came of it; no record may be left."""
+    """Run `memstudy run` on a JSON value and return the result; no record may be left."""
 
     def given(value: object):
         path = tmp_path / "run.json"
@@ -114,7 +114,7 @@ def test_a_data_folder_that_is_not_there_is_named(run, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project, to be given bad parameters."""
+    """A copy of the project with good and bad parameter files."""
     copy = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "memstudy", copy / "memstudy", ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "notebooks").mkdir()
@@ -130,7 +130,7 @@ def project(tmp_path_factory):
 
 
 def report(project: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run `memstudy report` in a process of its own, in the copy."""
+    """Run `memstudy report` in its own process, in the copy of the project."""
     command = [sys.executable, "-m", "memstudy.cli", "report", *arguments]
     environment = os.environ | {"PYTHONPATH": str(project)}
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
@@ -165,7 +165,7 @@ def test_a_report_whose_records_cannot_be_written_is_one_line(project):
 
 
 def project_of(folder: Path, **studies: str) -> None:
-    """Make `folder` a project whose studies sweep one run each, and then do what is given."""
+    """Make `folder` a project whose studies each sweep one run and then execute the given code."""
     shutil.copytree(ROOT / "memstudy", folder / "memstudy", ignore=shutil.ignore_patterns("__pycache__"))
     parameters = 'results_dir: str = "../results"\nout_dir: str = ".."\nrun_missing: bool = True'
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -187,7 +187,7 @@ Study("{stem}", globals()).sweep([parse_run({VALID})])"""
 @pytest.mark.slow
 def test_a_notebook_that_raises_takes_no_other_down_and_costs_no_record(tmp_path):
     project_of(tmp_path, bad="1 / 0", good="")
-    typeset = tmp_path / "report" / "tex.sh"  # there is no text to typeset
+    typeset = tmp_path / "report" / "tex.sh"  # stands in for LaTeX
     typeset.parent.mkdir()
     typeset.write_text("#!/bin/sh\n")
     typeset.chmod(0o755)
@@ -217,7 +217,7 @@ def test_a_study_without_all_its_records_is_left_out_of_the_paper(tmp_path):
     assert named.stderr.splitlines()[-1].startswith("failed: young; ")
 
 
-# What it teaches and lists
+# Help and lists
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`memstudy predict`, `fit` and `advise`: what they print, their JSON, and bad input told in one line."""
+"""`memstudy predict`, `fit` and `advise`: their output, their JSON, and one line for bad input."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import pytest
 from support.command_line import assert_one_line, invoke
 from support.tiers import slow_but
 from support.tiny_models import config_file
-from support.tiny_run import tiny_run  # noqa: F401  (it spares PyTorch the threads that tiny tensors do not need)
+from support.tiny_run import tiny_run  # noqa: F401  (limits PyTorch to one thread)
 
 from memstudy import profiler
 from memstudy.attention import Unavailable
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Paths of config.json files; the two of "large" ones take hundreds of MiB, and fake tensors none."""
+    """Paths of config.json files; the "large" models would take hundreds of MiB, but fake tensors take none."""
     folder = tmp_path_factory.mktemp("models")
     files = {
         "gpt2": config_file(folder, "gpt2", n_layer=1),
@@ -37,7 +37,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_gpu(tmp_path_factory):
-    """The path of a description of a GPU with 1 GiB."""
+    """The path of a YAML file that describes a GPU with 1 GiB."""
     path = tmp_path_factory.mktemp("gpus") / "small.yaml"
     path.write_text('compute_capability: "8.0"\nmemory_mib: 1024\ncontext_mib: 100\n')
     return str(path)
@@ -52,13 +52,13 @@ def fit(model, *arguments, seq_len=16):
 
 
 def answer(result):
-    """Return the JSON that a command has printed; nothing else may be, but for what is not installed."""
+    """Return the JSON printed by a command, which may print nothing else except notes on missing packages."""
     assert (result.exit_code, noted(result)) == (0, [])
     return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def noted(result):
-    """Return the lines on stderr but for those about levers whose package is not installed here."""
+    """Return the lines on stderr, without those about techniques whose package is not installed here."""
     return [line for line in result.stderr.splitlines() if not line.startswith("not advised: ")]
 
 
@@ -94,7 +94,7 @@ def test_the_waterfall_on_this_cpu_adds_up_to_the_peak(models):
     whole = parts.pop("peak")
     assert list(parts) == list(profiler.CATEGORIES)
     assert abs(sum(parts.values()) - whole) <= len(parts) / 2 + 0.5
-    assert "fit" not in result.stdout  # how much memory there is has not been said
+    assert "fit" not in result.stdout  # no memory size was given
     assert "GPU" not in result.stdout
 
 
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_told_where(models, small_gpu):
     assert result.exit_code == 0
     whole = table(result)["whole GPU"]
     (line,) = [line for line in result.stdout.splitlines() if "fit" in line]
-    said = rf"does not fit: {whole / 1024:.1f} GiB needed, 1.0 there; out of memory in forward of step 1"
+    said = rf"does not fit: {whole / 1024:.1f} GiB needed, 1.0 available; out of memory in forward of step 1"
     assert re.fullmatch(said + r"( in [\w.]+)?, asking for [\d,.]+ MiB", line)
 
 
@@ -219,7 +219,7 @@ def test_the_verdict_in_words(models):
     result = fit(models["gpt2"], "--budget-mib", 12, "--effective-batch", 96)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0] == (
-        f"no technique: largest batch {found['batch_size']}, {found['accumulation']} of them an update (predicted), "
+        f"no technique: largest batch {found['batch_size']}, {found['accumulation']} batches per update (predicted), "
         f"{found['headroom_percent']:.1f} % left"
     )
     assert found["accumulation"] > 1
@@ -244,7 +244,7 @@ def test_when_nothing_fits_advice_is_offered(models):
     assert result.exit_code == 0
     first, second = result.stdout.splitlines()
     assert re.fullmatch(r"no technique: nothing fits: a batch of 1 needs \d+\.\d MiB, the budget is 0\.5 MiB", first)
-    assert second == "--advise says which techniques to add"
+    assert second == "add --advise to find techniques that make a batch fit"
 
 
 def advised(model, *arguments):
@@ -260,26 +260,26 @@ def there(text):
 
 
 def rungs(*, start=(), without=()):
-    """The ladder by the reference rows, of levers that are installed, without those that do not suit."""
-    levers = [text for text in advice.advised() if there(text) and text not in without]
-    found = advice.reference_ladder(advice.reference(), levers, start=start)
+    """The ladder of the installed techniques by the reference rows, without those in `without`."""
+    offered = [text for text in advice.advised() if there(text) and text not in without]
+    found = advice.reference_ladder(advice.reference(), offered, start=start)
     assert len(found) > 3
     return found
 
 
 class Ladder:
-    """A ladder's rungs, and what a batch needs on each [MiB], predicted when asked for."""
+    """A ladder's rungs, and the memory of a batch on each rung [MiB], predicted on demand."""
 
     def __init__(self, rungs, model, **sizes):
         self.rungs, self._model, self._sizes = rungs, model, sizes
 
-    @functools.cache  # noqa: B019  (it goes with the test)
+    @functools.cache  # noqa: B019  (the instance lives as long as its test)
     def needs(self, place):
         given = answer(predict(self._model, "--technique", ",".join(self.rungs[place]), "--json", **self._sizes))
         return given["peak_allocated_mib"]
 
     def budget(self):
-        """One that the first rung does not keep and the last does, and the one halfway up where it can."""
+        """A budget that the first rung exceeds and that the middle and the last rung keep."""
         last = len(self.rungs) - 1
         budget = max(self.needs(last // 2), self.needs(last))
         assert self.needs(0) > budget
@@ -305,7 +305,7 @@ def test_advice_is_a_rung_that_fits_below_one_that_does_not(models):
 
 
 def asked(plan):
-    """The rungs that are tried where none fits: the last has all levers."""
+    """The rungs tried when none fits; the last has all techniques."""
     return [*plan[:2], plan[-1]]
 
 
@@ -380,7 +380,7 @@ def test_a_batch_that_fits_in_no_parts_is_told(models):
 
 
 def test_parts_make_a_batch_fit(models, small_gpu):
-    """A batch whose activations alone are far more than the GPU has."""
+    """The batch's activations alone far exceed the GPU's memory."""
     rows = answer(advise(models["large bert"], "--gpu", small_gpu, "--json", batch=512, seq_len=64))
     assert rows[-1]["fits"] is True
     assert rows[-1]["needed_mib"] <= 1024
@@ -443,7 +443,7 @@ def test_the_list_of_gpus_has_their_memory():
         ("advise", ["--batch 32", "reference rows", "Exit status 0"]),
         (
             "fit",
-            ["--effective-batch 64 --advise", "needed without --gpu", "cheapest in step time first", "Exit status 0"],
+            ["--effective-batch 64 --advise", "needed without --gpu", "fastest step first", "Exit status 0"],
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Predictions and searches as the command line shows them."""
+"""How the command line prints predictions and searches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
     """A prediction as JSON values."""
     return {
-        "run": run.model_dump(mode="json"),
+        "run": dict(run),
         "device": report.device,
         "kind": report.kind,
         "waterfall_mib": report.waterfall_mib(),
@@ -42,18 +42,18 @@ def fit_row(techniques: tuple[str, ...], found: Fit) -> dict:
 
 
 def verdict(found: Fit) -> str:
-    """What a search found, in a line."""
+    """The result of a search in one line."""
     said = "tested" if found.tested else "predicted"
     if not found.batch_size:
         return (
             f"nothing fits: a batch of 1 needs {readable(found.needed_mib)}, the budget is {readable(found.budget_mib)}"
         )
-    parts = f", {found.accumulation} of them an update" if found.accumulation > 1 else ""
+    parts = f", {found.accumulation} batches per update" if found.accumulation > 1 else ""
     return f"largest batch {found.batch_size}{parts} ({said}), {found.headroom_percent:.1f} % left"
 
 
 def readable(mib: float) -> str:
-    """``mib`` as people read it."""
+    """``mib`` as text, in GiB from 1024 MiB on."""
     return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
@@ -78,7 +78,7 @@ def show(report: MemoryReport, processes: int) -> None:
         if report.out_of_memory is None:
             console.print(f"fits: {whole / 1024:.1f} of {have:.1f} GiB")
         else:
-            said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} there; {report.out_of_memory}"
+            said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} available; {report.out_of_memory}"
             console.print(said, soft_wrap=True)
     if report.unverified:
         console.print(

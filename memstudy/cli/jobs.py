@@ -1,7 +1,7 @@
-"""A study's runs as a cluster's jobs: which records it lacks, and what memory each run will need.
+"""The runs of a study that have no record yet, as jobs for a cluster.
 
-A notebook asks for rows in the course of its story, and later rows may depend on earlier ones (the best combination
-is timed once all are predicted), so which runs there are is known by rounds: plan, run what is missing, plan again.
+A notebook asks for rows as it goes, and later rows may depend on earlier ones (the best combination is timed after all
+combinations are predicted). The runs are therefore planned in rounds: plan, run the missing runs, plan again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from memstudy.project import read_parameters
 
 
 def missing(stem: str, scale: str, results: Path) -> dict[str, dict]:
-    """By run id, the configs of the runs that study ``stem`` asks for now and that have no record in ``results``.
+    """Configs by run id: the runs that study ``stem`` asks for in this round and that have no record in ``results``.
 
     Raises
     ------
     ValueError
-        For an unknown study or scale, and when a cell fails for another reason than a missing record.
+        For an unknown study or scale, and when a cell fails for any reason but a missing record.
     """
     values = read_parameters(stem, scale)
     notebook = load_notebook_node(str(records.ROOT / "notebooks" / f"{stem}.ipynb"))
@@ -34,7 +34,7 @@ def missing(stem: str, scale: str, results: Path) -> dict[str, dict]:
         plan.mkdir()
         places = {"results_dir": str(results.resolve()), "out_dir": scratch, "run_missing": True}
         notebook = parameterize_notebook(notebook, values | places)
-        # A cell that lacks rows fails, and so do those that need them; the others are executed all the same.
+        # A cell without its rows fails, as do the cells that depend on it; allow_errors executes all others.
         client = NotebookClient(
             notebook,
             kernel_name="python3",

@@ -1,4 +1,4 @@
-"""``memstudy list``: what there is."""
+"""``memstudy list``: the names that other commands take, and the runs recorded so far."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import typer
 from memstudy import project, records
 from memstudy.cli.errors import one_line
 
-RESULTS = "Folder of the records; a study's are in its own below it."
+RESULTS = "Folder of the records, with a subfolder for each study."
 
 
 class Listing(StrEnum):
-    """What `memstudy list` can list."""
+    """The tables of `memstudy list`."""
 
     variants = "variants"
     techniques = "techniques"
@@ -32,7 +32,7 @@ def list_(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
     results: Annotated[Path, typer.Option(help=RESULTS)] = records.ROOT / "results",
 ) -> None:
-    """List variants, techniques, datasets, gpus, models, studies or runs."""
+    """List variants, techniques, datasets, gpus, models, studies or the runs recorded so far."""
     from rich.console import Console
     from rich.table import Table
 
@@ -59,12 +59,12 @@ def _techniques(results: Path) -> list[dict]:
     return [
         {
             "technique": name,
-            "for": " ".join(["training"] * lever.in_training + ["inference"] * lever.at_inference),
-            "exact": "yes" if lever.exact else "no",
-            "needs": lever.requires or "–",
-            "what it does": lever.summary,
+            "for": " ".join(["training"] * technique.in_training + ["inference"] * technique.at_inference),
+            "exact": "yes" if technique.exact else "no",
+            "needs": technique.requires or "–",
+            "what it does": technique.summary,
         }
-        for name, lever in TECHNIQUES.items()
+        for name, technique in TECHNIQUES.items()
     ]
 
 

@@ -9,9 +9,11 @@ from typing import NoReturn
 
 import typer
 
+from memstudy.cli.advise import advise
+from memstudy.cli.fit import fit
 from memstudy.cli.list import list_
 from memstudy.cli.plan import plan
-from memstudy.cli.predict import advise, fit, predict
+from memstudy.cli.predict import predict
 from memstudy.cli.report import report
 from memstudy.cli.run import run
 from memstudy.cli.serve import serve
@@ -23,19 +25,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="""Which memory technique for which Transformer?
 
-    A study is a notebook. It asks for rows; rows that have no record yet are run, each in a fresh process; every
-    table, figure and number of the report is computed from the rows.
+    A study is a notebook that asks for rows. Each row without a record is run, in a fresh process. Every table, figure
+    and number of the report is computed from the rows.
 
     memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4       will it fit? no GPU needed\n
     memstudy fit --model gpt2 --seq-len 512 --gpu T4 --advise            the largest batch\n
     memstudy advise --model gpt2 --batch 64 --seq-len 512 --gpu T4       what makes it fit\n
-    memstudy list studies            what there is\n
+    memstudy list studies            the studies; also: models, gpus, techniques, ...\n
     memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
-    memstudy run CONFIG.json         one run: a record in results/, whatever becomes of it\n
-    memstudy list runs               the records there are\n
-    memstudy serve                   ask the trained models, on a web page
+    memstudy run CONFIG.json         one run; its record says how it ended\n
+    memstudy list runs               the runs recorded so far\n
+    memstudy serve                   question the trained models on a web page
 
-    Stopped half-way? The same command goes on: finished runs are never repeated.
+    Stopped half-way? Repeat the command: finished runs are never repeated.
     """,
 )
 
@@ -45,7 +47,7 @@ app.command(name="list")(list_)
 
 
 def end_with(arguments: list[str]) -> NoReturn:
-    """End this process as the command of ``arguments`` does, without taking the interpreter apart: that takes long."""
+    """Run the command ``arguments`` and exit with its status, without the interpreter's slow shutdown."""
     status: object = 1
     try:
         app(arguments, prog_name="memstudy")

@@ -16,15 +16,15 @@ from memstudy.cli.list import RESULTS
 
 def plan(
     study: Annotated[str, typer.Argument(help="A study; memstudy list studies shows them.")],
-    into: Annotated[Path, typer.Argument(help="Folder for one JSON file a run, and for needs.json.")],
-    scale: Annotated[str, typer.Option(help="A folder of params/.")] = "quick",
+    into: Annotated[Path, typer.Argument(help="Folder for one JSON file per run, and for needs.json.")],
+    scale: Annotated[str, typer.Option(help="A folder of params/: quick, full or gpu.")] = "quick",
     results: Annotated[Path, typer.Option(help=RESULTS)] = records.ROOT / "results",
-    gpu: Annotated[str, typer.Option(help="The jobs' GPU, a name of memstudy list gpus; empty: none.")] = "",
+    gpu: Annotated[str, typer.Option(help="The jobs' GPU, a name from memstudy list gpus; empty: none.")] = "",
 ) -> None:
-    """Write the runs that a study lacks now, and what memory each job must ask for, by prediction.
+    """Write a study's missing runs as job files, and the predicted memory that each job needs.
 
-    For a workflow engine (see the Snakefile): run them with memstudy run, then plan again, until none is missing; then
-    memstudy report --no-run.
+    For a workflow engine (see the Snakefile): run each file with memstudy run and plan again, until no run is missing;
+    then memstudy report --no-run.
     """
     with one_line():
         from memstudy.cli import jobs

@@ -1,4 +1,4 @@
-"""``memstudy report``: studies' notebooks, executed, and their report typeset."""
+"""``memstudy report``: execute the studies' notebooks and typeset the report."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from memstudy import project, records
 from memstudy.cli.errors import one_line
 from memstudy.cli.list import RESULTS
 
-QUICK_S = 25 * 60  # for all studies at quick scale, on two cores with AVX2: half an hour with the set-up
+QUICK_S = 25 * 60  # all studies at quick scale on two cores with AVX2; with the set-up half an hour
 
 
 def report(
-    studies: Annotated[list[str] | None, typer.Argument(help="Studies; all when left out.")] = None,
-    scale: Annotated[str, typer.Option(help="Parameters: a folder of params/.")] = "quick",
+    studies: Annotated[list[str] | None, typer.Argument(help="Names of studies; all if left out.")] = None,
+    scale: Annotated[str, typer.Option(help="A folder of params/: quick, full or gpu.")] = "quick",
     results: Annotated[Path, typer.Option(help=RESULTS)] = records.ROOT / "results",
     reference: Annotated[
         bool, typer.Option("--reference", help="Use the committed records only; run nothing.")
     ] = False,
     no_run: Annotated[
-        bool, typer.Option("--no-run", help="Use the records that memstudy plan asked for; run nothing.")
+        bool, typer.Option("--no-run", help="Use the records made by memstudy plan's jobs; run nothing.")
     ] = False,
 ) -> None:
     """Run studies and typeset build/report.pdf.
 
     Each notebook is executed with params/SCALE/<study>.yaml; the executed copy is build/<study>.ipynb. At full
-    scale tables and figures go to report/ and figures/, at any other to build/SCALE/. With --reference a study whose
-    records are not all there yet is named and left out.
+    scale, tables and figures go to report/ and figures/; at other scales, to build/SCALE/. With --reference, a study
+    that lacks records is named and left out.
     """
     with one_line():
         stems = studies or [s for s in project.studies() if scale in project.scales(s)]
@@ -47,12 +47,12 @@ def report(
         if not reference:
             records.check_writable(results)
     if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # also in the notebooks, which cannot see where their bars are printed
+        os.environ["TQDM_DISABLE"] = "1"  # also in the notebooks, which cannot see whether stderr is a terminal
     generated = records.ROOT if scale == "full" else records.ROOT / "build" / scale
     places = {"results_dir": str(results.resolve()), "out_dir": str(generated), "run_missing": not reference}
     with tempfile.TemporaryDirectory() as scratch:
         if no_run:
-            os.environ[records.PLAN] = scratch  # and nothing runs
+            os.environ[records.PLAN] = scratch  # missing runs are written there, not run
         share_s = QUICK_S / len(project.studies()) if scale == "quick" else None
         errors = _execute_all(chosen, places, at_once=2 if reference or no_run else 1, share_s=share_s)
     done = [stem for stem, error in errors.items() if not error]
@@ -60,11 +60,11 @@ def report(
     failed = [stem for stem in errors if stem not in done + left_out]
     status = 1 if failed or not done else 0
     if done:
-        from memstudy.cli import synthesis
-
         (generated / "report").mkdir(parents=True, exist_ok=True)
-        synthesis.draw(generated, done)
-        (generated / "report" / "studies.tex").write_text(f"\\studies{{{','.join(done)}}}\n")
+        if any((generated / "report" / "tradeoffs" / f"{stem}.csv").exists() for stem in done):
+            _execute(project.SYNTHESIS, places | {"run_missing": False, "studies": done}, progress=False)
+        every_row = "\\everyrow\n" * (scale == "full")  # makes a number without a row an error
+        (generated / "report" / "studies.tex").write_text(f"\\studies{{{','.join(done)}}}\n{every_row}")
         status = subprocess.run([records.ROOT / "report" / "tex.sh", generated]).returncode or status
     if left_out:
         typer.echo(f"left out, not all records are there: {', '.join(left_out)}", err=True)
@@ -76,7 +76,7 @@ def report(
 
 
 def _took(seconds: float, share_s: float | None) -> str:
-    """The time of a study, and whether it passes twice its share."""
+    """The time of a study as text, with a remark when it is over twice its share."""
     said = f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
     if share_s is None or seconds <= 2 * share_s:
         return said
@@ -86,10 +86,10 @@ def _took(seconds: float, share_s: float | None) -> str:
 def _execute_all(
     chosen: dict[str, dict], places: dict, *, at_once: int, share_s: float | None = None
 ) -> dict[str, str]:
-    """Execute each study's notebook; by study, the name of the error that ended it, empty when none did.
+    """Execute each study's notebook; return by study the name of the error that ended the notebook, or "".
 
-    Each prints its time at the end, held against ``share_s`` [s] where that is given. Two may go ``at_once`` only where
-    nothing is run: timings suffer from company.
+    With ``at_once`` 1, each study's time is printed and compared with ``share_s`` [s], if given. ``at_once`` 2 is for
+    notebooks that run nothing: parallel runs would spoil the timings.
     """
     if at_once == 1:
         errors = {}
@@ -110,11 +110,11 @@ def _execute_all(
 
 
 def _execute(stem: str, values: dict, *, progress: bool) -> str:
-    """Execute one study's notebook with papermill; the name of the error that ended it, empty when none did."""
+    """Execute one study's notebook with papermill; return the name of the error that ended the notebook, or ""."""
     import papermill
 
-    # It reads a parameters cell line by line, and warns of each "=" within a value and of the names it then lacks;
-    # `parameters` has held names and types to the cell.
+    # Papermill parses the parameters cell line by line and warns about each "=" within a value and about the names it
+    # then misses. `read_parameters` has already checked names and types.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     (records.ROOT / "build").mkdir(exist_ok=True)
     try:

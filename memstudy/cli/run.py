@@ -16,13 +16,13 @@ from memstudy.cli.errors import one_line
 
 
 def run(
-    config: Annotated[Path, typer.Argument(help="JSON file with the run's every choice.")],
+    config: Annotated[Path, typer.Argument(help="JSON file that describes the run.")],
     results: Annotated[Path, typer.Option(help="Folder for the record.")] = Path("results/single"),
 ) -> None:
     """Carry out one run in this process and write its record.
 
-    The file's "kind" says what is run: "language_model", "reformer", "seq2seq", "hub_model", "inference", "fine_tune",
-    "layer", or "prediction" of another of them.
+    The file's "kind" names the kind of run: "language_model", "reformer", "seq2seq", "hub_model", "inference",
+    "fine_tune", "layer", or "prediction" of another run.
 
     {"kind": "language_model", "experiment": "mine", "n_layers": 2, "hidden_size": 64, "n_heads": 2,
     "feed_forward": 256, "vocab_size": 1000, "seq_len": 128, "batch_size": 4, "techniques": ["bf16"],
@@ -62,11 +62,12 @@ def run(
                 planned.model_dump(mode="json"),
                 results.resolve(),
                 planned.execute,
+                timed=planned.timed,
                 out_of_memory=(MemoryError, torch.OutOfMemoryError),
                 unavailable=(Unavailable,),
             )
         finally:
-            if torch.distributed.is_initialized():  # else its threads may crash a process that ends
+            if torch.distributed.is_initialized():  # otherwise its threads may crash the ending process
                 torch.distributed.destroy_process_group()
     typer.echo(f"{record['run_id']}: {record['status']} {record['reason']}".strip())
     for name, value in record["metrics"].items():

@@ -1,4 +1,4 @@
-"""``memstudy serve``: the page on this machine, with models trained first where there are none."""
+"""``memstudy serve``: a web page that answers questions with the models trained on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUESTIONS = "place-value-100000"
 
 
 def quick_runs(data_hash: str) -> list:
-    """The two runs that ``--train`` carries out: exact attention, and MemSizer everywhere; three minutes each."""
+    """The two runs of ``--train``: exact attention, and MemSizer in every attention; three minutes each."""
     from memstudy.studies.memsizer.run import Seq2SeqRun
 
     sizes = {"n_layers": 2, "hidden_size": 128, "n_heads": 4, "feed_forward": 512, "vocab_size": 48, "seq_len": 56}
@@ -30,8 +30,8 @@ def quick_runs(data_hash: str) -> list:
 
 
 def serve(
-    models: Annotated[Path, typer.Option(help="Folder of trained models, one below it each.")] = Path("build/models"),
-    host: Annotated[str, typer.Option(help="Address to listen on. Any but 127.0.0.1 shows the page to others.")] = (
+    models: Annotated[Path, typer.Option(help="Folder of trained models, a subfolder each.")] = Path("build/models"),
+    host: Annotated[str, typer.Option(help="Address to listen on; any but 127.0.0.1 opens the page to others.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -39,8 +39,8 @@ def serve(
 ) -> None:
     """Answer questions about digits on a web page: Transformer, MemSizer, or both side by side.
 
-    The models are those that the MemSizer study trained here, the newest of each kind. Where there are none, --train
-    trains two small ones first. Ctrl-C stops the server.
+    The models are the newest of each kind that the MemSizer study trained here. If there are none, --train trains two
+    small ones first. Ctrl-C stops the server.
     """
     with one_line():
         if not train and not any(models.glob("*/run.json")):

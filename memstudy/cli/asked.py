@@ -1,0 +1,136 @@
+"""The options that ``predict``, ``fit`` and ``advise`` share, and the prediction of the step they describe."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, get_type_hints
+
+import typer
+
+from memstudy.cli.errors import one_line
+
+if TYPE_CHECKING:
+    from memstudy.profiler import Gpu, MemoryReport
+    from memstudy.trainers.hub_model import HubModelRun
+
+Batch = Annotated[int, typer.Option(help="Sequences per optimizer update.", min=1, max=2**31)]
+Budget = Annotated[float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The shared options, one field each."""
+
+    model: Annotated[str, typer.Option(help="A name from `memstudy list models`, or the path of a config.json.")]
+    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.", min=2, max=2**31)]
+    gpu: Annotated[
+        str | None, typer.Option(help="A name from `memstudy list gpus`, or a .yaml file. Without it: this CPU.")
+    ] = None
+    technique: Annotated[str, typer.Option(help="Names from `memstudy list techniques`, comma-separated.")] = ""
+    optimizer: Annotated[str, typer.Option(help="adamw (fused), adamw_torch (foreach), adafactor, sgd, ...")] = "adamw"
+    task: Annotated[str, typer.Option(help="lm (the model's pretraining task) or classification.")] = "lm"
+    attention: Annotated[str, typer.Option(help="sdpa (PyTorch's fused kernels) or eager.")] = "sdpa"
+    expandable_segments: Annotated[
+        bool, typer.Option("--expandable-segments", help="As with PYTORCH_ALLOC_CONF=expandable_segments:True.")
+    ] = False
+    processes: Annotated[
+        int, typer.Option(help="GPUs that share the batch: DDP, or FSDP with technique fsdp.", min=1, max=4096)
+    ] = 1
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """The names given to ``--technique``."""
+        return tuple(text.strip() for text in self.technique.split(",") if text.strip())
+
+    def card(self) -> Gpu | None:
+        """The GPU of ``--gpu``; None for this CPU."""
+        from memstudy.profiler import find_gpu
+
+        return find_gpu(self.gpu) if self.gpu else None
+
+    def sizes(self) -> dict[str, object]:
+        """The fields of a `HubModelRun` except the batch and the techniques."""
+        names = ("model", "seq_len", "optimizer", "task", "attention", "processes")
+        return {name: getattr(self, name) for name in names}
+
+    def run(self, batch_size: int, techniques: tuple[str, ...]) -> HubModelRun:
+        """The run that takes the step."""
+        from memstudy.trainers.hub_model import HubModelRun
+
+        return HubModelRun(experiment="asked", batch_size=batch_size, techniques=techniques, **self.sizes())
+
+    def report(self, batch_size: int, techniques: tuple[str, ...]) -> MemoryReport:
+        """The prediction of the step; a terminal shows a status line meanwhile."""
+        from rich.console import Console
+
+        run = self.run(batch_size, techniques)
+        with Console(stderr=True).status(f"tracing two steps of {run.model} on fake tensors"):
+            return run.foretell(self.card(), expandable_segments=self.expandable_segments)
+
+    def advised(self, batch_size: int) -> list[str]:
+        """The techniques advised by the memory ablation that suit the model and are available here."""
+        from memstudy import techniques
+        from memstudy.attention import Unavailable
+        from memstudy.studies.ablation import advice
+
+        card = self.card()
+        found = []
+        for text in advice.suited(advice.advised(), batch_size=batch_size, **self.sizes()):
+            try:
+                techniques.check_available(techniques.parse((text,)), capability=card and card.compute_capability)
+            except Unavailable as error:
+                typer.echo(f"not advised: {error}", err=True)
+            else:
+                found.append(text)
+        return found
+
+
+def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of `Asked`."""
+    hints = get_type_hints(Asked, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Asked)
+    ]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    ]
+
+    def with_options(**given) -> None:
+        asked = Asked(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        with _one_line():
+            command(asked, **given)
+
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    with_options.__signature__ = inspect.Signature([*shared[:2], *own, *shared[2:]])
+    with_options.__annotations__ = {}
+    return with_options
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """As `one_line`, also for `Unavailable` and for tensors whose size overflows."""
+    from memstudy.cli.quick_imports import import_step
+
+    import_step()
+    from memstudy.attention import Unavailable
+
+    with one_line():
+        try:
+            yield
+        except Unavailable as error:
+            raise ValueError(str(error)) from None
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise ValueError("a tensor would have more than 2^63 bytes: take a smaller batch or sequence") from None
