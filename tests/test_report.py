@@ -1,4 +1,4 @@
-"""What the notebooks make, the LaTeX uses, and what the parameter files set, the notebooks have."""
+"""The LaTeX uses all that the notebooks write, and the parameter files set parameters that the notebooks have."""
 
 import json
 import re
@@ -60,6 +60,17 @@ def test_a_notebook_tells_a_story_and_defines_nothing(stem):
     )
 
 
+@pytest.mark.parametrize("stem", [*STEMS, project.SYNTHESIS])
+def test_a_notebooks_cells_are_few_and_short(stem):
+    """Ruff finds long lines of code; this test also finds long lines of text."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert len(code) <= 25
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 15 or "parameters" in cell.metadata.get("tags", []), cell.source
+    assert max(len(line) for cell in cells for line in cell.source.splitlines()) <= 120
+
+
 def test_no_reference_row_was_made_by_code_that_is_not_committed():
     listed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -84,7 +95,7 @@ NO_PROSE = re.compile(
     r"|\\(?:study\w+|claims)\*?(?:\[\w+\])?\{\w+\}(?:\{\w+\})?"
     r"|\bLab 4\b|\b(?:8|16)[- ]bits?\b"  # names
     r"|\b20\d\d\b|\b\d+(?:pt|mm)\b"  # years; lengths on the page
-    r"|(?<![\w-])[01]\b(?!\\,|[.,]\d)"  # a number without a unit that is one or none
+    r"|(?<![\w-])[01]\b(?!\\,|[.,]\d)"  # 0 or 1 without a unit
 )
 TYPED = re.compile(r"(?<![\w\\-])[+-]?\d[\d.,]*")
 

@@ -1,9 +1,10 @@
-"""The synthesis over studies: which rows it has, what they are paid with, and what it writes."""
+"""The synthesis over studies: its notebook's table, figure and values from the studies' rows."""
 
 import pandas as pd
+import papermill
 import pytest
 
-from memstudy.cli import synthesis
+from memstudy.records import ROOT
 
 ROWS = {
     "one": [
@@ -13,45 +14,39 @@ ROWS = {
         ("unjudged_1", 0.9, 1.0, None),
     ],
     "another_one": [("worse", 0.3, 1.005, 4.0), ("both & more", 0.2, 2.0, 30.0), ("larger", 1.5, 0.5, 0.0)],
+    "not_chosen": [("least", 0.1, 1.0, 0.0)],
 }
 
 
-@pytest.fixture
-def generated(tmp_path):
-    for folder in ("report/tradeoffs", "report/tables", "figures"):
-        (tmp_path / folder).mkdir(parents=True)
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generated")
+    (folder / "report" / "tradeoffs").mkdir(parents=True)
     for stem, rows in ROWS.items():
         frame = pd.DataFrame(rows, columns=["technique", "memory", "time", "quality_lost"])
-        frame.to_csv(tmp_path / "report" / "tradeoffs" / f"{stem}.csv", index=False)
-    return tmp_path
+        frame.to_csv(folder / "report" / "tradeoffs" / f"{stem}.csv", index=False)
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "synthesis.ipynb", None, cwd=ROOT / "notebooks", progress_bar=False,
+        parameters={"out_dir": str(folder), "studies": ["one", "another_one"]},
+    )  # fmt: skip
+    return folder
 
 
-def test_the_rows_are_those_of_the_studies_that_were_run(generated):
-    rows = synthesis.read(generated / "report", ["another_one", "no_such_study"])
-    assert rows["technique"].tolist() == ["worse", "both & more", "larger"]
-    assert set(rows["study"]) == {"another_one"}
-
-
-def test_what_memory_is_paid_with(generated):
-    rows = synthesis.read(generated / "report", list(ROWS)).set_index("technique")
-    assert synthesis.price(rows).to_dict() == {
-        "plain": "nothing", "free": "nothing", "slow": "time", "unjudged_1": "nothing", "worse": "quality",
-        "both & more": "both", "larger": "nothing",
-    }  # fmt: skip
-
-
-def test_table_and_figure_are_written_of_what_saves(generated):
-    assert synthesis.draw(generated, list(ROWS))
-    text = (generated / "report" / "tables" / "synthesis.tex").read_text("utf-8")
-    order = ["free", r"unjudged\_1", "slow", "worse", r"both \& more"]
-    places = [text.index(name) for name in order]
+def test_the_table_has_what_saves_memory_in_the_order_of_its_price(generated):
+    text = (generated / "report" / "tables" / "synthesis_best.tex").read_text("utf-8")
+    order = [
+        "one: free & nothing & 0.50 & 0.90 & +0.5", r"one: unjudged\_1 & nothing & 0.90 & 1.00 & –",
+        "one: slow & time & 0.40 & 1.30 & -2.0", "another one: worse & quality & 0.30",
+        r"another one: both \& more & both",
+    ]  # fmt: skip
+    places = [text.index(line) for line in order]
     assert places == sorted(places)
-    assert "plain" not in text
-    assert "larger" not in text
-    assert (generated / "figures" / "synthesis.pdf").stat().st_size > 5000
-    assert (generated / "figures" / "synthesis.png").exists()
+    assert not any(name in text for name in ("plain", "larger", "least"))
 
 
-def test_without_rows_nothing_is_drawn(tmp_path):
-    assert not synthesis.draw(tmp_path, ["one"])
-    assert not list(tmp_path.iterdir())
+def test_the_figure_and_the_number_of_rows_are_written(generated):
+    assert (generated / "figures" / "synthesis_prices.pdf").stat().st_size > 5000
+    assert (generated / "figures" / "synthesis_prices.png").exists()
+    values = (generated / "report" / "values" / "synthesis.tex").read_text("utf-8")
+    assert r"\defval{synthesis.n_rows}{7}" in values
+    assert r"\defval{synthesis.same}{1}" in values

@@ -1,1 +1,1 @@
-"""What one study alone needs, a room each."""
+"""Code that only one study needs, one package for each study."""

@@ -1,12 +1,12 @@
-"""One attention layer alone: the memory and the time of its forward and backward pass, in fp32.
+"""One attention layer alone: memory and time of its forward and backward pass, in fp32.
 
-The memory is the peak of what is allocated between the layer's call and the end of backward: the input and its
-gradient, the weights' gradients, what the layer keeps and its scratch. Not counted are the weights, which a model has
-anyway, and the gradient of the output, which is the next layer's. Beside MiB it is given in U, one fp32 tensor of the
-input's shape.
+The memory is the peak between the layer's call and the end of backward: the input and its gradient, the weights'
+gradients, tensors saved for backward and scratch. The weights, which a model has anyway, and the output's gradient,
+which belongs to the next layer, are not counted. The peak is given in MiB and in U, one fp32 tensor of the input's
+shape.
 
-The time is also given as a ratio to the layer's bare projections, four ``Linear`` on the same input, timed in turn with
-it, so that whatever else the machine does falls on both.
+The time is also given as a ratio to bare projections, four ``Linear`` on the same input. The layer and the projections
+are timed in turn, so that other load on the machine slows both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def execute(run: LayerRun) -> dict:
-    """Carry out ``run`` in this process.
+    """Execute ``run`` in this process.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def execute(run: LayerRun) -> dict:
 
 
 def peak_bytes(run: LayerRun, follow: Callable[..., MemoryReport], *, device: str = "cpu") -> int:
-    """The most that one step of ``run`` holds, by ``follow`` (``measure`` or ``predict``) [bytes]."""
+    """Peak of one step of ``run`` [bytes], by ``follow`` (``measure`` or ``predict``)."""
     before: list[int] = []
 
     def build() -> Step:
@@ -82,7 +82,7 @@ def peak_bytes(run: LayerRun, follow: Callable[..., MemoryReport], *, device: st
 
 
 def _times(run: LayerRun, device: str) -> tuple[list[float], list[float]]:
-    """Seconds of each step of the layer, and of its bare projections."""
+    """Times of the steps of the layer, and of the bare projections [s]."""
     layer, inputs, direction = _make(run, device)
     bare = [nn.Linear(run.hidden_size, run.hidden_size, device=device) for _ in range(4)]
     steps = _step([layer], inputs, direction), _step(bare, inputs[:1], direction)
@@ -93,10 +93,10 @@ def _times(run: LayerRun, device: str) -> tuple[list[float], list[float]]:
 
 
 def _make(run: LayerRun, device: str) -> tuple[nn.Module, list[torch.Tensor], torch.Tensor]:
-    """The layer, its input (with ``cross`` also the other sequence), the gradient that its output will get."""
+    """The layer, its input (with ``cross`` also the second sequence), the gradient of its output."""
     set_seed(run.seed)
     shape = (run.batch_size, run.seq_len, run.hidden_size)
-    with torch.device(device):  # made there: under fake tensors a module can't be moved
+    with torch.device(device):  # made on the device: a module of fake tensors can't be moved
         layer = run.make_layer()
         inputs = [torch.randn(shape, requires_grad=True) for _ in range(1 + run.cross)]
         return layer, inputs, torch.randn(shape)
@@ -114,7 +114,7 @@ def _step(modules: Sequence[nn.Module], inputs: list[torch.Tensor], direction: t
 
 
 class _Along(torch.autograd.Function):
-    """The output's product with a direction: a loss without a tensor of the output's size of its own."""
+    """Dot product of output and direction: a loss that allocates no tensor of the output's size."""
 
     @staticmethod
     def forward(ctx, output, direction):

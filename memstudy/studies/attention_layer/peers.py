@@ -1,8 +1,8 @@
-"""What a user would pick instead: other people's attention layers, by name, to be measured beside the variants.
+"""Attention layers of other packages, by name, which a user could choose instead of memstudy's variants.
 
-A peer is a layer of the same contract, ``layer(hidden_states)`` on (batch, seq, hidden), that does the work of one
-variant at the same widths and heads, with as many projections as its package has. Those that are only an op stand
-between the four projections that `SelfAttention` has. Nothing here is part of a study's model.
+A peer is a layer with the same interface, ``layer(hidden_states)`` on ``(batch, seq, hidden)``, that does the work of
+one variant at the same widths and heads, with its package's projections. A package that has only an op gets the four
+projections of `SelfAttention` around the op. No study's model contains a peer.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from memstudy.attention import AttentionConfig, Unavailable
 
 @dataclass(frozen=True)
 class Peer:
-    """A layer from elsewhere.
+    """An attention layer of another package.
 
     Attributes
     ----------
     variant : str
-        The variant whose work it does, a name in ``ATTENTION``.
+        The variant whose work the layer does, a name in ``ATTENTION``.
     make : callable
-        ``make(config, hidden_size=..., n_heads=..., seq_len=..., is_causal=...)`` gives the layer, or raises
-        `Unavailable`; ``config`` is the variant's.
+        ``make(config, hidden_size=..., n_heads=..., seq_len=..., is_causal=...)`` returns the layer, or
+        raises `Unavailable`; ``config`` is the variant's.
     """
 
     variant: str
@@ -37,7 +37,7 @@ class Peer:
 
 
 def installed(package: str, module: str) -> ModuleType:
-    """Import ``module`` of ``package``; raises `Unavailable`, with the remedy, where that cannot be done."""
+    """Import ``module`` of ``package``; raises `Unavailable`, with the remedy, if the import fails."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -72,7 +72,7 @@ def _torch(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: 
 def _local_attention(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
-    """The same window but for one key more to each side, without the package's rotary positions."""
+    """The variant's window plus one key on each side, without the package's rotary positions."""
     package = installed("local-attention", "local_attention")
     op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, exact_windowsize=True)
     return _Projected(hidden_size, n_heads, op)
@@ -81,7 +81,7 @@ def _local_attention(
 def _local_attention_defaults(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
-    """As the package comes: whole blocks are seen, one to two windows back, with rotary positions."""
+    """The package's defaults: a query sees whole blocks, one to two windows back; rotary positions."""
     package = installed("local-attention", "local_attention")
     op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, dim=hidden_size // n_heads)
     return _Projected(hidden_size, n_heads, op)
@@ -90,7 +90,7 @@ def _local_attention_defaults(
 def _reformer_pytorch(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
-    """Sequences must be multiples of two chunks."""
+    """The sequence length must be a multiple of two chunks."""
     package = installed("reformer-pytorch", "reformer_pytorch")
     return package.LSHSelfAttention(
         hidden_size, n_heads, bucket_size=config.chunk_length, n_hashes=config.num_hashes, causal=is_causal
@@ -114,7 +114,7 @@ def _transformers(
     from transformers import ReformerConfig
     from transformers.models.reformer import modeling_reformer
 
-    # Said here and not left to the layer, which warns when it chooses; the same number, the same factors.
+    # The number and factors of buckets that the layer itself would choose, with a warning.
     power = (2 * (seq_len // config.chunk_length)).bit_length() - 1
     whole = 2**power <= 2 * max(int((seq_len // config.chunk_length) ** 0.5), config.chunk_length)
     reformer = ReformerConfig(
@@ -143,7 +143,7 @@ def _linformer(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_l
 def _performer_pytorch(
     config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
 ) -> nn.Module:
-    """Causal without the package's CUDA extension: what it falls back to by itself."""
+    """Causal attention uses the package's own fallback for its CUDA extension."""
     package = installed("performer-pytorch", "performer_pytorch")
     return package.SelfAttention(
         hidden_size, causal=is_causal, heads=n_heads, dim_head=hidden_size // n_heads, nb_features=config.features
@@ -153,8 +153,8 @@ def _performer_pytorch(
 class _ReleasedMemSizer(nn.Module):
     """MemSizer in the plain form of its authors' released code (Zhang & Cai 2022, arXiv:2203.12644).
 
-    Causal, every token's key times its value is materialised, (seq, batch, slots, hidden), and summed up by a product
-    with a (seq, seq) mask; else S = k^T v / sqrt(n). Written after the description, not copied.
+    The causal form materialises the product of each token's key and value, ``(seq, batch, slots, hidden)``, and sums
+    with a ``(seq, seq)`` mask. The other form is S = k^T v / sqrt(n). Written from the description, not copied.
     """
 
     def __init__(self, hidden_size: int, n_heads: int, slots: int, is_causal: bool):
@@ -189,8 +189,8 @@ PEERS: dict[str, Peer] = {
     "torch": Peer("softmax", _torch),
     "local-attention": Peer("window", _local_attention),
     "local-attention as it comes": Peer("window", _local_attention_defaults),
-    "reformer-pytorch": Peer("lsh", _reformer_pytorch),
     "transformers": Peer("lsh", _transformers),
+    "reformer-pytorch": Peer("lsh", _reformer_pytorch),
     "linformer": Peer("linformer", _linformer),
     "performer-pytorch": Peer("performer", _performer_pytorch),
     "MemSizer as released": Peer("memsizer", _released_memsizer),

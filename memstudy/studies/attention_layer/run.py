@@ -19,9 +19,9 @@ from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, megabytes
 class LayerRun(Run):
     """Every choice of one attention layer measured alone: forward and backward in fp32, no optimizer.
 
-    ``who`` is ``memstudy`` or a name in ``peers.PEERS``: whose layer of that variant is measured. With ``cross`` the
-    layer attends to a second sequence of the same shape instead of its own. ``measure_steps`` steps are timed; threads
-    are those of the process.
+    ``who`` says whose layer of the variant is measured: ``memstudy`` or a name in ``peers.PEERS``. With ``cross`` the
+    layer attends to a second sequence of the same shape instead of its own. ``measure_steps`` steps are timed, on the
+    process's threads.
     """
 
     kind: Literal["layer"] = "layer"
@@ -56,7 +56,7 @@ class LayerRun(Run):
         return self
 
     def mixer(self) -> AttentionConfig:
-        """The attention variant as its config."""
+        """Config of the attention variant."""
         return mixer_of(self.attention)
 
     def make_layer(self) -> torch.nn.Module:
@@ -84,6 +84,6 @@ class LayerRun(Run):
     def needs(self, gpu=""):
         try:
             peak = layers.peak_bytes(self, predict) / MIB
-        except Unavailable:  # the run will say so itself
+        except Unavailable:  # the run itself reports why
             return {"mem_mb": megabytes(PROCESS_MIB)}
         return {"mem_mb": megabytes(PROCESS_MIB + SLACK * peak)}

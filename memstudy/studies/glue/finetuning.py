@@ -1,11 +1,11 @@
-"""Trained models, converted, trained on and judged: on sentences with labels (`tasks`), or as masked language models.
+"""Fine-tuning of converted pretrained models: as classifiers of sentences (`tasks`) or as masked language models.
 
-A language model is judged by its pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659, equation 4): with each token
+A language model is evaluated by pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659, equation 4), with each token
 of the text masked in turn::
 
     PPPL = exp(- 1/N Σ_t log P(w_t | all other tokens of the block))
 
-which compares models with the same tokens, and is no perplexity of a left-to-right model.
+It compares models with the same tokens, and is not the perplexity of a left-to-right model.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from transformers import (
 from memstudy import data, techniques
 from memstudy.huggingface.pretrained import weights_folder
 from memstudy.studies.glue import tasks
-from memstudy.trainers.trainer import LeverTrainer, make_trainer
+from memstudy.trainers.trainer import TechniqueTrainer, make_trainer
 
 if TYPE_CHECKING:
     from memstudy.studies.glue.run import FineTuneRun
 
-MASKED = 0.15  # of the tokens in training
+MASKED = 0.15  # share of tokens masked in training
 
 
 def execute(run: FineTuneRun, loaded: data.LoadedData, checkpoints: Path) -> dict:
-    """Carry out ``run`` in this process, on the data set that it names.
+    """Execute ``run`` in this process, on its data set ``loaded``.
 
     Returns
     -------
@@ -51,9 +51,9 @@ def execute(run: FineTuneRun, loaded: data.LoadedData, checkpoints: Path) -> dic
     Unavailable
         When a technique cannot run on this machine.
     ValueError
-        When the weights are not to be had, or the data set does not suit the task.
+        When the weights are not available, or the data set does not suit the task.
     """
-    techniques.check_available(run.levers())
+    techniques.check_available(run.parsed_techniques())
     tokenizer = AutoTokenizer.from_pretrained(weights_folder(run.model))
     carry_out = _classify if run.task == "classification" else _fill_in
     result = carry_out(run, loaded, tokenizer, checkpoints)
@@ -112,8 +112,8 @@ def _drawn(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
     return rows.select(order.tolist())
 
 
-def _trained(run: FineTuneRun, model, train, collate, checkpoints: Path) -> tuple[LeverTrainer, dict, dict]:
-    """The Trainer after training, with what the training was like."""
+def _trained(run: FineTuneRun, model, train, collate, checkpoints: Path) -> tuple[TechniqueTrainer, dict, dict]:
+    """Train ``model``; return the Trainer, metrics and curves."""
     steps = run.epochs * math.ceil(len(train) / run.batch_size)
     trainer = make_trainer(run, model, checkpoints, train_steps=max(1, steps), train=train, collate=collate)
     metrics: dict = {
@@ -124,18 +124,18 @@ def _trained(run: FineTuneRun, model, train, collate, checkpoints: Path) -> tupl
     if not steps:
         return trainer, metrics, {}
     seconds = trainer.go_on()
-    curve = [[row["step"], round(row["loss"], 4)] for row in trainer.state.log_history if "loss" in row]
+    curve = trainer.curve("loss")
     metrics |= {"train_time_s": seconds, "epoch_time_s": seconds / run.epochs, "train_loss": curve[-1][1]}
     return trainer, metrics, {"train_loss": curve}
 
 
 @torch.no_grad()
-def _pseudo_losses(trainer: LeverTrainer, blocks: torch.Tensor, mask: int) -> torch.Tensor:
-    """- log P of each token of ``(blocks, seq)``, masked in turn, given the others of its block; ``(blocks, seq)``."""
+def _pseudo_losses(trainer: TechniqueTrainer, blocks: torch.Tensor, mask: int) -> torch.Tensor:
+    """-log P of each token, masked in turn, given the other tokens of its block; ``(blocks, seq)``."""
     model = trainer.model.eval()
     seq = blocks.shape[1]
     chosen: list[torch.Tensor] = []
-    # Of a block with one mask only the masked position's words are asked for: the whole would be (seq, seq, words).
+    # Compute logits only at the masked positions: a block's logits at all positions would be (seq, seq, vocab).
     head = model.get_output_embeddings()
     only_masked = head.register_forward_pre_hook(
         lambda module, args: (args[0][torch.arange(len(chosen[0])), chosen[0]][:, None],)

@@ -15,14 +15,14 @@ from memstudy.trainers.language_model import data_as_planned
 
 
 class FineTuneRun(HubModelRun):
-    """Every choice of one fine-tuning: trained weights, converted, trained on a data set, and judged on rows held back.
+    """Every choice of one fine-tuning: pretrained weights, converted, trained on a data set and evaluated.
 
     ``model`` is a name in ``pretrained.PRETRAINED``, or the path of a ``config.json`` with ``model.safetensors`` and
-    the tokenizer's files beside it. With task ``classification`` ``dataset`` is one of GLUE's tasks, ``glue/sst2``, or
-    the path of a ``.csv`` (see `tasks`); with task ``lm`` it is running text, for a masked language model.
-    ``train_rows`` rows (blocks of text) are drawn for all epochs, all where there are fewer; 0 leaves the head
-    untrained. ``eval_rows`` bounds the rows that it is judged on. The rate falls in a straight line to 0 after a tenth
-    of the updates.
+    the tokenizer's files beside it. For task ``classification``, ``dataset`` is a GLUE task such as ``glue/sst2`` or
+    the path of a ``.csv`` (see `tasks`); for task ``lm``, running text for a masked language model. At most
+    ``train_rows`` rows (blocks of text) are drawn, once for all epochs; 0 leaves the head untrained. At most
+    ``eval_rows`` held-out rows are evaluated. The learning rate rises over a tenth of the updates, then falls linearly
+    to 0.
     """
 
     kind: Literal["fine_tune"] = "fine_tune"
@@ -52,18 +52,18 @@ class FineTuneRun(HubModelRun):
         return model
 
     def load_model(self, n_labels: int) -> transformers.PreTrainedModel:
-        """The model with trained weights, converted; its head is drawn from torch's global generator.
+        """The model with pretrained weights, converted; a new head is drawn from torch's global generator.
 
         Parameters
         ----------
         n_labels : int
-            Of a classifier; 1 is for a regression. Without effect on a language model.
+            Labels of a classifier; 1 for a regression. No effect on a language model.
         """
         options: dict = {"use_safetensors": True, "attn_implementation": self.attention}
         family = transformers.AutoModelForMaskedLM
         if self.task == "classification":
             family, options["num_labels"] = transformers.AutoModelForSequenceClassification, n_labels
-        # The weights are fp32, whatever they were saved in: so is the training.
+        # Training is in fp32, whatever dtype the weights were saved in.
         return self.converted(family.from_pretrained(weights_folder(self.model), dtype=torch.float32, **options))
 
     def flags(self):

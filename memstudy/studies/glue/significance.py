@@ -1,13 +1,13 @@
-"""Whether two models differ, from their predictions for the same examples: paired over examples and seeds.
+"""Tests whether two models differ, from their predictions for the same examples and seeds.
 
-The interval is the percentile bootstrap's (Efron and Tibshirani 1993, chapter 13): examples are drawn with replacement,
-and so are seeds, the same for both models; with few seeds that errs to the wide side. The test is McNemar's for
-examples seen once a seed (Durkalski et al. 2003, doi:10.1002/sim.1438): with d_i how many more seeds are right on
-example i under one model than under the other::
+The interval is a percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Examples and seeds are both drawn with
+replacement, identically for the two models; with few seeds the interval is rather too wide. The test is McNemar's for
+clusters (Durkalski et al. 2003, doi:10.1002/sim.1438), here the seeds of each example. With d_i the number of seeds
+that are right on example i under one model, minus the number under the other::
 
     χ² = (Σ d_i)² / Σ d_i²        with one degree of freedom,
 
-which for one seed is McNemar's without continuity correction.
+For one seed this is McNemar's test without continuity correction.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """What one model scores above another.
+    """Difference between the scores of two models.
 
-    ``difference`` of the means over seeds, ``low`` and ``high`` ends of its 95 % interval, ``p_value`` of McNemar's
-    test (None where predictions are no classes), ``significant``: the interval leaves out 0 and the test agrees.
+    ``difference`` is between means over seeds; ``low`` and ``high`` bound its 95 % interval; ``p_value`` is McNemar's
+    (None if predictions are not classes); ``significant``: the interval excludes 0 and the test, if any, agrees.
     """
 
     difference: float
@@ -46,15 +46,15 @@ def compare(ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray, metric: st
     Parameters
     ----------
     ours, theirs : (seeds, examples)
-        Of the same seeds and examples.
+        Predictions for the same seeds and examples.
     labels : (examples,)
     metric : {"accuracy", "matthews", "pearson"}
-        What is compared. Of two classes Matthews' coefficient is Pearson's of the 0s and 1s.
+        Score to compare. For two classes Matthews' coefficient equals Pearson's of the 0s and 1s.
 
     Raises
     ------
     ValueError
-        For shapes that do not match, or another metric.
+        For shapes that do not match, or an unknown metric.
     """
     ours, theirs, labels = (np.asarray(array) for array in (ours, theirs, labels))
     if ours.shape != theirs.shape or ours.shape[1:] != labels.shape:
@@ -89,7 +89,7 @@ def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over seeds; 0 where predictions or labels are all the same."""
+    """Pearson's coefficient, the mean over seeds; 0 for constant predictions or labels."""
     left = predictions - predictions.mean(1, keepdims=True)
     right = labels - labels.mean()
     size = np.sqrt((left**2).sum(1) * (right**2).sum())

@@ -1,7 +1,7 @@
-"""Sentences with labels: the tasks of GLUE (Wang et al. 2018, arXiv:1804.07461), or a table of one's own; their scores.
+"""Sentences with labels: the tasks of GLUE (Wang et al. 2018, arXiv:1804.07461) or a user's CSV, and their scores.
 
-A CSV of one's own has a column ``label``, whole numbers from 0 (or decimals, for a regression), and a column
-``sentence``, or ``sentence1`` and ``sentence2``.
+A user's CSV has a column ``label``, whole numbers from 0 (or decimals, for a regression), and a column ``sentence``,
+or ``sentence1`` and ``sentence2``.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ METRICS: dict[str, Callable[[Sequence, Sequence], float]] = {  # of (labels, pre
 class Task:
     """What a task reads and how it is scored.
 
-    ``columns`` hold its sentences; ``n_labels`` is 1 for a regression; of ``metrics``, names in ``METRICS``, the first
-    is the one that models are compared by; ``validation`` names the split held back; ``whole`` says whether a folder
-    holds GLUE's own sets: scores on others aren't to be set beside published ones.
+    ``columns`` hold the sentences; ``n_labels`` is 1 for a regression; ``metrics`` are names in ``METRICS``, of which
+    the first compares models; ``validation`` names the held-out split; ``whole`` says whether the data folder has all
+    rows of GLUE's sets: scores on fewer rows are not comparable with published ones.
     """
 
     columns: tuple[str, ...]
@@ -57,12 +57,12 @@ TASKS = {
 
 
 def task_of(loaded: LoadedData) -> Task:
-    """The task that a data set is for, its labels checked.
+    """The task of a data set, after a check of its splits, columns and labels.
 
     Raises
     ------
     ValueError
-        When the data set is no task; when a split is missing or empty, or a column is; for a label outside the range.
+        For a data set that is no task, a missing or empty split, a missing column, or a label out of range.
     """
     known = TASKS.get(loaded.name.removeprefix("glue/"))
     if known is None and not loaded.name.endswith(".csv"):
@@ -117,14 +117,14 @@ def _check_labels(loaded: LoadedData, split: str, task: Task) -> None:
 def encode(
     rows: datasets.Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_len: int
 ) -> tuple[datasets.Dataset, int]:
-    """Turn sentences into tokens, longer ones cut to ``max_len``, kept in memory.
+    """Tokenize sentences in memory, truncated to ``max_len`` tokens.
 
     Returns
     -------
     Dataset
-        ``input_ids`` and what else the tokenizer gives, ``labels``; rows of unequal lengths.
+        The tokenizer's columns (``input_ids``, ...) and ``labels``; rows of unequal lengths.
     int
-        How many rows were cut.
+        Number of truncated rows.
     """
     if not len(rows):
         return rows, 0
@@ -139,7 +139,7 @@ def encode(
 def score(task: Task, predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
     """Each of the task's metrics, as scikit-learn and SciPy compute them.
 
-    A correlation that isn't defined, since the predictions or the labels are one and the same for all rows, is 0.
+    The correlation with constant predictions or labels, which is undefined, is given as 0.
     """
     if task.n_labels == 1 and 1 in (len(np.unique(predictions)), len(np.unique(labels))):
         return dict.fromkeys(task.metrics, 0.0)

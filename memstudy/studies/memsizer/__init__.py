@@ -1,1 +1,1 @@
-"""The encoder-decoder, exact or with MemSizer, and the page that asks it."""
+"""The encoder-decoder, exact or with MemSizer, and its web page."""

@@ -1,13 +1,12 @@
 """An encoder-decoder whose attention is chosen place by place: exact, or MemSizer's memory of fixed size.
 
-Hugging Face's Marian, which is the Transformer of Vaswani et al. (2017, arXiv:1706.03762): norms behind the residual
+The model is Hugging Face's Marian, the Transformer of Vaswani et al. (2017, arXiv:1706.03762): norms after the residual
 sums, sinusoidal positions, the output tied to the decoder's embeddings. A place is ``encoder``, ``decoder`` or
-``cross``; one that is named in ``memsizer`` has no queries, keys, values and output projection, but
-`MemSizerAttention` (Zhang & Cai 2022, arXiv:2203.12644).
+``cross``. The places named in ``memsizer`` have `MemSizerAttention` (Zhang & Cai 2022, arXiv:2203.12644) instead of
+projections for queries, keys, values and output.
 
-``generate`` is Hugging Face's. What MemSizer keeps from one token to the next stands in the layers of its cache: the
-sum and the count of a decoder's tokens, the summary of the encoder's. They have one size whatever the length, and beams
-reorder them.
+``generate`` is Hugging Face's. The cache's layers hold MemSizer's state between tokens: sum and count of the decoder's
+tokens, and the summary of the encoder's. The state's size does not depend on the length; beam search reorders it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PLACES = ("encoder", "decoder", "cross")
 
 
 class Seq2SeqConfig(MarianConfig):
-    """A Marian config whose ``memsizer`` maps places to the settings of a `MemSizerConfig`; the others are exact."""
+    """A Marian config whose ``memsizer`` maps places to the settings of a `MemSizerConfig`; other places are exact."""
 
     model_type = "memstudy_encoder_decoder"
     memsizer: dict | None = None
@@ -34,14 +33,14 @@ class Seq2SeqConfig(MarianConfig):
 
 
 class StateLayer(CacheLayerMixin):
-    """What decoding keeps of one MemSizer: tensors (beams, ...), of one size whatever the length.
+    """Decoding state of one MemSizer layer: tensors ``(beams, ...)`` whose size does not depend on the length.
 
     Attributes
     ----------
     tensors : tuple of torch.Tensor
         Sum and count of a `MemSizerState`, or the encoder's summary; empty before the first token.
     length : int
-        Tokens that they sum up.
+        Number of tokens summed up in ``tensors``.
     """
 
     is_sliding = False
@@ -71,7 +70,7 @@ class StateLayer(CacheLayerMixin):
 
 
 class PlacedMemSizer(MemSizerAttention):
-    """MemSizer in the place of one of Marian's attentions, called as that is."""
+    """MemSizer with the call signature of Marian's attention, which it replaces."""
 
     def __init__(self, hidden_size: int, num_heads: int, config: MemSizerConfig, *, is_causal: bool, layer_idx: int):
         super().__init__(hidden_size, num_heads, config, is_causal=is_causal)
@@ -85,23 +84,23 @@ class PlacedMemSizer(MemSizerAttention):
         attention_mask: torch.Tensor | None = None,
         **_,
     ) -> tuple[torch.Tensor, None]:
-        """Attend within the sequence, or to the encoder's; see `MemSizerAttention.forward`.
+        """Attend within the sequence, or to the encoder's outputs; see `MemSizerAttention.forward`.
 
         Parameters
         ----------
         hidden_states : torch.Tensor
             (batch, seq, hidden_size).
         key_value_states : torch.Tensor, optional
-            (batch, source_len, hidden_size), the encoder's.
+            (batch, source_len, hidden_size), the encoder's outputs.
         past_key_values : EncoderDecoderCache, optional
-            With it the tokens are decoded one at a time, behind those that it sums up.
+            State of the earlier tokens; with a cache, tokens are decoded one at a time.
         attention_mask : torch.Tensor, optional
             (batch, key_len) bool, True for a real token.
 
         Raises
         ------
         ValueError
-            For padding among the tokens that are decoded: their sum could not leave it out again.
+            For padding among decoded tokens, which the running sum could not leave out.
         """
         if past_key_values is None:
             return super().forward(hidden_states, attention_mask, memory=key_value_states), None
@@ -124,7 +123,7 @@ class PlacedMemSizer(MemSizerAttention):
 
 
 def _kept(cache: Cache, layer_idx: int) -> StateLayer:
-    """The layer of ``cache`` that is MemSizer's; Hugging Face makes caches of layers for keys and values."""
+    """MemSizer's layer of ``cache``; replaces the layer for keys and values that Hugging Face makes."""
     while len(cache.layers) <= layer_idx:
         cache.layers.append(StateLayer())
     if not isinstance(cache.layers[layer_idx], StateLayer):
@@ -133,7 +132,7 @@ def _kept(cache: Cache, layer_idx: int) -> StateLayer:
 
 
 def state_bytes(cache: EncoderDecoderCache) -> int:
-    """What decoding holds beside the model [bytes]: keys and values, or MemSizer's sums."""
+    """Size of the decoding state [bytes]: keys and values, or MemSizer's sums."""
     layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     tensors = [t for layer in layers for t in getattr(layer, "tensors", (layer.keys, layer.values)) if t is not None]
     return sum(tensor.nbytes for tensor in tensors)
@@ -163,7 +162,7 @@ AutoModelForSeq2SeqLM.register(Seq2SeqConfig, Seq2SeqLM)
 
 
 def check_places(places: Iterable[str]) -> None:
-    """Raise ValueError for the first that is none of ``PLACES``."""
+    """Raise ValueError for the first place that is not in ``PLACES``."""
     for place in places:
         if place not in PLACES:
             raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
@@ -188,19 +187,19 @@ def encoder_decoder(
     Parameters
     ----------
     vocab_size, target_vocab_size : int
-        Tokens of the source and of the target; 0 for a target of the same, with one matrix for both.
+        Tokens of the source and of the target; a target of 0 shares the source's vocabulary and embeddings.
     n_layers : int
-        Of the encoder, and as many of the decoder.
+        Layers of the encoder, and of the decoder.
     hidden_size, n_heads, feed_forward : int
-        The shape; ``hidden_size`` must be a multiple of ``n_heads``.
+        ``hidden_size`` must be a multiple of ``n_heads``.
     max_len : int
-        Longest sequence [tokens], of either side.
+        Longest source or target [tokens].
     memsizer : mapping
-        Of places (see ``PLACES``); where none is named attention is exact.
+        MemSizer's config by place (see ``PLACES``); other places are exact.
     dropout : float
-        Probability, behind each part of a layer and the embeddings.
+        Probability, after each sublayer and the embeddings.
     pad_token, eos_token : int
-        The target starts from padding, as Marian's does.
+        Token ids; the target starts with ``pad_token``, as in Marian.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Data sets of pairs: what is read, what is to be written, and how that is judged.
+"""Data sets of pairs: the source to read, the target to write, and the scores of written texts.
 
-Translations are lower-cased and cleaned as the source study did. Scores are those of sacrebleu (Post 2018,
-arXiv:1804.08771), whose signature says how, and of rouge-score; an answer to a question is right or wrong.
+Translations are lower-cased and cleaned as in the source study. Scores are those of sacrebleu (Post 2018,
+arXiv:1804.08771), whose signature records its settings, and of rouge-score; an answer to a question is right or wrong.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 @dataclass(frozen=True)
 class PairTask:
-    """What a data set of pairs is for.
+    """How a data set of pairs is read and scored.
 
-    ``read`` gives source and target of a row; ``score`` takes what was written and what should have been, and gives
-    metrics, and ``signatures`` says how they count; ``tests`` are the splits that are judged; ``characters`` says that
-    tokens are characters, of two vocabularies.
+    ``read`` returns source and target of a row; ``score`` returns metrics of the written and the wanted texts;
+    ``signatures`` returns the metrics' settings; ``tests`` are the splits to evaluate; with ``characters`` tokens are
+    characters, and source and target have separate vocabularies.
     """
 
     read: Callable[[dict], tuple[str, str]]
@@ -43,10 +43,10 @@ def bleu(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
 
 
 def signatures() -> dict[str, str]:
-    """How sacrebleu counts: version, tokenisation, case."""
+    """sacrebleu's signatures: version, tokenisation, case."""
     metrics = {"bleu": sacrebleu.BLEU(), "chrf": sacrebleu.CHRF()}
     for metric in metrics.values():
-        metric.corpus_score(["a"], [["a"]])  # only then does it know the number of references
+        metric.corpus_score(["a"], [["a"]])  # the signature contains the number of references
     return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
 
@@ -64,7 +64,7 @@ def exact_match(written: Sequence[str], wanted: Sequence[str]) -> dict[str, floa
 
 
 def clean(text: str) -> str:
-    """Lower-case; letters, digits and the marks of a sentence are kept, runs of spaces become one."""
+    """Lower-case ``text``, drop all but letters, digits and punctuation of sentences, join runs of spaces."""
     return " ".join(re.sub(r"[^\w\s.,!?'-]", " ", text.lower()).split())
 
 
@@ -87,12 +87,12 @@ TASKS = {
 
 
 def task_of(loaded: LoadedData) -> PairTask:
-    """The task that a data set is for.
+    """The task of a data set.
 
     Raises
     ------
     ValueError
-        When it holds no pairs, or a split is missing or empty.
+        When the data set holds no pairs, or a split is missing or empty.
     """
     name = "mathematics-numbers-place-value" if loaded.name.startswith("place-value-") else loaded.name
     if name not in TASKS:

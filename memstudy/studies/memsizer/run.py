@@ -1,4 +1,4 @@
-"""What can be run on the encoder-decoder: a frozen description, and the model and inputs that it describes."""
+"""Runs of the encoder-decoder: a frozen description, and its model and inputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from memstudy.attention import MemSizerConfig
 from memstudy.attention.settings import mixer_of
 from memstudy.studies.memsizer import pairs, seq2seq
 from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, check_places, encoder_decoder
-from memstudy.trainers.base import StepRun
 from memstudy.trainers.language_model import data_as_planned
+from memstudy.trainers.step import StepRun
 
 PAD, EOS = 0, 1  # the first two tokens of every vocabulary
 
@@ -20,14 +20,13 @@ PAD, EOS = 0, 1  # the first two tokens of every vocabulary
 class Seq2SeqRun(StepRun):
     """Every choice of one run of an encoder-decoder, exact or with MemSizer in some places.
 
-    ``memsizer`` maps ``encoder``, ``decoder`` and ``cross`` to MemSizer's settings; attention is exact where none are
-    given. Sources have ``seq_len`` tokens at most and targets ``target_len``, of ``vocab_size`` and
-    ``target_vocab_size``; the latter 0 where both have one vocabulary and one matrix.
+    ``memsizer`` maps ``encoder``, ``decoder`` and ``cross`` to MemSizer's settings; other places are exact. Sources
+    have at most ``seq_len`` tokens from ``vocab_size``, targets at most ``target_len`` from ``target_vocab_size``; with
+    0 the target shares the source's vocabulary and embeddings.
 
-    ``train_steps`` updates are taken on ``dataset``, on its first ``train_rows`` rows (0: all), and ``eval_rows`` of
-    each other split are then generated for, with ``num_beams`` beams. ``measure_steps`` steps are timed on random
-    tokens, and ``generated`` tokens are decoded by the untrained model, never stopping, for the memory and time of
-    that.
+    ``train_steps`` updates are made on the first ``train_rows`` rows (0: all) of ``dataset``; targets are then written
+    for ``eval_rows`` rows of each test split, with ``num_beams`` beams. ``measure_steps`` steps are timed on random
+    tokens. The memory and time of decoding are those of ``generated`` tokens of the untrained model, past any end.
     """
 
     kind: Literal["seq2seq"] = "seq2seq"

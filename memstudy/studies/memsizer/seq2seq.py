@@ -1,7 +1,7 @@
-"""Encoder-decoders trained on pairs and judged by what they write (`pairs`); and the memory and time of writing.
+"""Encoder-decoders trained on pairs and scored by the targets they write (`pairs`); memory and time of decoding.
 
-An answer is right when each of its tokens is the likeliest given the right ones before it: that is the same as being
-what greedy decoding writes, and takes one forward pass, so that the way to a wanted share can be followed in training.
+An answer is right when each of its tokens is the most likely one after the right tokens before. Greedy decoding writes
+exactly these answers, and the check takes one forward pass, so training can log the share of right answers.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from memstudy.profiler.roles import Step
 from memstudy.studies.memsizer import pairs
 from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, state_bytes
 from memstudy.trainers.timing import measured, timed
-from memstudy.trainers.trainer import LeverTrainer, make_trainer
+from memstudy.trainers.trainer import TechniqueTrainer, make_trainer
 
 if TYPE_CHECKING:
     from memstudy.studies.memsizer.run import Seq2SeqRun
 
-SHOWN = 5  # texts that a record keeps of each split
+SHOWN = 5  # texts of each split that a record keeps
 
 
 def execute(run: Seq2SeqRun, loaded: data.LoadedData, checkpoints: Path) -> dict:
-    """Train ``run``'s model on the data set that it names, and write for the rows held back.
+    """Train the model of ``run`` on its data set ``loaded``, and write targets for held-out rows.
 
-    The trained model and its tokenizers stay in ``build/models/<run_id>``, as safetensors.
+    The trained model (safetensors) and its tokenizers are saved in ``build/models/<run_id>``.
 
     Returns
     -------
     dict
-        ``metrics`` (flat, units in the names; scores as ``<split>_<metric>``), ``curves`` (losses, right answers on the
-        way, some of the texts) and ``data``.
+        ``metrics`` (flat, units in the names; scores as ``<split>_<metric>``), ``curves`` (losses, right answers in
+        training, some of the texts) and ``data``.
 
     Raises
     ------
     Unavailable
         When a technique cannot run on this machine.
     ValueError
-        When the data set holds no pairs, or more tokens than the model knows.
+        When the data set holds no pairs, or more characters than the model has tokens.
     """
-    techniques.check_available(run.levers())
+    techniques.check_available(run.parsed_techniques())
     task = pairs.task_of(loaded)
     texts = {split: [task.read(row) for row in loaded.splits[split]] for split in ("train", *task.tests)}
     read, write = vocabularies(run, task, texts["train"])
@@ -74,7 +74,7 @@ def execute(run: Seq2SeqRun, loaded: data.LoadedData, checkpoints: Path) -> dict
     model.save_pretrained(folder)
     read.save_pretrained(folder / "source")
     write.save_pretrained(folder / "target")
-    (folder / "run.json").write_text(run.model_dump_json(), encoding="utf-8")  # last: now the folder is whole
+    (folder / "run.json").write_text(run.model_dump_json(), encoding="utf-8")  # last: marks the folder as complete
     size = (folder / "model.safetensors").stat().st_size
     result["metrics"] |= {"n_parameters": sum(p.numel() for p in model.parameters()), "model_mib_on_disk": size / MIB}
     result["data"] = loaded.provenance()
@@ -84,7 +84,7 @@ def execute(run: Seq2SeqRun, loaded: data.LoadedData, checkpoints: Path) -> dict
 def vocabularies(
     run: Seq2SeqRun, task: pairs.PairTask, train: Sequence[tuple[str, str]]
 ) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
-    """What cuts sources and targets into tokens: characters of their own for answers, else pieces common to both."""
+    """Tokenizers of sources and targets: two of characters for answers, one of common pieces for other tasks."""
     sources, targets = zip(*train, strict=True)
     if not task.characters:
         both = data.train_tokenizer([*sources, *targets], run.vocab_size, pad=True)
@@ -101,7 +101,7 @@ def vocabularies(
 def encode(
     rows: Sequence[tuple[str, str]], read: PreTrainedTokenizerFast, write: PreTrainedTokenizerFast, run: Seq2SeqRun
 ) -> datasets.Dataset:
-    """Tokens of sources (``input_ids``) and targets (``labels``), each with its end, cut to the run's lengths."""
+    """Tokens of sources (``input_ids``) and targets (``labels``), with an end token, truncated to the run's lengths."""
     columns = {}
     for name, tokenizer, texts, most in (
         ("input_ids", read, [source for source, _ in rows], run.seq_len),
@@ -112,7 +112,7 @@ def encode(
     return datasets.Dataset.from_dict(columns)
 
 
-def _trained(run, task, model, encoded, read, checkpoints) -> tuple[LeverTrainer, dict]:
+def _trained(run, task, model, encoded, read, checkpoints) -> tuple[TechniqueTrainer, dict]:
     collate = DataCollatorForSeq2Seq(read)
     first = encoded[task.tests[0]]
     watched = {} if task.characters or not run.validations else {"validation": first, "validations": run.validations}
@@ -122,7 +122,6 @@ def _trained(run, task, model, encoded, read, checkpoints) -> tuple[LeverTrainer
     if task.characters and run.validations:
         trainer.add_callback(_Answers(trainer, first, max(1, run.train_steps // run.validations)))
     seconds = trainer.go_on()
-    history = trainer.state.log_history
     seen = run.train_steps * run.batch_size
     mean = sum(map(len, encoded["train"]["labels"])) / len(encoded["train"])
     metrics = {
@@ -133,17 +132,17 @@ def _trained(run, task, model, encoded, read, checkpoints) -> tuple[LeverTrainer
         "train_target_tokens_per_s": seen * mean / seconds,
     }
     curves = {
-        "train_loss": [[row["step"], round(row["loss"], 4)] for row in history if "loss" in row],
-        "validation_loss": [[row["step"], round(row["eval_loss"], 4)] for row in history if "eval_loss" in row],
-        "right": [row["right"] for row in history if "right" in row],
+        "train_loss": trainer.curve("loss"),
+        "validation_loss": trainer.curve("eval_loss"),
+        "right": [row["right"] for row in trainer.state.log_history if "right" in row],
     }
     return trainer, {"metrics": metrics, "curves": curves}
 
 
 class _Answers(TrainerCallback):
-    """Which share of answers is right, on the way: [updates, seconds of training, share], as ``right`` in the log."""
+    """Logs the share of right answers in training, as ``right``: [updates, training time [s], share]."""
 
-    def __init__(self, trainer: LeverTrainer, rows: datasets.Dataset, every: int):
+    def __init__(self, trainer: TechniqueTrainer, rows: datasets.Dataset, every: int):
         self._trainer, self._rows, self._every = trainer, rows, every
 
     def on_step_end(self, args, state, control, **_):
@@ -156,8 +155,8 @@ class _Answers(TrainerCallback):
 
 
 @torch.no_grad()
-def right_answers(trainer: LeverTrainer, rows: datasets.Dataset) -> list[bool]:
-    """Whether greedy decoding writes each row's target, to its end."""
+def right_answers(trainer: TechniqueTrainer, rows: datasets.Dataset) -> list[bool]:
+    """For each row, whether greedy decoding writes the whole target."""
     model, right = trainer.model.eval(), []
     for batch in trainer.get_eval_dataloader(rows):
         batch = trainer._prepare_inputs(batch)
@@ -170,7 +169,7 @@ def right_answers(trainer: LeverTrainer, rows: datasets.Dataset) -> list[bool]:
 
 
 def _judge(run, task, trainer, split, texts, encoded, write, result) -> None:
-    """Add to ``result`` what is written for ``split`` and how good it is."""
+    """Write targets for ``split``; add texts and scores to ``result``."""
     wanted = [target for _, target in texts]
     loss = trainer.evaluate(encoded, metric_key_prefix=split)[f"{split}_loss"]
     began = time.perf_counter()
@@ -194,8 +193,8 @@ def _judge(run, task, trainer, split, texts, encoded, write, result) -> None:
 
 
 @torch.no_grad()
-def written(trainer: LeverTrainer, rows: datasets.Dataset, run: Seq2SeqRun) -> list[list[int]]:
-    """The tokens that the model writes for each row, up to the end that it puts, sources of like length together."""
+def written(trainer: TechniqueTrainer, rows: datasets.Dataset, run: Seq2SeqRun) -> list[list[int]]:
+    """The tokens that the model writes for each row, up to the end token; batches have sources of similar length."""
     model = trainer.model.eval()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     found: dict[int, list[int]] = {}
@@ -211,10 +210,10 @@ def written(trainer: LeverTrainer, rows: datasets.Dataset, run: Seq2SeqRun) -> l
 
 
 def build_generation(run: Seq2SeqRun) -> Callable[[], Step]:
-    """What ``profiler.measure`` takes: a batch of random sources encoded, the first token decoded, and the last.
+    """The argument of ``profiler.measure``: encodes a batch of random sources, decodes the first and the last token.
 
-    The last of ``run.generated``, as if those between had been decoded: what a token takes does not depend on which
-    they were, and a trace of thousands of them would not fit.
+    The last of ``run.generated`` tokens is decoded as if the tokens between had been: the memory does not depend on
+    their values, and a trace of thousands of tokens would not fit.
     """
 
     def make() -> Step:
@@ -226,7 +225,7 @@ def build_generation(run: Seq2SeqRun) -> Callable[[], Step]:
             token = torch.full((len(source), 1), model.config.decoder_start_token_id, device=source.device)
             token, cache = _next(model, encoded, token, None)
             for layer in cache.self_attention_cache.layers:
-                if layer.is_initialized:  # with keys and values; MemSizer's has none
+                if layer.is_initialized:  # a layer of keys and values, not MemSizer's
                     layer.keys, layer.values = (
                         kept.repeat(1, 1, run.generated - 1, 1) for kept in (layer.keys, layer.values)
                     )
@@ -245,7 +244,7 @@ def _untrained(run: Seq2SeqRun) -> tuple[Seq2SeqLM, torch.Tensor]:
 
 @torch.no_grad()
 def decode(model: Seq2SeqLM, source: torch.Tensor, count: int) -> int:
-    """Decode ``count`` tokens greedily, past any end; give the bytes held from one to the next at the last."""
+    """Decode ``count`` tokens greedily, past any end token; return the size of the last decoding state [bytes]."""
     encoded = model.get_encoder()(source)
     token = torch.full((len(source), 1), model.config.decoder_start_token_id, device=source.device)
     cache = None
@@ -260,7 +259,7 @@ def _next(model: Seq2SeqLM, encoded, token: torch.Tensor, cache) -> tuple[torch.
 
 
 def generate(run: Seq2SeqRun) -> dict[str, float]:
-    """Metrics of decoding: peak and what is held, both beside the model [MiB]; tokens a second, a batch's together."""
+    """Metrics of decoding: peak beside the parameters and decoding state [MiB]; tokens/s of the whole batch."""
     report, last = measured(build_generation(run), iterations=1)
     peak, parameters = max(report.iteration_peaks), report.most_by_category["parameters"]
     held = last()

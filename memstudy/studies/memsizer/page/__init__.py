@@ -1,1 +1,1 @@
-"""The web page that answers questions about digits with the models that were trained on them."""
+"""The web page on which trained models answer questions about digits."""

@@ -21,10 +21,10 @@ LOCK = threading.Lock()  # one question at a time: the models are shared, and ti
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and what that took.
+    """A model's answer and its cost.
 
-    ``latency_ms`` is from the question's text to the answer's; ``state_bytes`` is what decoding held beside the model
-    at the last token.
+    ``latency_ms`` is the time from the question's text to the answer's; ``state_bytes`` is the size of the decoding
+    state at the last token.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Model:
 
     @property
     def longest_question(self) -> int:
-        """Characters at most; the end takes one more position."""
+        """Most characters of a question; the end token takes one more position."""
         return self.run.seq_len - 1
 
     @torch.no_grad()
@@ -77,12 +77,12 @@ def name_of(run: Seq2SeqRun) -> str:
 
 
 def load(folder: Path) -> Model:
-    """The model in ``folder``, as `seq2seq.execute` leaves it.
+    """Load the model that `seq2seq.execute` saved in ``folder``.
 
     Raises
     ------
     ValueError
-        When a file is missing or damaged, or weights do not fit.
+        When a file is missing or damaged, or the weights do not fit.
     """
     try:
         run = Seq2SeqRun.model_validate_json((folder / "run.json").read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def load(folder: Path) -> Model:
 
 
 def load_all(folder: Path) -> tuple[dict[str, Model], list[str]]:
-    """The newest model of each name below ``folder`` that answers questions about digits; and what could not load."""
+    """The newest model of each name below ``folder`` that answers questions about digits, and all loading errors."""
     models: dict[str, Model] = {}
     problems: list[str] = []
     for path in sorted(folder.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):

@@ -1,4 +1,4 @@
-"""The page itself: Flask, no script, one address. It answers what the models in a folder answer."""
+"""The Flask app: one page without scripts, which shows the answers of the models in a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 from memstudy.data import place_value
 from memstudy.studies.memsizer.page.answers import Model, load_all
 
-LONGEST = 200  # characters of a question that are read at all
+LONGEST = 200  # most characters of a question, for any model
 EXAMPLES = (
     "What is the tens digit of 89290?",
     "What is the ten thousands digit of 2087043558?",
@@ -35,9 +35,9 @@ def create_app(folder: Path, *, trusted_hosts: list[str] | None = None) -> Flask
     Parameters
     ----------
     folder : Path
-        Where `seq2seq.execute` left trained models.
+        Where `seq2seq.execute` saved trained models.
     trusted_hosts : list of str, optional
-        By which names it may be asked; None for any. Another site's name would let that site read the answers.
+        Host names that the page answers to; None for any. With another site's name that site could read the answers.
     """
     app = Flask(__name__)
     app.config.update(MAX_CONTENT_LENGTH=4096, TRUSTED_HOSTS=trusted_hosts)
@@ -65,7 +65,7 @@ def create_app(folder: Path, *, trusted_hosts: list[str] | None = None) -> Flask
         try:
             right = place_value.answer(question)
         except ValueError as error:
-            note = f"{error}: the models were trained on no such question, and what they say is a guess."
+            note = f"{error}: the models were not trained on such questions, so their answers are guesses."
         else:
             if len(question.split()[-1]) > 11:
                 note = "The models were trained on numbers of at most ten digits."
@@ -90,12 +90,12 @@ def create_app(folder: Path, *, trusted_hosts: list[str] | None = None) -> Flask
 
 
 def _check(question: str, chosen: str, models: dict[str, Model]) -> list[Model]:
-    """The models that are to answer.
+    """The models that should answer.
 
     Raises
     ------
     ValueError
-        For a question that cannot be read, and for a model that there is not.
+        For an empty or too long question, an unknown model, or no trained models.
     """
     if not models:
         raise ValueError("There are no trained models: stop the server and start memstudy serve --train.")
@@ -111,12 +111,12 @@ def _check(question: str, chosen: str, models: dict[str, Model]) -> list[Model]:
 
 
 def make_server_for(folder: Path, host: str, port: int) -> BaseWSGIServer:
-    """A server that is ready to run, ``serve_forever()``; port 0 takes a free one.
+    """A server for the page, to run with ``serve_forever()``; port 0 takes a free port.
 
     Raises
     ------
     ValueError
-        When the address cannot be had.
+        When the server cannot listen on the address.
     """
     local = host in ("127.0.0.1", "localhost", "::1")
     app = create_app(folder, trusted_hosts=["127.0.0.1", "localhost", "[::1]"] if local else None)
@@ -124,4 +124,4 @@ def make_server_for(folder: Path, host: str, port: int) -> BaseWSGIServer:
         return make_server(host, port, app, threaded=True)
     except (OSError, SystemExit) as error:
         reason = getattr(error, "strerror", None) or "is it in use?"
-        raise ValueError(f"{host}:{port} cannot be listened on ({reason}): take another --port") from None
+        raise ValueError(f"cannot listen on {host}:{port} ({reason}): take another --port") from None

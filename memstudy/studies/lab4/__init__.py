@@ -1,0 +1,1 @@
+"""Lab 4's experiments on one small language model."""

@@ -1,0 +1,106 @@
+"""Lab 4's experiments, combinations of techniques, and the batch that fills a memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pandas as pd
+
+from memstudy import techniques
+from memstudy.trainers.language_model import LanguageModelRun
+
+PAPER = {
+    "n_layers": 6, "hidden_size": 512, "n_heads": 8, "feed_forward": 2048, "vocab_size": 10_000, "seq_len": 512,
+}  # fmt: skip
+EAGER = {"variant": "softmax", "implementation": "eager"}
+
+
+def experiments(
+    seq_len: int, *, flash: str, plain: Sequence[str] = (), only: Sequence[str] = (), skip: Sequence[str] = ()
+) -> pd.DataFrame:
+    """The source's eight experiments, five single techniques, and ``best_of_all``, whose techniques are to be found.
+
+    Parameters
+    ----------
+    seq_len : int
+        Length of the sequences and of the longer window [tokens].
+    flash : str
+        Implementation of flash attention: ``sdpa`` or ``flash_attention_2``.
+    plain : sequence of str
+        Techniques of every row in fp32.
+    only, skip : sequence of str
+        Names to keep (all when empty) and names to drop; the baseline is always kept.
+
+    Returns
+    -------
+    pd.DataFrame
+        By ``experiment``: ``attention`` (settings of the variant) and ``techniques`` (tuple of str).
+
+    Raises
+    ------
+    ValueError
+        For an unknown name in ``only`` or ``skip``.
+    """
+    fp32, bf16, fused = tuple(plain), ("bf16",), EAGER | {"implementation": flash}
+    rows = {
+        "baseline": (EAGER, fp32),
+        "bf16": (EAGER, bf16),
+        "flash_attn": (fused, bf16),
+        "window_512": ({"variant": "window", "window": seq_len}, bf16),
+        "window_256": ({"variant": "window", "window": seq_len // 2}, bf16),
+        "grad_checkpoint": (EAGER, (*fp32, "checkpointing")),
+        "bf16_gradcp": (EAGER, (*bf16, "checkpointing")),
+        "flash_gradcp": (fused, (*bf16, "checkpointing")),
+        "chunked_loss": (EAGER, (*fp32, "chunked_loss")),
+        "adamw_8bit": (EAGER, (*fp32, "adamw_8bit")),
+        "selective_gradcp": (EAGER, (*fp32, "selective_checkpointing=0.5")),
+        "offload_activations": (EAGER, (*fp32, "offload_activations")),
+        "optimizer_in_backward": (EAGER, (*fp32, "optimizer_in_backward")),
+        "best_of_all": (fused, ()),
+    }
+    unknown = {*only, *skip} - set(rows)
+    if unknown:
+        raise ValueError(f"only or skip: unknown experiments {sorted(unknown)}; known: {', '.join(rows)}")
+    kept = {"baseline", *(set(only or rows) - set(skip))}
+    grid = pd.DataFrame.from_dict(rows, orient="index", columns=["attention", "techniques"]).rename_axis("experiment")
+    return grid[grid.index.isin(kept)].copy()
+
+
+def runs(grid: pd.DataFrame, **choices: object) -> list[LanguageModelRun]:
+    """One run for each row of ``grid``; the index, the columns and ``choices`` are the fields of the run."""
+    return [LanguageModelRun(**row, **choices) for row in grid.reset_index().to_dict("records")]
+
+
+def combinations(texts: Sequence[str], *, flash: str, **choices: object) -> list[LanguageModelRun]:
+    """Runs of ``best_of_all`` with flash attention, one for each set of the techniques ``texts`` that may be combined.
+
+    Raises
+    ------
+    ValueError
+        For an unknown technique.
+    """
+    for text in texts:
+        techniques.parse([text])  # below, an unknown technique would count as excluded
+    choices["attention"] = EAGER | {"implementation": flash}
+    sets = (chosen for n in range(len(texts) + 1) for chosen in itertools.combinations(texts, n))
+    allowed = [chosen for chosen in sets if not techniques.excluded(chosen)]
+    return [LanguageModelRun(experiment="best_of_all", techniques=chosen, **choices) for chosen in allowed]
+
+
+def for_cpu(run: LanguageModelRun) -> LanguageModelRun:
+    """``run`` as a CPU can predict it: PyTorch's flash attention, which stores as much, in place of flash-attn's."""
+    if run.attention.get("implementation") != "flash_attention_2":
+        return run
+    return run.model_copy(update={"attention": run.attention | {"implementation": "sdpa"}})
+
+
+def largest_batches(predictions: pd.DataFrame, column: str, memory_mib: float) -> pd.Series:
+    """The batch [sequences], not rounded, at which ``column`` [MiB] of each experiment reaches ``memory_mib``.
+
+    ``predictions`` has rows of `PredictionRun` at two batches for each experiment; between them memory is linear.
+    """
+    batch = predictions["of"].map(lambda run: run.batch_size)
+    taken = predictions.assign(batch=batch).pivot(index="experiment", columns="batch", values=column)
+    small, large = taken.columns
+    return small + (memory_mib - taken[small]) / ((taken[large] - taken[small]) / (large - small))
