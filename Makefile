@@ -3,14 +3,14 @@ SCALE   ?= quick
 STUDIES ?= $(foreach stem,$(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)),\
              $(if $(wildcard params/$(SCALE)/$(stem).yaml),$(stem)))
 
-# Test files at once: one a core, four at most, for each may hold 3 GB.
+# Test files at once: one per core, four at most, since each may hold 3 GB.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# The notebooks that make test runs: they predict, measure and train nothing long.
+# The notebooks that `make test` runs: none of them trains for long.
 NOTEBOOKS := notebooks/attention.ipynb notebooks/what_fits.ipynb
 NBVAL     := --nbval-lax --nbval-current-env
 
@@ -29,7 +29,7 @@ help:
 	@echo '  make lab      open the notebooks in JupyterLab'
 	@echo '  make clean    remove build/; results/ and $(VENV) stay'
 	@echo
-	@echo 'Each sets up $(VENV) by itself, once. Stopped half-way? The same command goes on.'
+	@echo 'Each sets up $(VENV) by itself, once. Stopped half-way? Repeat the command: it continues.'
 	@echo 'More: $(BIN)/memstudy --help (after the first make)'
 
 report: $(READY)
@@ -70,8 +70,8 @@ lab: $(READY)
 clean:
 	rm -rf build
 
-# The stamp goes first and comes back last, so a broken set-up is never taken for a whole one.
-# Without a stamp the environment is built from nothing; with an old one it is brought up to date.
+# The stamp is removed first and written last, so that a broken set-up never counts as complete.
+# Without a stamp, the environment is built from nothing; with an old stamp, it is updated.
 $(READY): pyproject.toml constraints.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: python3 is $$(python3 --version 2>&1);" \

@@ -1,17 +1,17 @@
-"""The attention variants against what a user would pick instead, side by side: time and memory of one layer.
+"""The attention variants against the packages a user would choose instead: time and memory of one layer.
 
 One layer with its projections, forward and backward, batch 1, width 512, 8 heads, fp32, two threads unless
-OMP_NUM_THREADS says otherwise. Each measurement is a fresh process; in a round our layer and each peer's take their
-turn, and a row is the median over the rounds.
+OMP_NUM_THREADS is set. Each measurement is a fresh process; in a round, our layer and each peer's layer take turns, and
+a row is the median over the rounds.
 
-  time    ratio to the layer's bare projections, four Linear on the same input, timed in turn with it
+  time    ratio to the layer's bare projections, four Linear on the same input, timed in turn with the layer
   U       peak memory from the layer's call to the end of backward, in fp32 tensors of the input's shape
 
-A peer that is not installed, or would take more memory than there is or more than ten minutes a round, is a row with
-the reason. Run it alone on the machine: memory repeats itself to the byte, time does not.
+A peer that is not installed, or would need more memory than available or more than ten minutes per round, gets a row
+with the reason. Run the benchmark alone on the machine: memory is reproducible to the byte, time is not.
 
-  python benchmarks/attention.py                                               all, two hours or so
-  python benchmarks/attention.py --variants window --lengths 4096 --rounds 1   a look, a minute
+  python benchmarks/attention.py                                               everything, about two hours
+  python benchmarks/attention.py --variants window --lengths 4096 --rounds 1   a quick look, one minute
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from tqdm import tqdm
 from memstudy import launcher, machine
 from memstudy.studies.attention_layer.run import LayerRun
 
-# Settings (max_len is the length), causal, across two sequences, whose layers besides ours.
+# Settings (max_len is added for linformer), is_causal, cross, the peers' layers.
 VARIANTS: dict[str, tuple[dict, bool, bool, list[str]]] = {
     "window": ({"variant": "window", "window": 256}, True, False, ["local-attention", "local-attention as it comes"]),
     "lsh_8": ({"variant": "lsh", "num_hashes": 8}, True, False, ["transformers", "reformer-pytorch"]),
     "lsh_1": ({"variant": "lsh", "num_hashes": 1}, True, False, ["transformers", "reformer-pytorch"]),
     "linformer": ({"variant": "linformer", "rank": 128}, False, False, ["linformer"]),
     "memsizer": ({"variant": "memsizer", "slots": 4}, True, False, ["MemSizer as released"]),
-    # Its equations are those of cross-attention; the memory is the layer's own input.
+    # The equations of cross-attention, with the layer's own input as memory.
     "memsizer_cross": ({"variant": "memsizer", "slots": 32}, False, False, ["MemSizer as released"]),
     "performer": ({"variant": "performer", "features": 256}, True, False, ["performer-pytorch"]),
     "softmax": ({"variant": "softmax"}, True, False, ["torch"]),
     "softmax_lean": ({"variant": "softmax", "recompute": True}, True, False, ["torch"]),
 }
-# The most that our rows may take: (time ratio, U) by length.
+# Targets for our rows, at most (time ratio, U) by length.
 TARGETS: dict[str, dict[int, tuple[float, float]]] = {
     "window": {4096: (1.8, 8.0), 16_384: (1.8, 4.5)},
     "lsh_8": {4096: (4.5, 10.0), 16_384: (5.0, 10.0)},
@@ -57,10 +57,11 @@ TARGETS: dict[str, dict[int, tuple[float, float]]] = {
     "memsizer_cross": {4096: (0.5, 4.7)},
     "performer": {4096: (3.4, 8.0), 16_384: (3.4, 4.0)},
 }
-# The same against torch's row: (times its time ratio, U; None for torch's own). Two runs of one layer differ by 3 %.
+# Targets relative to torch's row: at most (factor of torch's time ratio, U; None for torch's own U). Two runs of one
+# layer differ by 3 %.
 AGAINST_TORCH = {"softmax": (1.03, None), "softmax_lean": (1.1, 5.6)}
-SLOPE = (4096, 16_384)  # between these lengths
-LINEAR = {"memory": 1.02, "time": 1.15}  # the most that the log-log slopes of all but softmax may be
+SLOPE = (4096, 16_384)  # log-log slopes are taken between these lengths
+LINEAR = {"memory": 1.02, "time": 1.15}  # targets: largest log-log slopes of all variants but softmax
 LONGEST_ROUND_S = 600
 
 
@@ -75,7 +76,7 @@ def plan(variant: str, who: str, n: int, seed: int = 0) -> LayerRun:
 
 
 def too_much(history: list[dict], n: int) -> str:
-    """Why ``n`` tokens are not tried after the shorter ones of ``history``; empty when they are."""
+    """The reason not to try ``n`` tokens after the shorter lengths in ``history``, or an empty text."""
     if not history:
         return ""
     last = history[-1]
@@ -148,7 +149,7 @@ def line(row: dict) -> str:
 
 
 def compare(variants: list[str], lengths: list[int], rounds: int, report) -> list[dict]:
-    """Run everything, calling ``report(row, rows so far)`` for each row as it comes."""
+    """Run everything, and call ``report(row, rows so far)`` for each new row."""
     rows: list[dict] = []
     total = rounds * sum(lengths) * sum(1 + len(VARIANTS[variant][3]) for variant in variants)
     with (
@@ -188,7 +189,7 @@ def compare(variants: list[str], lengths: list[int], rounds: int, report) -> lis
 
 
 def slopes(rows: list[dict]) -> list[str]:
-    """Lines: how memory and time grow with the length, for each layer that has both ends of `SLOPE`."""
+    """Lines with the log-log slopes of memory and time, for each layer with rows at both ends of `SLOPE`."""
     found = []
     for variant, who in dict.fromkeys((row["variant"], row["who"]) for row in rows):
         ends = [row for row in rows if (row["variant"], row["who"]) == (variant, who) and row["n"] in SLOPE]
@@ -203,7 +204,7 @@ def slopes(rows: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Read the arguments, run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", metavar="NAME", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--lengths", nargs="+", metavar="N", type=int, default=[2048, 4096, 8192, 16_384])

@@ -1,10 +1,11 @@
-"""Decoding with MemSizer's state beside GPT-2 with its cache: tokens/s and what is kept, against the length.
+"""Decoding with MemSizer's state against GPT-2 with its cache: tokens/s and memory kept, by length.
 
-Two models of one size, with random weights: 6 layers of width 512, 8 heads, feed-forward width 2,048, 10,000 tokens
-tied to the head; MemSizer with 4 slots. At each length both have read as many tokens (GPT-2 in one pass, MemSizer in
-steps), then take turns of eight tokens at decoding greedily; the time is the median of a step. What is kept is the
-storage of all layers' states, or of the cache. One sequence is decoded as fast as weights and cache can be read, which
-for GPT-2 are 1.9 times as many bytes at 2,048 tokens; with more sequences or beams the cache grows, the weights do not.
+Two models of the same size, with random weights: 6 layers of width 512, 8 heads, feed-forward width 2,048, 10,000
+tokens tied to the head; MemSizer with 4 slots. At each length, both read a prompt of this length (GPT-2 in one pass,
+MemSizer in steps) and then take turns at decoding eight tokens greedily; the time is the median of a step. The memory
+kept is the storage of all layers' states, or of the cache. For one sequence, decoding is as fast as weights and cache
+can be read: at 2,048 tokens, 1.9 times as many bytes for GPT-2. With more sequences or beams, the cache grows and the
+weights do not.
 
   python benchmarks/decoding.py                 a minute
   python benchmarks/decoding.py --batch 4       four sequences, or four beams
@@ -28,14 +29,14 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from memstudy.attention import ATTENTION
 
 LAYERS, HIDDEN, HEADS, FEED_FORWARD, VOCABULARY, SLOTS = 6, 512, 8, 2048, 10_000, 4
-STEPS = 96  # timed at each length
-TURN = 8  # of them one after another: decoding a text finds in the cache what its last step left there
-FASTER = (2048, 2.0)  # at this length MemSizer shall be so many times as fast
-LEVEL = 1.1  # its slowest length may take so many times as long as its fastest
+STEPS = 96  # timed steps at each length
+TURN = 8  # consecutive steps of a model, so that the processor's cache is as warm as in real decoding
+FASTER = (2048, 2.0)  # target: at this length, MemSizer is this many times as fast
+LEVEL = 1.1  # target: the largest ratio between MemSizer's slowest and fastest length
 
 
 def gpt2_config(positions: int) -> GPT2Config:
-    """What both models are made after."""
+    """The configuration that both models follow."""
     return GPT2Config(
         vocab_size=VOCABULARY,
         n_layer=LAYERS,
@@ -73,7 +74,7 @@ class MemSizerLM(nn.Module):
 
 
 def memsizer_decoder(prompt: torch.Tensor) -> tuple[Callable[[], None], Callable[[], Iterable]]:
-    """A step that decodes one more token after ``prompt`` (batch, length), and what is kept between steps."""
+    """A step that decodes one more token after ``prompt`` (batch, length), and a function for the tensors kept."""
     model = MemSizerLM(prompt.shape[1] + STEPS + 1).eval()
     logits, states = None, [None] * LAYERS
     for position in range(prompt.shape[1]):
@@ -89,7 +90,7 @@ def memsizer_decoder(prompt: torch.Tensor) -> tuple[Callable[[], None], Callable
 
 
 def gpt2_decoder(prompt: torch.Tensor) -> tuple[Callable[[], None], Callable[[], Iterable]]:
-    """The same of GPT-2."""
+    """`memsizer_decoder` for GPT-2."""
     model = GPT2LMHeadModel(gpt2_config(prompt.shape[1] + STEPS + 1)).eval()
     now = {"output": model(prompt, use_cache=True, logits_to_keep=1)}
 
@@ -104,7 +105,7 @@ def gpt2_decoder(prompt: torch.Tensor) -> tuple[Callable[[], None], Callable[[],
 
 
 def kept_mib(tensors: Iterable) -> float:
-    """Storage of ``tensors``, each once [MiB]."""
+    """Size of the distinct storages of ``tensors`` [MiB]."""
     storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, torch.Tensor)]
     if not storages:
         raise RuntimeError("the decoder keeps no tensor: its state is of no kind that torch's pytree knows")
@@ -112,7 +113,7 @@ def kept_mib(tensors: Iterable) -> float:
 
 
 def compare(length: int, batch: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds a step and MiB kept, by model, after ``length`` tokens."""
+    """Milliseconds per step and MiB kept, by model, after ``length`` tokens."""
     torch.manual_seed(0)
     prompt = torch.randint(VOCABULARY, (batch, length))
     with torch.inference_mode():
@@ -129,7 +130,7 @@ def compare(length: int, batch: int) -> dict[str, tuple[float, float]]:
 
 
 def spread(lengths: list[int], batch: int) -> float:
-    """How many times as long as the fastest of ``lengths`` the slowest takes with MemSizer, all in turn."""
+    """Ratio of MemSizer's step times at the slowest and the fastest of ``lengths``, timed in turn."""
     times: dict[int, list[float]] = {length: [] for length in lengths}
     with torch.inference_mode():
         steps = {length: memsizer_decoder(torch.randint(VOCABULARY, (batch, length)))[0] for length in lengths}
@@ -144,7 +145,7 @@ def spread(lengths: list[int], batch: int) -> float:
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Read the arguments, run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     lengths = [64, 128, 256, 512, 1024, 2048, 4096]
     parser.add_argument("--lengths", nargs="+", metavar="N", type=int, default=lengths)

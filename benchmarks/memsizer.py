@@ -1,13 +1,13 @@
-"""MemSizer's causal layer beside the same formula written as the authors' released code does: time and peak memory.
+"""MemSizer's causal layer against the formula as written in the authors' released code: time and peak memory.
 
-That makes k_s v_sᵀ for every token, (seq, batch, slots, hidden), sums it up by a product with a lower triangle of
-(seq, seq), and multiplies the weights in: two tensors of seq × batch × slots × hidden, and work that grows with the
-square of the length. Same weights, same results (compared first), fp32, width 512, 8 heads, 32 slots. Memory is what
-forward and backward take beside the layer and its input (measured, allocation by allocation); times are medians of
-steps taken in turn.
+The released code makes k_s v_sᵀ for every token, (seq, batch, slots, hidden), sums over tokens by a product with a
+lower triangle (seq, seq), and multiplies by the weights: two tensors of seq × batch × slots × hidden, and work that
+grows with the square of the length. Both use the same weights and give the same results (compared first); fp32, width
+512, 8 heads, 32 slots. Memory is the peak of forward and backward without the layer and its input (measured, allocation
+by allocation); times are medians of alternating steps.
 
   python benchmarks/memsizer.py                     two minutes
-  python benchmarks/memsizer.py --lengths 256 512   a look
+  python benchmarks/memsizer.py --lengths 256 512   a quick look
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from memstudy.attention.memsizer import MemSizerAttention
 from memstudy.profiler import MIB, measure
 
 HIDDEN, HEADS, SLOTS, BATCH = 512, 8, 32, 1
-FASTER, LEANER = 20, 10  # times, at least, from 2,048 tokens on
+FASTER, LEANER = 20, 10  # least factors in time and memory, from 2,048 tokens on
 
 
 def layer() -> MemSizerAttention:
@@ -36,7 +36,7 @@ def layer() -> MemSizerAttention:
 
 
 def straightforward(layer: MemSizerAttention, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The formula as the released code writes it; (batch, seq, hidden) in and out."""
+    """The formula as in the released code; input and output are (batch, seq, hidden)."""
     seq = hidden_states.shape[1]
     tokens = hidden_states.transpose(0, 1)  # (seq, batch, hidden)
     weights = layer.query_proj(tokens).unflatten(-1, (layer.num_heads, -1)).softmax(-1).mean(-2)
@@ -54,7 +54,7 @@ WAYS: dict[str, Callable[[MemSizerAttention, torch.Tensor], torch.Tensor]] = {
 
 
 def build(way: Callable, length: int) -> Callable[[], None]:
-    """Make layer and input and return a step: forward and backward."""
+    """Make layer and input, and return a step of forward and backward."""
     made, hidden_states = layer(), torch.randn(BATCH, length, HIDDEN, requires_grad=True)
 
     def step():
@@ -66,7 +66,7 @@ def build(way: Callable, length: int) -> Callable[[], None]:
 
 
 def compare(length: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Seconds a step (median) and MiB beside layer and input, by way."""
+    """Seconds per step (median), and MiB without layer and input, by implementation."""
     same, hidden_states = layer(), torch.randn(BATCH, length, HIDDEN)
     torch.testing.assert_close(*(way(same, hidden_states) for way in WAYS.values()), rtol=1e-3, atol=1e-3)
     held = sum(p.numel() for p in same.parameters()) * 4 + hidden_states.nbytes
@@ -84,7 +84,7 @@ def compare(length: int, rounds: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Read the arguments, run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", metavar="N", type=int, default=[512, 1024, 2048], help="[tokens]")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")

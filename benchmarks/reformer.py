@@ -1,16 +1,16 @@
-"""One training step of the Reformer beside transformers' and reformer-pytorch's, of one size: time and peak memory.
+"""One training step of our Reformer, transformers' and reformer-pytorch's, at the same size: time and peak memory.
 
-Six layers of width 256, two heads of 64, feed-forward width 512, 320 tokens, chunks of 64, axial positions, reversible
-layers, no dropout, AdamW, fp32, 16,384 tokens in all (one sequence of so many, four of 4,096). Ours and transformers'
-alternate local and LSH attention; in reformer-pytorch one of the two heads of each layer is local and the other hashed,
-which is as much of each.
+Six layers of width 256, two heads of 64, feed-forward width 512, a vocabulary of 320, chunks of 64, axial positions,
+reversible layers, no dropout, AdamW, fp32, 16,384 tokens per step (one sequence of 16,384, or four of 4,096). Ours and
+transformers' alternate local and LSH attention; in reformer-pytorch, each layer has one local and one hashed head,
+which is the same share of each.
 
-The peak is that of a whole step, parameters and optimizer state included (measured, allocation by allocation). Steps
-are timed in turn and the medians compared. Timed too are the matrix products alone that any of them must do, of the
-projections, the feed-forward parts and the head: no layer run backwards can be faster than those.
+The peak is of a whole step with parameters and optimizer state (measured, allocation by allocation). Steps are timed in
+turn, and medians are compared. The matrix products alone are timed too (projections, feed-forward parts and head): no
+reversible model can be faster.
 
   python benchmarks/reformer.py                                   ten minutes
-  python benchmarks/reformer.py --lengths 1024 --rounds 2         a look
+  python benchmarks/reformer.py --lengths 1024 --rounds 2         a quick look
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from memstudy.studies.attention_layer.peers import installed
 from memstudy.studies.reformer.run import ReformerRun
 
 LAYERS, HIDDEN, HEADS, HEAD_DIM, FEED_FORWARD, VOCABULARY, CHUNK = 6, 256, 2, 64, 512, 320, 64
-TOKENS = 16_384  # in a batch, or one sequence where that is longer
-FASTER, LEANER = 0.6, 0.5  # of each of the others, at most
+TOKENS = 16_384  # tokens per step; a longer sequence is a batch of one
+FASTER, LEANER = 0.6, 0.5  # targets: our time and peak, at most this share of each other model's
 PRODUCTS = "products alone"
 
 
 def axial(length: int) -> tuple[int, int]:
-    """Rows and columns, as square as powers of two can be."""
+    """Rows and columns of the axial positions: powers of two, as close to a square as possible."""
     rows = 1 << ((length.bit_length() - 1) // 2)
     return rows, length // rows
 
@@ -55,12 +55,12 @@ def ours(length: int, hashes: int) -> torch.nn.Module:
 
 
 def transformers(length: int, hashes: int) -> torch.nn.Module:
-    """transformers' own, of the same configuration."""
+    """transformers' Reformer with the same configuration."""
     return ReformerModelWithLMHead(ours(length, hashes).config)
 
 
 def reformer_pytorch(length: int, hashes: int) -> torch.nn.Module:
-    """reformer-pytorch's, with the head and the loss that it leaves to others."""
+    """reformer-pytorch's Reformer, with a loss, which the package does not compute."""
     package = installed("reformer-pytorch", "reformer_pytorch")
 
     class WithLoss(package.ReformerLM):
@@ -79,7 +79,7 @@ MODELS = {"memstudy": ours, "transformers": transformers, "reformer-pytorch": re
 
 
 def build(make: Callable[[int, int], torch.nn.Module], length: int, hashes: int) -> Callable[[], Callable[[], None]]:
-    """What makes model and optimizer and returns a step on random tokens."""
+    """A function that makes model and optimizer and returns a step on random tokens."""
 
     def made():
         torch.manual_seed(0)
@@ -98,10 +98,10 @@ def build(make: Callable[[int, int], torch.nn.Module], length: int, hashes: int)
 
 
 def products() -> Callable[[], None]:
-    """The matrix products of a step: forward, again in backward (not the head's), and for two gradients."""
+    """The matrix products of a step: forward, recomputed in backward (except the head's), and for two gradients."""
     heads = HEADS * HEAD_DIM
     common = [(heads, HIDDEN), (HIDDEN, FEED_FORWARD), (FEED_FORWARD, HIDDEN)]
-    local, hashed = ([*[(HIDDEN, heads)] * n, *common] for n in (3, 2))  # hashed, queries are keys
+    local, hashed = ([*[(HIDDEN, heads)] * n, *common] for n in (3, 2))  # in hashed layers, queries are keys
     shapes = [*(local + hashed) * (LAYERS // 2), (2 * HIDDEN, VOCABULARY)]
     sizes = {size for shape in shapes for size in shape}
     rows = {size: torch.randn(TOKENS, size) for size in sizes}
@@ -118,9 +118,9 @@ def products() -> Callable[[], None]:
 
 
 def compare(length: int, hashes: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Seconds a step (median) and peak [MiB], by whose model it is; those not installed are left out.
+    """Seconds per step (median) and peak [MiB] of each installed model.
 
-    And the seconds of the matrix products alone, under ``PRODUCTS``.
+    ``PRODUCTS`` has the seconds of the matrix products alone.
     """
     steps, peaks = {}, {}
     for who, make in MODELS.items():
@@ -142,7 +142,7 @@ def compare(length: int, hashes: int, rounds: int) -> dict[str, tuple[float, flo
 
 
 def main() -> None:
-    """Read the arguments, run, print."""
+    """Read the arguments, run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", metavar="N", type=int, default=[4096, 16384], help="powers of two")
     parser.add_argument("--hashes", nargs="+", metavar="N", type=int, default=[1, 8], help="rounds of hashing")

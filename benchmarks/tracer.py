@@ -1,10 +1,10 @@
-"""What tracing costs: steps of the Lab-4 model under `measure`, and the same steps alone.
+"""The cost of tracing: times of steps of the Lab-4 model with and without `measure`.
 
 python benchmarks/tracer.py [ROUNDS]
 
-A round builds the model twice and takes one warm-up and three timed steps each time, once traced and once not, so
-that whatever else the machine does falls on both; the first of a round alternates. Other processes on the same
-cores can change the ratio by more than tracing does: run it alone, and look at the spread.
+A round builds the model twice, once traced and once not, and takes one warm-up and three timed steps each time, so that
+other load on the machine affects both; the order alternates between rounds. Other processes on the same cores can
+change the ratio by more than tracing does: run the benchmark alone, and look at the spread.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def traced() -> list[float]:
 
 
 def alone() -> list[float]:
-    """Times of ``STEPS`` steps without it [s]."""
+    """Times of ``STEPS`` steps without `measure` [s]."""
     seconds: list[float] = []
     step = timed_build(seconds)()
     for _ in range(1 + STEPS):
@@ -65,7 +65,7 @@ def alone() -> list[float]:
 
 
 def main(rounds: int) -> None:
-    """Print the medians, and the ratio over all rounds and within each."""
+    """Print the medians, and the ratio over all rounds and within each round."""
     times: dict[Callable, list[float]] = {traced: [], alone: []}
     ratios = []
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""What several test files need around all their tests; a file asks for it with `pytest.mark.usefixtures`."""
+"""Fixtures of several test files; a file asks for them with `pytest.mark.usefixtures`."""
 
 import gc
 import shutil
@@ -8,12 +8,12 @@ import torch
 from hypothesis import settings
 
 pytest.register_assert_rewrite("support")
-settings.register_profile("thousand")  # what test_bad_input tries more often then
+settings.register_profile("thousand")  # makes test_bad_input try a thousand examples per test
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose much when another process has the core."""
+    """Run torch on one thread: small tensors gain nothing from a second one, and lose much if its core is busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +22,7 @@ def one_thread():
 
 @pytest.fixture
 def young_garbage_only():
-    """Spare `measure` the search of all that transformers has made, which takes longer than the step."""
+    """Freeze existing objects: `measure` collects garbage, and scanning transformers takes longer than the step."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium, Debian's own."""
+    """Headless Chromium, as packaged by Debian."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = shutil.which("chromium")
     if path is None:

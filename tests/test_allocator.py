@@ -1,4 +1,4 @@
-"""The caching allocator, replayed: each rule by hand, and both modes against slow ones (`naive`)."""
+"""The simulated caching allocator: each rule by hand, and both modes against the slow allocators in `naive`."""
 
 from itertools import pairwise
 
@@ -66,7 +66,7 @@ def test_blocks_are_multiples_of_512_bytes(expandable, asked, given):
         (MIB, 2 * MIB),  # the last small request
         (MIB + 1, 20 * MIB),
         (10 * MIB - 512, 20 * MIB),
-        (10 * MIB - 511, 10 * MIB),  # rounded up it is one of 10 MiB
+        (10 * MIB - 511, 10 * MIB),  # rounded up to 10 MiB
         (10 * MIB, 10 * MIB),
         (10 * MIB + 1, 12 * MIB),
         (20 * MIB, 20 * MIB),
@@ -123,7 +123,7 @@ def test_the_best_fit_is_the_smallest_then_the_lowest(expandable):
     blocks, walls = [], []
     for size in sizes:
         blocks.append(allocator.malloc(size))
-        walls.append(allocator.malloc(2 * MIB))  # so that what is freed does not merge
+        walls.append(allocator.malloc(2 * MIB))  # keeps freed blocks from merging
     addresses = [block.address for block in blocks]
     for block in reversed(blocks):
         allocator.free(block)
@@ -175,7 +175,7 @@ def test_empty_cache_gives_back_wholly_free_segments_only():
     assert allocator.reserved == 2 * MIB + 20 * MIB + 30 * MIB
     allocator.empty_cache()
     assert allocator.reserved == 20 * MIB
-    assert allocator.malloc(2 * MIB).address == large.address  # and what stays can still be used
+    assert allocator.malloc(2 * MIB).address == large.address  # the remaining segment can still be used
     allocator.free(rest)
     assert allocator.reserved == 20 * MIB
 
@@ -206,20 +206,20 @@ def test_cached_segments_are_given_back_before_a_request_is_refused():
     kept = allocator.malloc(512)
     for block in cached:
         allocator.free(block)
-    allocator.malloc(16 * MIB)  # 28 MiB are in use or cached, and no block has 16
+    allocator.malloc(16 * MIB)  # 28 MiB are in use or cached, and no free block has 16 MiB
     assert allocator.first_refusal is None
     assert allocator.reserved == 16 * MIB + 2 * MIB
     assert allocator.peak_reserved == 28 * MIB
     allocator.malloc(24 * MIB)
     assert allocator.first_refusal == 24 * MIB
-    assert allocator.reserved == 42 * MIB  # granted all the same
+    assert allocator.reserved == 42 * MIB  # a refused request is granted all the same
     allocator.malloc(50 * MIB)
-    assert allocator.first_refusal == 24 * MIB  # the first
+    assert allocator.first_refusal == 24 * MIB  # not the second
     allocator.free(kept)
 
 
 def test_a_segment_that_is_partly_in_use_cannot_be_given_back():
-    """Fragmentation: 27 of 30 MiB are free and 20 do not fit."""
+    """Fragmentation: 27 MiB are free, in segments partly in use, and 21 MiB do not fit."""
     refusals = {}
     for expandable in (False, True):
         allocator = CachingAllocator(capacity=40 * MIB, expandable_segments=expandable)
@@ -244,7 +244,7 @@ def test_a_segment_that_is_partly_in_use_cannot_be_given_back():
         ([10 * MIB], 20),  # no segment of its own
         ([20 * MIB], 20),
         ([20 * MIB + 1], 40),
-        ([12 * MIB, 12 * MIB], 40),  # across the granules' border; by default two segments of 12 MiB
+        ([12 * MIB, 12 * MIB], 40),  # across a granule's border; by default, two segments of 12 MiB
         ([50 * MIB, 10 * MIB], 60),
         ([1, 2 * MIB], 22),
     ],
@@ -264,19 +264,19 @@ def test_expandable_segments_split_large_blocks_down_to_512_bytes():
 @pytest.mark.parametrize(("expandable", "reserved"), [(False, 550), (True, 100)])
 def test_expandable_segments_do_not_fragment_as_requests_grow(expandable, reserved):
     allocator = CachingAllocator(expandable_segments=expandable)
-    for size in range(10, 110, 10):  # each freed before the next: by default no segment serves a larger one
+    for size in range(10, 110, 10):  # each is freed before the next; by default, no segment fits the next size
         allocator.free(allocator.malloc(size * MIB))
     assert allocator.reserved == reserved * MIB
 
 
 def test_the_end_that_could_grow_is_taken_last():
-    """Its 4 MiB would fit best, but count with the unmapped addresses behind them."""
+    """The end's 4 MiB would fit best, but count together with the unmapped addresses behind them."""
     allocator = CachingAllocator(expandable_segments=True)
     hole = allocator.malloc(6 * MIB)
     allocator.malloc(10 * MIB)
     allocator.free(hole)
     assert allocator.malloc(3 * MIB).address == hole.address
-    assert allocator.malloc(4 * MIB).address == 16 * MIB  # where nothing else fits
+    assert allocator.malloc(4 * MIB).address == 16 * MIB  # the hole no longer fits
 
 
 def test_a_request_takes_free_memory_before_unmapped_addresses():
@@ -290,20 +290,20 @@ def test_empty_cache_unmaps_granules_in_the_middle_and_they_are_mapped_again():
     allocator = CachingAllocator(expandable_segments=True)
     first, middle, last = (allocator.malloc(size * MIB) for size in (15, 50, 5))
     assert allocator.reserved == 80 * MIB
-    allocator.free(middle)  # 15..65 MiB: of the granules 20..40 and 40..60 are free
+    allocator.free(middle)  # 15..65 MiB, so the granules 20..40 and 40..60 are free
     allocator.empty_cache()
-    assert allocator.reserved == 40 * MIB  # 70..80 MiB is part of a granule, too
-    assert allocator.malloc(6 * MIB).address == 70 * MIB  # what stays mapped: 5, 5 and 10 MiB
+    assert allocator.reserved == 40 * MIB  # 60..80 MiB stays mapped because of `last`
+    assert allocator.malloc(6 * MIB).address == 70 * MIB  # free mapped pieces: 5, 5 and 10 MiB
     assert allocator.reserved == 40 * MIB
-    assert allocator.malloc(12 * MIB).address == 15 * MIB  # 5 MiB that are mapped, 7 that are not
+    assert allocator.malloc(12 * MIB).address == 15 * MIB  # 5 MiB mapped, 7 MiB newly mapped
     assert allocator.reserved == 60 * MIB
-    whole = allocator.malloc(38 * MIB)  # 13 MiB mapped, 20 to be mapped, 5 mapped
+    whole = allocator.malloc(38 * MIB)  # 13 MiB mapped, 20 MiB newly mapped, 5 MiB mapped
     assert (whole.address, whole.size) == (27 * MIB, 38 * MIB)
     assert allocator.reserved == 80 * MIB
     for block in (first, whole, last):
         allocator.free(block)
     allocator.empty_cache()
-    assert allocator.reserved == 60 * MIB  # the granules of what is in use: 15..27 and 70..76 MiB
+    assert allocator.reserved == 60 * MIB  # the granules of the blocks in use: 15..27 and 70..76 MiB
 
 
 def test_a_request_that_no_hole_has_room_for_goes_to_the_end():
@@ -320,7 +320,7 @@ def test_expandable_segments_are_unmapped_before_a_request_is_refused():
     allocator = CachingAllocator(capacity=80 * MIB, expandable_segments=True)
     blocks = [allocator.malloc(20 * MIB) for _ in range(3)]
     allocator.free(blocks[1])
-    # The hole has no room for it, and the end needs 40 MiB more: the hole's 20 MiB move there.
+    # The hole is too small, and the end needs 40 MiB more, so the hole's 20 MiB move there.
     assert allocator.malloc(30 * MIB).address == 60 * MIB
     assert allocator.first_refusal is None
     assert allocator.reserved == allocator.peak_reserved == 80 * MIB
@@ -347,7 +347,7 @@ operations = st.lists(
 
 
 def run(operations, *allocators):
-    """Carry the operations out on both allocators; gives after each what was said by both."""
+    """Carry out the operations on both allocators; yield the live blocks and both answers after each operation."""
     ours, slow = allocators
     blocks, names = {}, iter(range(len(operations)))
     for what, number in operations:
@@ -398,7 +398,7 @@ def test_invariants(expandable, operations):
     ours = CachingAllocator(expandable_segments=expandable)
     blocks, peak_allocated, peak_reserved = {}, 0, 0
     for blocks, _ in run(operations, ours, SLOW[expandable]()):
-        for small in (True, False):  # the pools of expandable segments each have addresses of their own
+        for small in (True, False):  # with expandable segments, each pool has its own addresses
             of_pool = sorted((b.address, b.size) for b in blocks.values() if (b.size <= MIB) == small)
             assert all(start + size <= following for (start, size), (following, _) in pairwise(of_pool))
         assert ours.allocated == sum(block.size for block in blocks.values()) <= ours.reserved
@@ -410,7 +410,7 @@ def test_invariants(expandable, operations):
     ours.empty_cache()
     assert ours.reserved == 0
     ours.malloc(1)
-    assert ours.reserved == 2 * MIB  # and it goes on as a new one does
+    assert ours.reserved == 2 * MIB  # as a new allocator
 
 
 # --- replayed events

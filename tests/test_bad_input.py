@@ -1,6 +1,6 @@
-"""Whatever is given: what was asked for, or one line that says why not; no partial record.
+"""For any input: the result asked for, or one line with the reason; never a partial record.
 
-Each is tried thirty times, in `make test-all` a thousand.
+Each test tries thirty examples; in `make test-all`, a thousand.
 """
 
 import json
@@ -108,7 +108,7 @@ options = st.sampled_from(
 @MANY
 @given(st.sampled_from(["predict", "fit", "advise", "list", "report", "plan"]), st.lists(words | options, max_size=5))
 def test_a_command_that_cannot_be_says_so_without_a_traceback(tmp_path, command, arguments):
-    # "no" is nobody's model, study or scale, so that no command gets to work.
+    # "no" is not a model, study or scale, so no command starts to work.
     without = {"predict": ["--model", "no"], "fit": ["--model", "no"], "advise": ["--model", "no"], "report": ["no"]}
     done = CliRunner().invoke(app, [command, *arguments, *without.get(command, ["no", str(tmp_path / "plan")])])
     assert done.exit_code == 2, (done.output, done.exception)

@@ -1,4 +1,4 @@
-"""The search for the largest batch: pure against every threshold, then one over real runs."""
+"""The search for the largest batch: with made-up peaks for every threshold, then with real runs."""
 
 import math
 
@@ -14,7 +14,7 @@ from memstudy.study import Study
 
 
 def search(largest: int, *, start: int, limit: int):
-    """Search where a batch needs 10 MiB a sequence and `largest` sequences fit; with the trials, in order."""
+    """Search where each sequence needs 10 MiB and `largest` sequences fit; return result and trials in order."""
     trials = []
 
     def trial(batch: int) -> float | None:
@@ -84,7 +84,7 @@ def study(tmp_path):
 
 def test_a_real_search_reports_what_its_runs_measured_and_repeats_none(study, tmp_path):
     run = tiny_run(seq_len=64)
-    budget = 3  # MiB; a batch of 4 takes 2.3
+    budget = 3  # MiB; a batch of 4 takes 2.3 MiB
     found = largest_batch(study.trials(run, budget_mib=budget), budget_mib=budget, start=4, limit=64)
     tried = {r["config"]["batch_size"]: r for r in records.read_records(tmp_path / "results" / "lab4_grid")}
     assert set(found.tested) == tried.keys()
@@ -101,7 +101,7 @@ def test_a_real_search_reports_what_its_runs_measured_and_repeats_none(study, tm
     assert {r["config"]["batch_size"]: r for r in records.read_records(tmp_path / "results" / "lab4_grid")} == tried
 
 
-@pytest.mark.filterwarnings("ignore:run ")  # the sweep's own word on the failed run
+@pytest.mark.filterwarnings("ignore:run ")  # the sweep's warning about the failed run
 def test_a_trial_that_did_not_run_is_an_error_and_not_a_batch_that_does_not_fit(study):
     run = tiny_run(train_steps=1, dataset="miniature", data_hash="of an older version")
     with pytest.raises(RuntimeError, match="batch 4: failed: exit status 2; error: data set"):

@@ -1,4 +1,4 @@
-"""The benchmarks: one run as a user runs it, at a tiny size; what is refused, judged and left out."""
+"""The benchmarks: one run from the command line at a tiny size; refused arguments, targets, missing peers."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name: str):
-    """Return ``benchmarks/<name>.py`` as a module; the folder is no package."""
+    """Return ``benchmarks/<name>.py`` as a module; the folder is not a package."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -58,7 +58,7 @@ def test_our_rows_are_held_to_their_targets():
     assert "met" not in attention.judged(row(512), [])
     assert attention.judged(row(4096), [])["met"]
     assert not attention.judged(row(4096, time_ratio=1.81), [])["met"]
-    assert not attention.judged(row(16_384), [])["met"]  # 5 U where 4.5 are allowed
+    assert not attention.judged(row(16_384), [])["met"]  # 5 U; 4.5 are allowed
     torchs = row(4096, who="torch", time_ratio=2.0)
     lean = row(4096, variant="softmax_lean", time_ratio=2.1)
     assert attention.judged(lean, [torchs])["met"]
@@ -118,7 +118,7 @@ def test_help_teaches(monkeypatch, capsys):
 
 
 class Averaging(torch.nn.Module):
-    """A mixer with a state, in MemSizer's place: the mean of the tokens so far."""
+    """A mixer with a state, in place of MemSizer: the mean of the tokens so far."""
 
     def __init__(self, hidden_size, num_heads, config, *, is_causal):
         super().__init__()
@@ -143,7 +143,7 @@ def test_decoding_prints_speed_and_what_is_kept(monkeypatch, capsys):
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = [line for line in printed if line[0] in ("8", "16")]
     assert [line[0] for line in rows] == ["8", "16"]
-    assert [line[2] for line in rows] == [f"{6 * 2 * 512 * 4 / 2**20:.3f}"] * 2  # the sum of each layer and sequence
+    assert [line[2] for line in rows] == [f"{6 * 2 * 512 * 4 / 2**20:.3f}"] * 2  # a sum per layer and sequence
     assert [line[4] for line in rows] == [f"{6 * 2 * 2 * n * 512 * 4 / 2**20:.3f}" for n in (8, 16)]  # keys and values
 
 
@@ -165,7 +165,7 @@ def test_reformers_are_compared_in_turn(monkeypatch, capsys):
     assert found.pop(reformer.PRODUCTS)[0] > 0
     assert {"memstudy", "transformers"} <= found.keys() <= reformer.MODELS.keys()
     assert ("reformer-pytorch" in found) != ("pip install 'memstudy[bench]'" in capsys.readouterr().err)
-    weights = 4 * 4 * sum(p.numel() for p in reformer.ours(128, 1).parameters()) / 2**20  # gradients, two moments
+    weights = 4 * 4 * sum(p.numel() for p in reformer.ours(128, 1).parameters()) / 2**20  # and gradients, moments
     assert all(seconds > 0 and peak > weights for seconds, peak in found.values())
     ours, theirs = (make(128, 1) for make in (reformer.ours, reformer.transformers))
     assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
@@ -191,7 +191,7 @@ def test_the_reformers_benchmark_refuses(arguments, said, monkeypatch, capsys):
 
 
 def test_memsizer_is_compared_with_its_formula():
-    found = memsizer.compare(128, rounds=1)  # compares the results too
+    found = memsizer.compare(128, rounds=1)  # also asserts equal results
     assert list(found) == ["memstudy", "straightforward"]
     assert all(seconds > 0 for seconds, _ in found.values())
     tensors = 4 * memsizer.BATCH * 128 * memsizer.SLOTS * memsizer.HIDDEN / 2**20

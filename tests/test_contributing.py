@@ -1,4 +1,4 @@
-"""The diffs in CONTRIBUTING.md: each applies to the repository as it is, and what it adds passes its tests."""
+"""The diffs in CONTRIBUTING.md: each applies to the repository, and the code it adds passes the tests."""
 
 import os
 import re
@@ -14,8 +14,10 @@ DIFFS = re.findall(r"^```diff\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text
 CHECKS = {
     "memstudy/attention/sigmoid.py": [["tests/test_attention.py", "-k", "sigmoid or every_variant"]],
     "memstudy/techniques/optimizers.py": [
-        ["tests/test_techniques.py", "tests/test_levers_of_studies.py", "-k", "lion or every_technique"]
+        ["tests/test_techniques.py", "tests/test_techniques_of_studies.py", "-k", "lion or every_technique"]
     ],
+    "memstudy/trainers/product.py": [["tests/test_product.py"]],
+    "memstudy/profiler/gpus.yaml": [["tests/test_gpus.py", "-k", "card"]],
     "notebooks/batch_growth.ipynb": [
         ["tests/test_report.py", "-k", "batch_growth"],
         ["--nbval-lax", "--nbval-current-env", "notebooks/batch_growth.ipynb"],
@@ -24,7 +26,7 @@ CHECKS = {
 EVEN_SLOW = "not gpu and not by_hand"
 
 
-def test_a_variant_a_technique_and_a_study_are_shown():
+def test_a_variant_a_technique_a_study_a_kind_of_run_and_a_gpu_are_shown():
     assert len(DIFFS) == len(CHECKS)
     assert all(any(f"b/{path}" in diff for diff in DIFFS) for path in CHECKS)
 

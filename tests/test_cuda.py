@@ -1,4 +1,4 @@
-"""Predictions for a GPU at sizes that can be worked out by hand: what CUDA's kernels keep, save and allocate."""
+"""Predictions for a GPU at sizes that can be worked out by hand: memory that CUDA's kernels keep and allocate."""
 
 import gc
 import itertools
@@ -22,7 +22,7 @@ AMPERE, TURING, HOPPER = "A100-40GB", "T4", "H100-80GB"
 
 
 class Seen(TorchDispatchMode):
-    """The ops that are dispatched while it is on, each with the dtypes of its results."""
+    """Records the ops dispatched while the mode is on, each with the dtypes of its results."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Seen(TorchDispatchMode):
 
 
 def ops_of(make, card):
-    """What the first step of `make` dispatches on `card`, and the report."""
+    """The ops that the first step of `make` dispatches on `card`, and the report."""
     seen = Seen()
 
     def build():
@@ -58,7 +58,7 @@ def ops_of(make, card):
 
 
 def block(size):
-    """Bytes of the block of a small request."""
+    """Bytes of the block for a small request of `size` bytes."""
     return -(-size // 512) * 512
 
 
@@ -231,7 +231,7 @@ def test_the_kernel_by_generation_and_dtype(card, chosen):
         ("A100-40GB", BF16, 16, {"is_causal": True, "key_len": 32}, "efficient"),
         ("A100-40GB", BF16, 16, {"dropout_p": 0.1}, "flash"),
         ("H100-80GB", BF16, 16, {"mask": bool_mask}, "cudnn"),
-        # head sizes: flash up to 256, padded to 8; efficient when aligned to 16 bytes on tensor cores
+        # head sizes: flash up to 256, padded to a multiple of 8; efficient if aligned to 16 bytes for tensor cores
         ("A100-40GB", BF16, 256, {}, "flash"),
         ("A100-40GB", BF16, 264, {}, "efficient"),
         ("A100-40GB", BF16, 20, {}, "flash"),
@@ -243,18 +243,18 @@ def test_the_kernel_by_generation_and_dtype(card, chosen):
         ("H100-80GB", BF16, 128, {}, "cudnn"),
         ("H100-80GB", BF16, 136, {}, "flash"),
         ("H100-80GB", BF16, 20, {}, "flash"),
-        # training with head sizes that do not fit the small shared memory
+        # training with head sizes around the limit of the RTX 4090's small shared memory
         ("RTX4090", BF16, 192, {}, "flash"),
         ("RTX4090", BF16, 200, {}, "efficient"),
         ("RTX4090", BF16, 200, {"grad": False}, "flash"),
         ("RTX4090", BF16, 232, {}, "flash"),
         ("RTX4090", BF16, 232, {"dropout_p": 0.1}, "efficient"),
         ("A100-40GB", BF16, 200, {}, "flash"),
-        # grouped queries: flash and cuDNN know them
+        # grouped queries: supported by flash and cuDNN
         ("A100-40GB", BF16, 16, {"kv_heads": 1, "enable_gqa": True}, "flash"),
         ("H100-80GB", BF16, 16, {"kv_heads": 1, "enable_gqa": True}, "cudnn"),
         ("A100-40GB", FP32, 16, {"kv_heads": 1, "enable_gqa": True}, "math"),
-        # what cuDNN leaves to others
+        # cases that cuDNN does not take
         ("H100-80GB", BF16, 16, {"dropout_p": 0.1}, "flash"),
         ("H100-80GB", BF16, 16, {"dropout_p": 0.25}, "cudnn"),
         ("H100-80GB", BF16, 16, {"key_len": 1}, "flash"),
@@ -265,7 +265,7 @@ def test_the_kernel_by_mask_head_size_and_dropout(card, dtype, width, options, c
 
 
 def test_flash_keeps_one_number_a_row_and_math_whole_matrices():
-    """batch 2, heads 2, 128 queries, 128 keys, 16 wide."""
+    """Batch 2, 2 heads, 128 queries, 128 keys, head_dim 16."""
     fused, whole = (
         predict(attention(BF16, query_len=128, key_len=128), gpu=card).forward_end_by_category["activations"]
         for card in (AMPERE, TURING)
@@ -277,7 +277,7 @@ def test_flash_keeps_one_number_a_row_and_math_whole_matrices():
 
 
 def test_flash_keeps_what_it_padded():
-    """20 columns are 24 to the kernel; the step holds 20 of the output's."""
+    """The kernel pads 20 columns to 24; the step holds 20 of the output's columns."""
     report = predict(attention(BF16, 20), gpu=AMPERE)
     padded, row, rng_state = 2 * 2 * 2 * 24 * 24, 4 * 2 * 2 * 24, 2 * block(8)
     assert report.forward_end_by_category["activations"] == 4 * block(padded) + block(row) + rng_state + 2 * block(2)
@@ -287,8 +287,8 @@ def test_flash_keeps_what_it_padded():
     ("make", "copies"),
     [
         (lambda: torch.zeros(24, 24, dtype=BF16), 0),
-        (lambda: torch.zeros(24, 20, dtype=BF16), 1),  # rows that begin at multiples of 40 bytes
-        (lambda: torch.zeros(24, 24, dtype=BF16)[:, :20], 0),  # of 48 bytes
+        (lambda: torch.zeros(24, 20, dtype=BF16), 1),  # rows of 40 bytes
+        (lambda: torch.zeros(24, 24, dtype=BF16)[:, :20], 0),  # rows of 48 bytes
         (lambda: torch.zeros(24, 44, dtype=BF16)[:, 4:28], 1),
     ],
     ids=["aligned", "unaligned", "slice-aligned", "slice-unaligned"],
@@ -364,7 +364,7 @@ def test_foreach_adamw_holds_one_more_copy_of_the_parameters_than_fused():
     foreach = predict(mlp(), gpu=AMPERE)
     fused = predict(mlp(fused=True), gpu=AMPERE)
     one_by_one = predict(mlp(foreach=False), gpu=AMPERE)
-    counters = 4 * block(4)  # fused counts its steps on the GPU
+    counters = 4 * block(4)  # fused AdamW keeps its step counters on the GPU
     of_foreach, of_fused, of_one = (r.peak_by_phase["optimizer"] for r in (foreach, fused, one_by_one))
     assert of_foreach - of_fused == MLP - counters
     assert of_one < of_fused + 2 * LARGEST
@@ -373,7 +373,7 @@ def test_foreach_adamw_holds_one_more_copy_of_the_parameters_than_fused():
 
 def test_step_counters_are_not_on_the_gpu():
     assert predict(mlp(), gpu=AMPERE).timeline[-1][2]["optimizer"] == 2 * MLP
-    assert predict(mlp()).timeline[-1][2]["optimizer"] == 2 * MLP + 4 * 4  # on the CPU they are
+    assert predict(mlp()).timeline[-1][2]["optimizer"] == 2 * MLP + 4 * 4  # a CPU prediction counts them
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -418,7 +418,7 @@ def test_offloaded_activations_are_not_there_between_forward_and_backward():
                 with torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else warnings.catch_warnings():
                     y = x
                     for _ in range(layers):
-                        y = torch.exp(y)  # each keeps its result
+                        y = torch.exp(y)  # saves its result for backward
                 y.sum().backward()
                 x.grad = None
 
@@ -428,12 +428,12 @@ def test_offloaded_activations_are_not_there_between_forward_and_backward():
 
     kept, offloaded = (predict(make(offload), gpu=AMPERE) for offload in (False, True))
     assert kept.forward_end_by_category["activations"] == layers * rows + 2 * SEED
-    assert offloaded.forward_end_by_category["activations"] == rows + 2 * SEED  # `y`, which the step holds
-    # In backward one at a time comes back, beside the gradients before and after it, and `x` and `y`.
+    assert offloaded.forward_end_by_category["activations"] == rows + 2 * SEED  # the step holds `y`
+    # Backward holds one activation at a time, the gradients before and after it, `x` and `y`.
     assert offloaded.peak_by_phase["backward"] == 5 * rows + 2 * SEED
 
 
-# --- what kernels take for themselves
+# --- workspaces and scratch of kernels
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_the_workspace_is_neither_activations_nor_a_modules():
 
 
 def test_only_the_workspaces_of_the_peak_are_told():
-    """The peak is in forward, when autograd's thread has none yet."""
+    """The peak is in forward, before autograd's thread has a workspace."""
 
     def build():
         x = torch.randn(128, 128, requires_grad=True)
@@ -491,21 +491,21 @@ def test_the_scratch_of_flash_backward():
 
 
 def test_scratch_is_there_with_the_results():
-    """The gradients of query, key and value are made before what helps to compute them."""
+    """The gradients of query, key and value are allocated before the scratch of their kernel."""
     report = predict(attention(BF16, 32, heads=4, query_len=128, key_len=128), gpu=AMPERE)
     one = 2 * 2 * 4 * 128 * 32
     inputs, expanded, output, row = 3 * one, one, one, 4 * 2 * 4 * 128
     gradients, scratch = 3 * one, row + 2 * one
-    small = 2 * block(8) + 2 * block(2)  # state of the generator; loss and seed
+    small = 2 * block(8) + 2 * block(2)  # random generator's state; loss and seed
     of_first = predict(attention(BF16, 32, heads=4, query_len=128, key_len=128), gpu=AMPERE, iterations=1)
     assert of_first.peak_by_phase["backward"] == inputs + output + expanded + row + gradients + scratch + small
-    assert report.peak_bytes == of_first.peak_bytes + gradients  # the second step has the first's, too
+    assert report.peak_bytes == of_first.peak_bytes + gradients  # the second step still holds the first step's
 
 
 def test_the_scratch_of_flash_backward_with_grouped_queries():
     report = predict(attention(BF16, 192, heads=4, kv_heads=2, query_len=16, key_len=8, enable_gqa=True), gpu=AMPERE)
     rowsum, gradient = 4 * 2 * 4 * 128, 4 * 2 * 128 * 4 * 192
-    expanded = 2 * 2 * 8 * 4 * 192  # of keys and of values, a head for each query head
+    expanded = 2 * 2 * 8 * 4 * 192  # keys or values repeated for each query head
     assert has_run(asked_for(report), [rowsum, gradient, expanded, expanded])
 
 
@@ -524,7 +524,7 @@ def test_a_gradient_that_does_not_lie_in_rows_is_copied_first(dtype, merged):
         return step
 
     size, rowsum = dtype.itemsize * 2 * 4 * 128 * 32, 4 * 2 * 4 * 128
-    # The gradient of exp, those of query, key and value, and the copy.
+    # The gradients of exp, query, key and value, and the copy.
     assert has_run(asked_for(predict(build, gpu=AMPERE)), [size] * (4 + (not merged)) + [rowsum])
     assert not has_run(asked_for(predict(build, gpu=AMPERE)), [size] * (5 + (not merged)) + [rowsum])
 
@@ -548,7 +548,7 @@ def test_the_scratch_of_memory_efficient_backward(dtype, width, workspace):
     ("dtype", "width", "sums"), [(FP16, 128, []), (FP16, 136, [4 * 2 * 3 * 40 * 136]), (FP32, 136, [])]
 )
 def test_the_scratch_of_memory_efficient_forward(dtype, width, sums):
-    """Only half precision has its sums apart."""
+    """Only half precision keeps its sums in a separate buffer."""
     report = predict(attention(dtype, width, heads=3, query_len=40, key_len=40, grad=False), gpu=TURING)
     output = block(dtype.itemsize * 2 * 3 * 40 * width)
     assert [size for size in asked_for(report)[1:] if size > 1024] == [output, *map(block, sums)]
@@ -592,15 +592,15 @@ def test_the_scratch_of_gradient_norms():
         return lambda: nn.utils.clip_grad_norm_(weights, 1.0)
 
     found = asked_for(predict(build, gpu=AMPERE))
-    partial = block(4 * 2 * 201)  # norms of 65,536 elements each, as many for the short weight
+    partial = block(4 * 2 * 201)  # one norm per 65,536 elements; as many for the short weight
     assert found[1:4] == [block(4), block(4), partial]
 
 
-# --- building, and what a report says
+# --- building, and the report
 
 
 def test_what_building_dropped_does_not_count():
-    """A model is made on the host; what is left of it moves to the GPU."""
+    """A model is built on the host; only tensors alive after building move to the GPU."""
 
     def build():
         scratch = torch.randn(1024, 1024)
@@ -683,7 +683,7 @@ class Block(nn.Module):
 
 
 def test_out_of_memory_names_the_module(tmp_path):
-    """64 MiB of parameters, 8.125 of workspace; then `up` and tanh make 32 MiB each and `down` 4."""
+    """Parameters take 64 MiB, the workspace 8.125; `up` and tanh make 32 MiB each, `down` makes 4."""
     path = tmp_path / "tiny.yaml"
 
     def build():
@@ -766,7 +766,7 @@ def test_an_unknown_card_is_refused_before_anything_is_built():
 
 
 def on_this_cpu():
-    """What this CPU dispatches for the ops that a prediction overrides, in fp32 and under its own autocast."""
+    """The ops that this CPU dispatches where a prediction overrides them, in fp32 and under CPU autocast."""
     x = torch.randn(1, 2, 8, 16, requires_grad=True)
     with Seen() as seen:
         F.dropout(x, 0.5).sum().backward()
@@ -790,7 +790,7 @@ def on_this_cpu():
 
 
 class Refused(Exception):
-    """What the steps below raise."""
+    """Raised by the steps below."""
 
 
 @pytest.mark.parametrize("where", ["nowhere", "build", "forward", "backward", "cuda"])
@@ -839,7 +839,7 @@ def test_nothing_is_left_behind_and_nothing_is_warned_of(where, capfd):
     "attention", [{"variant": "softmax"}, {"variant": "window", "window": 16}], ids=["softmax", "window"]
 )
 def test_the_package_flash_attn_is_predicted_as_its_copy_in_pytorch(attention):
-    """It is not installed here, and is gone again after the prediction; what is imported meanwhile stays."""
+    """The package, not installed here, is gone after the prediction; modules imported meanwhile stay."""
 
     def run(attention):
         return LanguageModelRun(

@@ -1,4 +1,4 @@
-"""The prediction for GPUs against CUDA's own dispatch (benchmarks/cuda_oracle), in requested bytes, to the byte."""
+"""The prediction for GPUs equals CUDA's own dispatch (benchmarks/cuda_oracle) in requested bytes."""
 
 import csv
 import sys
@@ -27,7 +27,7 @@ OF_NAME = {case.name: case for case in CASES}
 
 
 def compared():
-    """All cases on an A100; on a V100 and an H100 those whose attention has another kernel there."""
+    """All cases on an A100; on a V100 and an H100, the cases whose attention uses another kernel there."""
     for capability in GPUS:
         for case, row in rows(capability).items():
             if capability == "80" or row["attention_kernels"] != AMPERE[case]["attention_kernels"]:
@@ -35,7 +35,7 @@ def compared():
 
 
 def shows(compared):
-    """Every choice of the case, and its kernels on the GPU."""
+    """Every choice of the case, and the case's kernels on the GPU."""
     capability, row = compared
     return {*vars(OF_NAME[row["case"]]).items(), (capability, row["attention_kernels"])}
 
@@ -49,7 +49,7 @@ def test_requested_bytes_are_those_of_cudas_own_dispatch(capability, row, one_th
     case = OF_NAME[row["case"]]
     report = predict(lambda: build(case, "cpu"), gpu=GPUS[capability])
     if case.model == "llama-gqa" and "efficient" in row["attention_kernels"] and not case.padded:
-        # The oracle's torch 2.14 takes grouped queries in this kernel; 2.13 cannot, and multiplies unfused.
+        # The oracle's torch 2.14 takes grouped queries in this kernel; torch 2.13 runs the unfused math instead.
         assert report.requested_bytes > int(row["peak_bytes"])
     else:
         assert report.requested_bytes == int(row["peak_bytes"])

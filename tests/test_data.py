@@ -1,4 +1,4 @@
-"""Data sets by name: where they come from, what is refused, and what becomes of their text."""
+"""Data sets by name: their sources, refused names and files, tokenizers and blocks."""
 
 import functools
 import http.server
@@ -37,13 +37,13 @@ def isolated(monkeypatch, tmp_path):
 
 @pytest.fixture
 def may_ask(monkeypatch):
-    """Let the test's process ask whether it is online."""
+    """Let this process check whether it is online."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture
 def serve():
-    """Serve a folder over HTTP on this machine; returns the address."""
+    """Serve a folder over HTTP on this machine; return the address."""
     servers = []
 
     def start(folder):
@@ -70,7 +70,7 @@ def write_polish(tmp_path, repeat=40):
 
 
 def fresh(code, **environ):
-    """Run ``code`` in a process of its own."""
+    """Run ``code`` in its own process."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environ},
@@ -224,7 +224,7 @@ def test_datasets_available_says_where_each_would_come_from(tmp_path):
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the folder of real data is not here")
 def test_real_folder_holds_every_set_named(monkeypatch):
     monkeypatch.delenv("MEMSTUDY_DATA")
-    for name in set(data.DATASETS) - {"miniature", data.sets.SPEAKLEASH, "wikitext-103-v1"}:  # which are not in it
+    for name in set(data.DATASETS) - {"miniature", data.sets.SPEAKLEASH, "wikitext-103-v1"}:  # not in the folder
         assert data.load(name).source == "folder"
     assert data.load("polish-books").splits.num_rows == {
         "train": 5562, "validation": 310, "test": 314
@@ -233,7 +233,7 @@ def test_real_folder_holds_every_set_named(monkeypatch):
     assert label.names == ["negative", "positive"]
 
 
-# What is refused
+# Refused data
 
 
 @pytest.mark.parametrize("name", ["wikitext", "../../etc", "/etc", "", "speakleash/../../x", "glue"])
@@ -244,7 +244,7 @@ def test_unknown_name_is_refused_with_the_known_ones(name):
 
 def test_missing_data_folder_is_refused_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("MEMSTUDY_DATA", str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match=r"MEMSTUDY_DATA=.*gone is no folder; create it") as error:
+    with pytest.raises(ValueError, match=r"MEMSTUDY_DATA=.*gone is not a folder; create it") as error:
         data.load("polish-books")
     assert "\n" not in str(error.value)
 
@@ -297,7 +297,13 @@ def test_unwritable_cache_is_refused(monkeypatch, tmp_path):
 
 def test_a_resolver_that_hangs_counts_as_offline_and_is_not_waited_for(monkeypatch, may_ask):
     done, waited_for = threading.Event(), []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: done.wait(60) or waited_for.append(args))
+
+    def hang(*args, **kwargs):
+        if not done.wait(60):
+            waited_for.append(args)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
     with pytest.warns(UserWarning, match="miniature"):
         assert data.load("wikitext-2-v1").source == "miniature"
     data.datasets_available()
@@ -433,7 +439,7 @@ def test_blocks_are_kept_per_data_tokenizer_and_size(polish, tmp_path):
 
 @pytest.mark.parametrize(("seq_len", "limit", "message"), [
     (0, None, "seq_len is 0"), (-3, None, "seq_len is -3"), (8, 7, "limit_tokens is 7"),
-    (5000, None, "polish-books: .* a block 5000; choose a smaller seq_len"),
+    (5000, None, "polish-books: .* a block has 5000; choose a smaller seq_len"),
 ])  # fmt: skip
 def test_blocks_refuse(polish, seq_len, limit, message):
     with pytest.raises(ValueError, match=message):

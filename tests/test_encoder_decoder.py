@@ -1,4 +1,4 @@
-"""The encoder-decoder: Marian where attention is exact, and what MemSizer must do in each place."""
+"""The encoder-decoder: equal to Marian with exact attention, and MemSizer's properties in each place."""
 
 import itertools
 
@@ -17,7 +17,7 @@ EVERYWHERE = {"encoder": MemSizerConfig(8), "decoder": MemSizerConfig(4), "cross
 CHOICES = [
     {place: EVERYWHERE[place] for place in chosen} for n in range(4) for chosen in itertools.combinations(PLACES, n)
 ]
-PAIRS = [chosen for chosen in CHOICES if len(chosen) in (0, 2)]  # with and without it, any two places
+PAIRS = [chosen for chosen in CHOICES if len(chosen) in (0, 2)]  # no MemSizer, or MemSizer in any two places
 every_choice = pytest.mark.parametrize(
     "memsizer", slow_but(PAIRS, CHOICES), ids=lambda chosen: "+".join(chosen) or "exact"
 )
@@ -30,14 +30,14 @@ def small(memsizer, **changes):
     model = encoder_decoder(memsizer=memsizer, **given).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "query_proj" in name or "q_proj" in name:  # so that attention isn't nearly even
+            if "query_proj" in name or "q_proj" in name:  # makes attention far from uniform
                 parameter.mul_(4.0)
     return model
 
 
 @pytest.fixture
 def tokens():
-    """Sources of 17 and 11 tokens, padded; targets of 9 and 9."""
+    """Padded sources of 17 and 11 tokens; targets of 9 tokens each."""
     generator = torch.Generator().manual_seed(1)
     source = torch.randint(2, 50, (2, 17), generator=generator)
     mask = torch.ones(2, 17, dtype=torch.long)
@@ -98,7 +98,7 @@ def test_generation_with_a_state_is_generation_without(memsizer, num_beams, toke
     options = {"max_new_tokens": 12, "num_beams": num_beams, "do_sample": False}
     with_state, without = (model.generate(**inputs, **options, use_cache=use) for use in (True, False))
     assert with_state.tolist() == without.tolist()
-    assert len({tuple(row) for row in with_state.tolist()}) == 2  # the two sources are told apart
+    assert len({tuple(row) for row in with_state.tolist()}) == 2  # the two sources give different targets
 
 
 def test_every_gradient_is_finite_and_reaches_every_weight(tokens):
@@ -117,7 +117,7 @@ def test_the_state_has_one_size_whatever_the_length():
     with torch.no_grad():
         held = {n: decode(small(EVERYWHERE, max_len=300), source, n) for n in (10, 100, 200)}
         exact = {n: decode(small({}, max_len=300), source, n) for n in (10, 100, 200)}
-    # Two layers: sum and count of the decoder's tokens, summary of the encoder's; float64.
+    # Two layers in float64: sum and count over the decoder's tokens, and the summary of the encoder's tokens.
     assert set(held.values()) == {2 * 3 * (8 * 4 * 32 + 8 + 8 * 8 * 32)}
     assert exact == {n: 2 * 2 * 3 * 32 * 8 * (n + 40) for n in exact}  # keys and values
 
@@ -161,7 +161,7 @@ def test_saved_and_loaded(memsizer, tokens, tmp_path):
 
 
 def test_what_memsizer_saves_in_parameters():
-    """A place's four projections become Φ, W_l and W_r and two norms."""
+    """In each place, Φ, W_l, W_r and two norms replace four projections."""
     hidden, heads, slots = 32, 4, 8
     four = 4 * (hidden**2 + hidden)
     memory = (hidden + 1) * (heads * slots + slots + hidden) + 2 * (slots + hidden)

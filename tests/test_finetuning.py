@@ -1,4 +1,4 @@
-"""Fine-tuning: a tiny BERT learns, repeats itself, goes on after a kill; masked language models by their formula."""
+"""Fine-tuning: a tiny BERT learns, is reproducible and resumes after a kill; pseudo-perplexity by its formula."""
 
 import importlib.util
 import itertools
@@ -22,8 +22,8 @@ from memstudy import data
 from memstudy.huggingface import pretrained
 from memstudy.studies.glue import finetuning
 from memstudy.studies.glue.run import FineTuneRun
-from memstudy.trainers import trainer as lever_trainer
-from memstudy.trainers.trainer import LeverTrainer, last_whole_checkpoint, make_trainer
+from memstudy.trainers import trainer as technique_trainer
+from memstudy.trainers.trainer import TechniqueTrainer, last_whole_checkpoint, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -49,7 +49,7 @@ def table(folder):
 
 @pytest.fixture
 def run(model, table):
-    """Make a run on the table, of 120 rows in 15 updates an epoch, with changes."""
+    """Make a run, with changes, on the table of 120 rows: 15 updates per epoch."""
 
     def make(**changes):
         known = {"dataset": table, "data_hash": data.load(table).content_hash}
@@ -76,14 +76,14 @@ def test_a_task_that_one_word_decides_is_learnt(learnt):
     assert metrics["eval_loss"] < 0.3
     assert curve[0][1] == pytest.approx(math.log(2), abs=0.25)
     assert metrics["train_loss"] == curve[-1][1] < 0.3
-    assert metrics["train_rows"] == 120  # all that there are, of the thousand asked for
+    assert metrics["train_rows"] == 120  # all rows of the table, fewer than the thousand asked for
     assert metrics["train_steps"] == curve[-1][0] == 60
     assert metrics["epoch_time_s"] == pytest.approx(metrics["train_time_s"] / 4)
     assert metrics["cut_rows"] == 0
 
 
 def test_predictions_stand_in_the_rows_order(learnt, table):
-    """Of each sentence, not only as many right: batches are grouped by length in training."""
+    """Training groups batches by length; each prediction must still belong to its own sentence."""
     held_back = data.load(table).splits["validation"]
     assert learnt["curves"]["labels"] == held_back["label"][:]
     assert learnt["curves"]["predictions"] == ["good" in text.split() for text in held_back["sentence"]]
@@ -127,7 +127,7 @@ def test_the_loss_and_the_predictions_are_the_models(run, tmp_path):
 def test_rows_longer_than_the_sequence_are_cut_and_counted(run, tmp_path):
     chosen = run(seq_len=8, eval_rows=1)
     texts = data.load(chosen.dataset).splits["train"]["sentence"]
-    longer = sum(len(text.split()) > 6 for text in texts)  # beside [CLS] and [SEP]
+    longer = sum(len(text.split()) > 6 for text in texts)  # without [CLS] and [SEP]
     assert chosen.execute(tmp_path)["metrics"]["cut_rows"] == longer > 0
 
 
@@ -167,7 +167,7 @@ def test_converted_models_and_techniques_learn(changes, run, tmp_path):
     chosen = run(epochs=6, learning_rate=6e-3, **changes)
     metrics = chosen.execute(tmp_path)["metrics"]
     assert metrics["train_loss"] < 0.5
-    assert metrics["accuracy"] > 0.65  # 0.63 for one and the same answer
+    assert metrics["accuracy"] > 0.65  # a constant answer gets 0.63
     assert metrics["n_parameters"] == sum(p.numel() for p in chosen.load_model(2).parameters())
 
 
@@ -200,7 +200,7 @@ def test_weights_are_those_of_the_file_in_fp32(run, folder):
 
 
 def test_a_regression_learns(run, tmp_path):
-    """How many words a sentence has; its decimals say that it is no class."""
+    """The label is the number of words, with decimals, so that it is not taken for a class."""
     rows = [(text, len(text.split()) / 4 + 0.1) for text, _ in labelled_rows(200)]
     path = save_table(tmp_path, rows)
     chosen = run(dataset=path, data_hash=data.load(path).content_hash, train_rows=160, epochs=5)
@@ -242,7 +242,7 @@ def test_a_data_set_that_is_no_task_is_refused_before_training(dataset, said, ru
 
 
 def killed_after(updates, run, checkpoints, monkeypatch):
-    """Train and be interrupted in the update after ``updates``."""
+    """Train, and interrupt the training in the update after ``updates``."""
     done = []
 
     def step(self, *args, **kwargs):
@@ -252,8 +252,8 @@ def killed_after(updates, run, checkpoints, monkeypatch):
         return whole_step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        whole_step = LeverTrainer.training_step
-        patch.setattr(LeverTrainer, "training_step", step)
+        whole_step = TechniqueTrainer.training_step
+        patch.setattr(TechniqueTrainer, "training_step", step)
         with pytest.raises(KeyboardInterrupt):
             run.execute(checkpoints)
 
@@ -273,17 +273,17 @@ KILLS = [
     ids=["whole", "lowrank", "linformer", "third-epoch", "second-epoch"],
 )
 def test_a_training_killed_goes_on_as_if_nothing_had_been(epochs, saved, changes, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(lever_trainer, "SAVE_STEPS", 10)
+    monkeypatch.setattr(technique_trainer, "SAVE_STEPS", 10)
     chosen = run(epochs=epochs, **changes)
     whole = chosen.execute(tmp_path / "whole")
     killed_after(saved + 3, chosen, tmp_path / "cut", monkeypatch)
     assert Path(last_whole_checkpoint(tmp_path / "cut")).name == f"checkpoint-{saved}"
     calls = []
     with monkeypatch.context() as patch:
-        step = LeverTrainer.training_step
-        patch.setattr(LeverTrainer, "training_step", lambda self, *a, **k: calls.append(1) or step(self, *a, **k))
+        step = TechniqueTrainer.training_step
+        patch.setattr(TechniqueTrainer, "training_step", lambda self, *a, **k: calls.append(1) or step(self, *a, **k))
         resumed = chosen.execute(tmp_path / "cut")
-    assert len(calls) == 15 * epochs - saved  # it did go on, not begin again
+    assert len(calls) == 15 * epochs - saved  # resumed, not restarted
     assert without_times(resumed) == without_times(whole)  # to the last digit
 
 
@@ -292,7 +292,7 @@ def test_a_training_killed_goes_on_as_if_nothing_had_been(epochs, saved, changes
 
 @pytest.fixture
 def lm(folder, tmp_path, monkeypatch):
-    """Make a run on three words over and over, with changes; the model's logits are near 0."""
+    """Make a run, with changes, on a text of three repeated words; the model's logits are near 0."""
     text = "good bad day " * 250
     (tmp_path / "data" / "polish-books").mkdir(parents=True)
     for split in data.sources.SHARES:
@@ -320,7 +320,7 @@ OF_FAMILIES = list(itertools.product(FAMILIES, [1, 5, 8, 64]))
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "batch_size"), slow_but(cover(OF_FAMILIES), OF_FAMILIES))
 def test_pseudo_losses_are_the_formulas(family, batch_size, run, tmp_path):
-    """Equation 4 of Salazar et al. 2020, token by token, with all words' probabilities."""
+    """Equation 4 of Salazar et al. 2020, token by token, from the probabilities of all words."""
     of, config, changes = FAMILIES[family]
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
@@ -339,7 +339,7 @@ def test_pseudo_losses_are_the_formulas(family, batch_size, run, tmp_path):
     found = finetuning._pseudo_losses(trainer, blocks, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.1
-    assert made(input_ids=blocks).logits.shape == (3, 13, 30)  # the head is as it was
+    assert made(input_ids=blocks).logits.shape == (3, 13, 30)  # the head is unchanged
 
 
 def test_an_untrained_model_knows_no_more_than_the_number_of_words(lm, tmp_path):
@@ -355,7 +355,7 @@ def test_an_untrained_model_knows_no_more_than_the_number_of_words(lm, tmp_path)
 )
 def test_what_repeats_itself_is_learnt(convert_to, lm, tmp_path):
     result = lm(convert_to=convert_to, train_rows=90, epochs=8).execute(tmp_path / "run")
-    assert result["metrics"]["pseudo_perplexity"] < 3.2  # 3 from their shares alone, 21 at the beginning
+    assert result["metrics"]["pseudo_perplexity"] < 3.2  # the words' frequencies alone give 3, random weights 21
     assert result["curves"]["train_loss"][0][1] == pytest.approx(math.log(21), rel=0.15)
     assert result["metrics"]["train_rows"] == 90
 
@@ -398,7 +398,7 @@ def test_the_package_that_is_installed_has_weights_and_tokenizer():
 
 
 def test_the_name_and_the_weights_are_of_one_size(table):
-    """What is measured with random weights is the model that is fine-tuned."""
+    """The model measured with random weights is the fine-tuned model."""
     run = FineTuneRun(
         experiment="tiny", model=MINILM, dataset=table, data_hash="", train_rows=0, seq_len=16, batch_size=2
     )

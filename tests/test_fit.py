@@ -1,4 +1,4 @@
-"""The largest batch by prediction: right against every batch tried, few predictions, and only a run makes it tested."""
+"""The largest batch by prediction: equal to a search over all batches, with few predictions; a run makes it tested."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WIDTH = 64
 
 
 def mlp(batch, length=64):
-    """Make the step of a small network; a sequence of 64 takes some 0.1 MiB."""
+    """Make the step of a small network; a sequence of 64 takes about 0.1 MiB."""
 
     def make():
         model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
@@ -42,7 +42,7 @@ def needed(batch, gpu=None):
 
 
 class Counted:
-    """`mlp`, and the batches that it was asked for."""
+    """`mlp`, with a list of the requested batches."""
 
     def __init__(self, make=mlp):
         self.batches, self._make = [], make
@@ -111,7 +111,7 @@ def test_on_a_gpu_whose_allocator_goes_in_steps_some_more_do(memory_mib):
 
 
 def test_no_batch_beyond_the_limit_is_looked_at():
-    counted = Counted(lambda batch: mlp(1))  # whatever the batch, it takes the same
+    counted = Counted(lambda batch: mlp(1))  # every batch takes the same memory
     found = fit(counted, budget_mib=100)
     assert (found.batch_size, found.refused_at) == (LIMIT, None)
     assert max(counted.batches) == LIMIT
@@ -138,7 +138,7 @@ def test_the_whole_gpu_is_the_budget_unless_one_is_given():
     whole, less, more = (fit(mlp, gpu=card, budget_mib=budget) for budget in (None, 40, 90))
     assert [found.budget_mib for found in (whole, less, more)] == [60, 40, 90]
     assert less.batch_size < whole.batch_size < more.batch_size
-    for found in (whole, less, more):  # the report speaks of the same memory
+    for found in (whole, less, more):  # the report has the same budget
         assert found.report.memory_bytes == found.budget_mib * MIB
         assert found.report.out_of_memory is None
         assert found.batch_size == fit(mlp, gpu=small_gpu(found.budget_mib)).batch_size
@@ -191,7 +191,7 @@ PARTED = [
 
 @pytest.mark.parametrize(("techniques", "implementation", "gpu"), slow_but(cover(PARTED), PARTED))
 def test_two_parts_of_an_update_take_all_the_memory_that_more_do(techniques, implementation, gpu):
-    """What lets `fit` predict an effective batch of thousands as fast as one of two batches."""
+    """Lets `fit` predict an effective batch of thousands as fast as an effective batch of two parts."""
     attention = {"variant": "softmax", "implementation": implementation}
     run = tiny_run(batch_size=16, techniques=(*techniques, "accumulation=8"), attention=attention)
     whole, two, one = (predict(run.build(gpu=gpu, parts=parts), gpu=gpu) for parts in (None, 2, 1))
@@ -199,7 +199,7 @@ def test_two_parts_of_an_update_take_all_the_memory_that_more_do(techniques, imp
     assert two.peak_by_category == whole.peak_by_category
     assert two.peak_by_phase == whole.peak_by_phase
     assert two.whole_gpu_mib == whole.whole_gpu_mib
-    assert one.peak_bytes < two.peak_bytes  # it has no gradients when its one part comes
+    assert one.peak_bytes < two.peak_bytes  # a single part runs before there are gradients
 
 
 def test_two_parts_are_four_parts_but_for_their_tokens():

@@ -1,4 +1,4 @@
-"""Sentences with labels: GLUE's tasks as they are in the folder, tables of one's own, scores by formula."""
+"""Sentences with labels: GLUE's tasks from the data folder, tables of one's own, scores by formula."""
 
 import math
 
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 
 def task_data(name="glue/sst2", held_back="validation", **splits):
-    """Return a data set of ``splits``, each a dict of columns; one that is not given has two good rows."""
+    """Return a data set of ``splits``, each a dict of columns; a missing split gets two valid rows."""
     good = {"sentence": ["a", "b"], "label": [0, 1]}
     rows = {split: datasets.Dataset.from_dict(splits.get(split, good)) for split in ("train", held_back)}
     return data.LoadedData(name, "folder", "unversioned", "0" * 16, datasets.DatasetDict(rows))
@@ -38,7 +38,7 @@ def csv_file(folder, content):
 
 
 def refusal(of, *arguments) -> str:
-    """Return what is told, which must be one line."""
+    """Return the error message of ``of(*arguments)``, which must be one line."""
     with pytest.raises(ValueError, match=r".") as refused:
         of(*arguments)
     assert "\n" not in str(refused.value)
@@ -63,7 +63,7 @@ def test_a_task_of_glue_is_as_its_data_set(name):
             assert max(found) <= 5
             assert any(label % 1 for label in found)
         else:
-            assert found == set(range(task.n_labels))  # the classes that there are, each seen
+            assert found == set(range(task.n_labels))  # every class occurs, and no other label
 
 
 @pytest.mark.parametrize("name", glue.TASKS)
@@ -74,7 +74,7 @@ def test_every_task_of_glue_is_a_data_set_by_name_and_every_metric_is_known(name
     assert ("pearson" in task.metrics) == (task.n_labels == 1)
 
 
-# The rows of training and validation in the whole sets, as on the hub's card.
+# Numbers of training and validation rows in the whole sets, from the hub's dataset card.
 ROWS = {
     "cola": (8551, 1043), "sst2": (67_349, 872), "mrpc": (3668, 408), "stsb": (5749, 1500), "rte": (2490, 277),
     "wnli": (635, 71), "qqp": (363_846, 40_430), "qnli": (104_743, 5463), "mnli": (392_702, 9815),
@@ -226,7 +226,7 @@ def test_a_fifth_of_a_table_is_held_back_the_same_each_time(count, tmp_path):
     first, again = (data.load(csv_file(tmp_path, rows)) for _ in range(2))
     train, held_back = (first.splits[split]["sentence"][:] for split in ("train", "validation"))
     assert len(held_back) == math.ceil(count / 5)
-    assert sorted([*train, *held_back]) == sorted(rows["sentence"])  # each row once, so none in both
+    assert sorted([*train, *held_back]) == sorted(rows["sentence"])  # every row once, so none in both splits
     assert (train, held_back) == tuple(again.splits[split]["sentence"][:] for split in ("train", "validation"))
     for split in first.splits.values():
         assert split["label"][:] == [int(text.split()[1]) % 2 for text in split["sentence"]]
@@ -249,7 +249,7 @@ HEADERS = st.sampled_from([b"sentence,label", b"label,sentence1,sentence2", b'"a
 TABLES = st.one_of(
     st.binary(max_size=60),
     st.builds(lambda head, lines: b"\n".join([head, *lines]), HEADERS, st.lists(LINES, min_size=4, max_size=9)),
-    st.builds(  # each row as the header wants it, so that many come through
+    st.builds(  # rows that match the header, so that many tables are valid
         lambda pairs: b"\n".join([b"sentence,label", *(b",".join(pair) for pair in pairs)]),
         st.lists(st.tuples(FIELDS, st.sampled_from([b"0", b"1", b"2", b"0.5", b"-0", b"1e3"])), min_size=5, max_size=9),
     ),
@@ -277,8 +277,8 @@ def test_any_bytes_are_a_task_or_are_refused_in_one_line(tmp_path, content):
 def test_rows_are_cut_and_counted_and_keep_their_order(tokenizer):
     rows = datasets.Dataset.from_dict({"sentence": ["good " * n for n in (1, 9, 3, 20, 6)], "label": [0, 1, 1, 0, 1]})
     tokens, cut = glue.encode(rows, glue.TASKS["sst2"], tokenizer, 8)
-    assert [len(ids) for ids in tokens["input_ids"]] == [3, 8, 5, 8, 8]  # [CLS] and [SEP] among them
-    assert cut == 2  # the last fits to the token
+    assert [len(ids) for ids in tokens["input_ids"]] == [3, 8, 5, 8, 8]  # including [CLS] and [SEP]
+    assert cut == 2  # the last row fits exactly
     assert tokens["labels"][:] == [0, 1, 1, 0, 1]
     assert all(ids[-1] == tokenizer.sep_token_id for ids in tokens["input_ids"])
 
@@ -293,7 +293,7 @@ def test_pairs_are_one_row_of_two_kinds(tokenizer):
 
 @pytest.mark.parametrize(("task", "kind"), [(glue.TASKS["sst2"], int), (glue.Task(("sentence",), 1, ()), float)])
 def test_labels_are_whole_for_classes_and_decimals_for_a_regression(task, kind, tokenizer):
-    rows = datasets.Dataset.from_dict({"sentence": [12, 13], "label": [1.0, 0.0]})  # numbers are texts, too
+    rows = datasets.Dataset.from_dict({"sentence": [12, 13], "label": [1.0, 0.0]})  # numbers also count as texts
     tokens, _ = glue.encode(rows, task, tokenizer, 8)
     assert [type(label) for label in tokens["labels"]] == [kind, kind]
 
@@ -330,7 +330,7 @@ def test_metrics_of_classes_are_their_formulas():
         "f1": pytest.approx(2 * tp / (2 * tp + fp + fn)),
         "matthews": pytest.approx((tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))),
     }
-    assert (tp, tn, fp, fn) == (4, 3, 1, 2)  # none of them 0, and none like another: a swap would be seen
+    assert (tp, tn, fp, fn) == (4, 3, 1, 2)  # all different and none 0, so that a swap would be seen
 
 
 def test_metrics_of_amounts_are_their_formulas():

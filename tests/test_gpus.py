@@ -1,4 +1,4 @@
-"""The catalogue of GPUs, and what is said of one that is unknown or badly described."""
+"""The catalogue of GPUs, and the errors for unknown GPUs and bad GPU files."""
 
 import re
 import tomllib
@@ -32,9 +32,9 @@ def test_a_card_is_as_published_and_every_figure_has_a_source(name):
     assert card == gpus()[name]
     assert card.name == name
     assert card.compute_capability == capability
-    # CUDA reports up to a tenth less than is on the box, which is 2^30 or 10^9 bytes a piece.
+    # CUDA reports up to a tenth less than the box says; the box counts in 2^30 or 10^9 bytes.
     assert 0.9 * gigabytes * 1000**3 < card.memory_mib * MIB < gigabytes * 1024**3
-    assert 50 < card.context_mib < 1000  # kernels are loaded lazily
+    assert 50 < card.context_mib < 1000  # with kernels loaded lazily
     assert card.capacity_bytes == (card.memory_mib - card.context_mib) * MIB
     shown = str(round(card.memory_mib)), f"{card.memory_mib / 1024:.2f} GiB"
     assert any(text in card.memory_source for text in shown)
@@ -76,17 +76,17 @@ def test_an_unknown_name_is_told_with_what_is_known():
     assert all(name in str(caught.value) for name in PUBLISHED)
 
 
-NEEDED = r"; needed is \{compute_capability: \"8.0\", memory_mib: .*\}$"
+NEEDED = r"; expected e.g. \{compute_capability: \"8.0\", memory_mib: .*\}$"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", r"card.yaml: None is no mapping" + NEEDED),
-        ("- T4\n", r"card.yaml: \['T4'\] is no mapping" + NEEDED),
-        ("a: [", r"card.yaml: no YAML: while parsing.*" + NEEDED),
-        ("memory_mib: !!bool perhaps", r"card.yaml: no YAML: 'perhaps'" + NEEDED),
-        ("[" * 5000, r"card.yaml: no YAML: .*recursion" + ".*" + NEEDED),
+        ("", r"card.yaml: None is not a mapping" + NEEDED),
+        ("- T4\n", r"card.yaml: \['T4'\] is not a mapping" + NEEDED),
+        ("a: [", r"card.yaml: YAML error: while parsing.*" + NEEDED),
+        ("memory_mib: !!bool perhaps", r"card.yaml: YAML error: 'perhaps'" + NEEDED),
+        ("[" * 5000, r"card.yaml: YAML error: .*recursion" + ".*" + NEEDED),
         (GOOD + "cores: 80\n", r"card.yaml: unknown key cores; known: name, compute_capability, .*" + NEEDED),
         (GOOD + "3: 80\n", r"card.yaml: .*3.*" + NEEDED),
         (GOOD.replace("memory_mib: 1000", ""), r"card.yaml: memory_mib is missing" + NEEDED),
@@ -156,8 +156,8 @@ def file(tmp_path_factory):
 
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
-@example(text="compute_capability: 0x1" + 5000 * "0")  # more digits than Python makes text of
-@example(text=GOOD.replace("1000", "1" + 400 * "0"))  # more than a float holds
+@example(text="compute_capability: 0x1" + 5000 * "0")  # more digits than Python converts to text
+@example(text=GOOD.replace("1000", "1" + 400 * "0"))  # too large for a float
 @example(text=GOOD.replace("1000", "0x1" + 5000 * "0"))
 @example(text="compute_capability: 2024-13-45")
 @example(text="memory_mib: !!timestamp x")

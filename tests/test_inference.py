@@ -1,4 +1,4 @@
-"""Forward passes alone: what they take is what is predicted, and what is reported of their times."""
+"""Inference: forward passes take the predicted memory, and their times are reported correctly."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def run(tmp_path):
 
 
 def highest(report):
-    """The moment of the pass at which most was held: its phase, and bytes by category."""
+    """The moment of the pass with most memory: its phase, and bytes by category."""
     return max(report.timeline, key=lambda moment: sum(moment[2].values()))[1:]
 
 
@@ -76,7 +76,7 @@ def test_the_unchanged_classifiers_peak_is_in_its_pass(run):
     "changes", [{"task": "lm"}, {"task": "classification", "convert_to": VARIANTS["lowrank"]}], ids=["tied", "factored"]
 )
 def test_what_making_a_model_takes_is_not_the_passes(changes, run):
-    """A head is made before it is tied to the embedding, and projections are there before they are factored."""
+    """Making a model takes more: a head exists before it is tied to the embedding, projections before factoring."""
     made = run(batch_size=1, seq_len=2, **changes)
     whole = measure(made.build(), iterations=1).peak_allocated_mib
     reported = made.execute(None)["metrics"]["peak_allocated_mib"]
@@ -85,7 +85,7 @@ def test_what_making_a_model_takes_is_not_the_passes(changes, run):
 
 
 def test_a_pass_keeps_nothing_for_a_backward_pass(run):
-    """Two layers more make no pass larger beside its parameters, as they would make a training step."""
+    """Two more layers add only their parameters to a pass; a training step would also grow in activations."""
     folder = Path(run().model).parent
     beside = []
     for layers in (2, 4):
@@ -125,13 +125,13 @@ RANKS = [(1, 1), (2, 2), (10, 10), (19, 19), (20, 19), (21, 20), (40, 38), (100,
 
 @pytest.mark.parametrize(("count", "rank"), slow_but([(1, 1), (20, 19), (21, 20)], RANKS))
 def test_the_95th_percentile_is_the_time_of_the_nearest_rank(count, rank, run, monkeypatch):
-    """The time that 95 % of the samples do not pass: number ceil(0.95 n) of n in order."""
+    """The time that 95 % of the samples do not exceed: number ceil(0.95 n) of the n sorted times."""
     times = [0.001 * (i + 1) for i in reversed(range(count))]
     left = list(times)
     monkeypatch.setattr(inference, "timed", lambda step: left.pop())
     result = run(measure_steps=count, batch_size=2).execute(None)
     metrics = result["metrics"]
-    assert metrics["sample_time_p95_ms"] == pytest.approx(rank / 2)  # a sample is one sequence of two
+    assert metrics["sample_time_p95_ms"] == pytest.approx(rank / 2)  # a sample is one of two sequences
     assert metrics["sample_time_ms"] == pytest.approx((count + 1) / 2 / 2)
     assert result["curves"]["sample_times_ms"] == pytest.approx([(i + 1) / 2 for i in range(count)])
 
@@ -234,7 +234,7 @@ def test_an_engine_leaves_a_record(engine, run):
 
 
 def test_engines_are_not_predicted(run):
-    with pytest.raises(ValueError, match="what compile takes is its own to say and not predicted"):
+    with pytest.raises(ValueError, match="the memory of compile is not predicted"):
         PredictionRun(experiment="test", of=run(techniques=("compile",)))
 
 

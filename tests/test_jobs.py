@@ -1,4 +1,4 @@
-"""Runs as a cluster's jobs: what a study lacks, what a job must ask for, and Snakemake, here and on a real Slurm."""
+"""Runs as a cluster's jobs: missing runs, requests to the scheduler, and Snakemake, here and on a real Slurm."""
 
 import json
 import os
@@ -22,11 +22,11 @@ from memstudy.studies.attention_layer.run import LayerRun
 from memstudy.trainers.base import PROCESS_MIB, SLACK
 
 ROOT = Path(__file__).parents[1]
-STUDY = "what_fits"  # the quickest to plan
+STUDY = "what_fits"  # fastest to plan
 
 
 def snakemake(folder: Path | str, *options: str | Path) -> subprocess.CompletedProcess:
-    """Run the Snakefile on the smoke grid, all that it writes going below ``folder``."""
+    """Run the Snakefile on the smoke grid, with all output below ``folder``."""
     pytest.importorskip("snakemake", reason="snakemake is not installed: pip install -e '.[cluster]'")
     config = [f"studies={STUDY}", "scale=smoke", f"work={folder}"]
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "records", *options]
@@ -45,7 +45,7 @@ def records_in(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """The smoke grid's plan, with no record there."""
+    """The smoke grid's plan when there is no record yet."""
     into = tmp_path_factory.mktemp("plan")
     done = CliRunner().invoke(app, ["plan", STUDY, str(into), "--scale", "smoke", "--results", str(into / "results")])
     assert done.exit_code == 0, done.output
@@ -100,7 +100,7 @@ def assert_same(records: dict[str, dict], by_report: dict[str, dict]) -> None:
         assert record["status"] == records[name]["status"] == "ok"
 
 
-@pytest.mark.by_hand  # what CI runs is the same on Slurm
+@pytest.mark.by_hand  # CI runs the same test on Slurm
 def test_snakemake_gives_record_for_record_what_report_gives(by_report, tmp_path):
     done = snakemake(tmp_path, "-j2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -109,9 +109,9 @@ def test_snakemake_gives_record_for_record_what_report_gives(by_report, tmp_path
     assert "Nothing to be done" in again.stderr + again.stdout
 
 
-@pytest.mark.by_hand  # pip install snakemake-storage-plugin-fs, which wants rsync
+@pytest.mark.by_hand  # pip install snakemake-storage-plugin-fs, which needs rsync
 def test_where_jobs_share_no_file_system_a_store_hands_the_files_on(by_report, tmp_path):
-    """As on Kubernetes, with a folder in the place of a bucket."""
+    """As on Kubernetes, with a folder instead of a bucket."""
     pytest.importorskip("snakemake_storage_plugin_fs")
     work = f"build/{tmp_path.name}"
     store = ["--default-storage-provider", "fs", "--default-storage-prefix", tmp_path, "--shared-fs-usage", "none"]
@@ -141,7 +141,7 @@ def test_a_profile_is_one_that_snakemake_takes(profile, tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A Slurm of one node, started for this test."""
+    """A one-node Slurm, started for this test."""
     lacks = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
     if lacks or os.geteuid() != 0:
         pytest.skip(
@@ -158,11 +158,11 @@ def slurm(tmp_path):
 
 @pytest.mark.slow
 def test_slurm_gives_record_for_record_what_report_gives(slurm, planned, by_report, tmp_path):
-    """Also of a run that Slurm kills for memory at first: it is tried again with more."""
+    """Also for a run that Slurm first kills for memory and then retries with more."""
     first_round = shutil.copytree(planned, tmp_path / "plans" / STUDY / "0")
     needs = json.loads((first_round / "needs.json").read_text())
     too_little = needs[next(iter(needs))]
-    too_little["mem_mb"] = 500  # what a Python with PyTorch takes before it has done anything
+    too_little["mem_mb"] = 500  # Python with PyTorch imported takes this much
     (first_round / "needs.json").write_text(json.dumps(needs))
     done = snakemake(
         tmp_path, "--executor", "slurm", "--jobs", "4", "--slurm-no-account", "--slurm-status-command", "squeue",

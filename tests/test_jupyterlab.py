@@ -1,6 +1,6 @@
 """A notebook in JupyterLab, in a real browser, from the first cell to the last; a screenshot goes to build/jupyterlab.
 
-One is tried here. All of them: pytest -m by_hand tests/test_jupyterlab.py
+By default, one notebook is run. For all of them: pytest -m by_hand tests/test_jupyterlab.py
 """
 
 import os
@@ -25,7 +25,7 @@ MINUTES = 5
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on a copy of the notebooks, which it may save."""
+    """JupyterLab on a copy of the notebooks, where saving does no harm."""
     place = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", place / "notebooks")
     (place / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -64,7 +64,7 @@ def lab(tmp_path_factory):
 def test_a_notebook_runs_from_the_first_cell_to_the_last(browser, lab, stem):
     cells = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4).cells
     n_code = sum(cell.cell_type == "code" for cell in cells)
-    page = browser.new_page(viewport={"width": 1300, "height": 30_000})  # so that every cell is in view, thus there
+    page = browser.new_page(viewport={"width": 1300, "height": 30_000})  # only cells in view are in the page
     page.goto(f"{lab}/lab/tree/notebooks/{stem}.ipynb?reset&token=token")
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
     page.wait_for_selector(".jp-CodeCell")

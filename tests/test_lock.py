@@ -1,4 +1,4 @@
-"""The lock file: it pins all that the project needs, and what those need, and what is installed is what it says."""
+"""The lock file: it pins all direct and indirect dependencies, and the installed versions match it."""
 
 import importlib.metadata
 import re
@@ -16,7 +16,7 @@ PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 }
-LATER = {"setuptools", "pip"}  # what makes environments, not what is in them
+LATER = {"setuptools", "pip"}  # these make environments and are not pinned
 
 
 def declared(*extras: str) -> list[Requirement]:
@@ -25,7 +25,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 
 def closure(names: set[str]) -> set[str]:
-    """The installed distributions that `names` need, directly or not, on this platform."""
+    """`names` and the installed distributions that they need, directly or not, on this platform."""
     found: set[tuple[str, str]] = set()
     left = [(canonicalize_name(name), "") for name in names]
     while left:
@@ -45,7 +45,7 @@ def test_each_line_pins_one_version():
     assert len(PINS) == len(lines) > 100
 
 
-@pytest.mark.parametrize("requirement", declared("test", "levers", "bench", "cluster"), ids=lambda r: r.name)
+@pytest.mark.parametrize("requirement", declared("test", "techniques", "bench", "cluster"), ids=lambda r: r.name)
 def test_what_is_declared_is_pinned_to_a_version_that_it_allows(requirement):
     assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
 
@@ -55,7 +55,7 @@ def test_what_is_installed_for_the_tests_is_what_is_pinned():
     assert len(needed) > 100
     here = {name: importlib.metadata.version(name) for name in needed}
     assert needed - PINS.keys() <= LATER
-    # "2.13.0+cpu" is 2.13.0, built for another device.
+    # "2.13.0+cpu" is version 2.13.0, built for CPUs.
     off = {name: v for name, v in here.items() if name not in LATER and v.partition("+")[0] != PINS[name]}
     assert off == {}
 

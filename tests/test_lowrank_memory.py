@@ -1,8 +1,8 @@
-"""What low-rank projections save of a training step: counted by hand, measured, predicted.
+"""Memory saved by low-rank projections in a training step: counted by hand, measured, predicted.
 
-Each of a layer's four (d, d) projections becomes (r, d) and (d, r), so that L layers lose L (4 d² - 8 d r) weights of
-4 bytes each, from the parameters and from the gradients, and twice that from AdamW's two moments. AdamW also counts the
-steps of each parameter tensor in 4 bytes of its own, and there are 4 L tensors more.
+Each of a layer's four (d, d) projections becomes (r, d) and (d, r), so L layers lose L (4 d² - 8 d r) weights of
+4 bytes each. Parameters and gradients each shrink by these bytes, AdamW's two moments by twice as many. AdamW also has
+a step counter of 4 bytes for each parameter tensor, and there are 4 L more tensors.
 """
 
 import pytest
@@ -30,7 +30,7 @@ def most(report):
 
 
 def saved(model, rank, layers=None):
-    """Bytes by the formula, by category."""
+    """Saved bytes by category, from the formula."""
     of_model, width = SIZES[model]
     layers = of_model if layers is None else layers
     weights = 4 * layers * (4 * width**2 - LowRankConfig(rank).weight_elements(width))

@@ -1,4 +1,4 @@
-"""MemSizer: as the paper defines it, in training and decoding."""
+"""MemSizer equals the paper's definition, in training and decoding."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from memstudy.profiler import measure, predict
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    """Let even short sequences span several."""
+    """Let even short sequences span several segments."""
     monkeypatch.setattr(memsizer, "CHUNK", 2)
     monkeypatch.setattr(memsizer, "SEGMENT", 5)
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def _memsizer_weights(layer):
 
 
 def _mask(batch, seq, side):
-    """Padding to one side, and a hole; a sequence of nothing but padding comes last."""
+    """Padding on one side and one token inside; the last sequence is all padding."""
     lengths = torch.arange(batch)[:, None] * seq // max(1, batch - 1)
     mask = torch.arange(seq) < seq - lengths
     mask[:, seq // 3] = False
@@ -60,7 +60,7 @@ def test_memsizer_equals_the_loops(form, batch, seq, side):
     torch.testing.assert_close(actual, expected)
     inputs = (hidden_states, *([memory] if form == "cross" else []), *layer.parameters())
     direction = torch.randn_like(expected)
-    # Where nothing is visible, the loops never touch the tokens.
+    # materialize_grads: if no token is visible, the loops never touch the tokens.
     gradients = [torch.autograd.grad(y, inputs, direction, materialize_grads=True) for y in (actual, expected)]
     torch.testing.assert_close(*gradients)
 
@@ -99,7 +99,7 @@ def test_memsizers_beams_take_their_state_along():
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_memsizers_dropout_drops_and_keeps_the_mean(is_causal):
-    """Every output varies with the draw, around what it is without dropout."""
+    """Every output varies between draws, around its value without dropout."""
     layer = _layer(MemSizerConfig(4, dropout=0.25), is_causal=is_causal)
     hidden_states = _tokens(1, 7).detach()
     expected = layer.eval()(hidden_states)

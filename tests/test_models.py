@@ -1,4 +1,4 @@
-"""The decoder: the spec's size, Hugging Face's contracts, the mixer in it."""
+"""The decoder: the size in the specification, Hugging Face's contracts, its attention."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ every_mixer = pytest.mark.parametrize("mixer", MIXERS, ids=["eager", "sdpa", "wi
 
 
 def small(mixer=MIXERS[0], **changes):
-    """A decoder of two layers, its matrices so large that attention matters."""
+    """A decoder of two layers, with weights large enough that attention matters."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 100, "n_layers": 2, "hidden_size": 32, "n_heads": 4, "feed_forward": 64, "max_len": 48}
     model = decoder(**(sizes | changes), attention=mixer)
@@ -29,12 +29,12 @@ def small(mixer=MIXERS[0], **changes):
 
 @pytest.fixture
 def tokens():
-    """Two sequences of 40."""
+    """Two sequences of 40 tokens."""
     return torch.randint(100, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def loss_of(logits, labels):
-    """Mean negative log-likelihood of each next token, one at a time."""
+    """Mean negative log-likelihood of the next tokens, computed one by one."""
     terms = [
         -torch.log_softmax(logits[row, i], -1)[labels[row, i + 1]]
         for row in range(labels.shape[0])
@@ -56,7 +56,7 @@ def test_the_specs_model_has_its_parameters():
             attention=SoftmaxConfig("eager"),
         )
     block = 4 * (512 * 512 + 512) + 2 * (2 * 512) + (512 * 2048 + 2048) + (2048 * 512 + 512)
-    # tokens (also the head), positions, blocks, last norm
+    # token embedding (also the head), positions, blocks, last norm
     assert 10_000 * 512 + 512 * 512 + 6 * block + 2 * 512 == 24_297_472
     assert sum(p.numel() for p in model.parameters()) == 24_297_472
 
@@ -87,7 +87,7 @@ def test_in_training_the_output_is_the_loss_only(tokens):
     model.train()
     output = model(tokens, labels=tokens)
     assert output.logits is None
-    torch.testing.assert_close(output.loss, expected, rtol=0, atol=0)  # there is no dropout
+    torch.testing.assert_close(output.loss, expected, rtol=0, atol=0)  # the model has no dropout
     assert model(tokens).logits.shape == (2, 40, 100)
 
 
@@ -186,8 +186,8 @@ def test_a_loaded_window_is_still_a_window(tokens, tmp_path):
 def test_gradient_checkpointing_gives_the_same_gradients(mixer, tokens):
     plain = small(mixer).train()
     recomputed = copy.deepcopy(plain)
-    recomputed.gradient_checkpointing_enable({"use_reentrant": False})
-    assert recomputed.is_gradient_checkpointing
+    recomputed.activation_checkpointing_enable({"use_reentrant": False})
+    assert recomputed.is_activation_checkpointing
     for model in (plain, recomputed):
         model(tokens, labels=tokens).loss.backward()
     for (name, expected), actual in zip(plain.named_parameters(), recomputed.parameters(), strict=True):

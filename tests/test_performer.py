@@ -1,4 +1,4 @@
-"""Performer: how near its features come to exact attention; its layer; its memory."""
+"""Performer: the error of its features against exact attention, its layer, its memory."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from memstudy.profiler import measure, predict
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
-    """Let even short sequences span several."""
+    """Let even short sequences span several segments."""
     monkeypatch.setattr(performer, "CHUNK", 2)
     monkeypatch.setattr(performer, "SEGMENT", 5)
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def test_performer_comes_closer_with_more_features_and_is_right_on_average(is_ca
     exact = softmax_attention(query, key, value, implementation="eager", is_causal=is_causal)
 
     def errors(features):
-        """A draw's error, and that of twenty draws' mean."""
+        """The error of a single draw, and the error of the mean of twenty draws."""
         outputs = []
         for seed in range(20):
             config = PerformerConfig(features, seed)
@@ -43,13 +43,13 @@ def test_performer_comes_closer_with_more_features_and_is_right_on_average(is_ca
         return (outputs - exact).square().mean().sqrt(), (outputs.mean(0) - exact).square().mean().sqrt()
 
     (few, _), (many, of_mean) = errors(32), errors(2048)
-    assert many < few / 5  # the root of 64 is 8
-    assert of_mean < many / 3  # the root of 20 is 4.5
+    assert many < few / 5  # 64 times the features: expected sqrt(64) = 8
+    assert of_mean < many / 3  # 20 draws: expected sqrt(20) = 4.5
     assert of_mean < 0.01
 
 
 def test_performers_kernel_is_unbiased():
-    """E[φ(q)ᵀ φ(k)] = exp(qᵀ k), here as the ratio that two keys get."""
+    """E[φ(q)ᵀ φ(k)] = exp(qᵀ k)."""
     features = torch.stack([PerformerConfig(8, seed).make_weights(8).features for seed in range(5000)]).double()
     query, key = 0.5 * torch.randn(2, 8, dtype=torch.float64)
     phi = [(features @ x - x.square().sum() / 2).exp() for x in (query, key)]

@@ -1,4 +1,4 @@
-"""Questions about digits: right answers by another way, and the form of DeepMind's own rows."""
+"""Questions about digits: answers checked by another method, and the same form as DeepMind's own rows."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ def test_answers_are_the_digits(number, drawn):
 
 @given(st.text())
 def test_other_texts_are_refused(text):
-    with pytest.raises(ValueError, match="no question like"):
+    with pytest.raises(ValueError, match="not a question like"):
         place_value.answer(text)
 
 
@@ -28,9 +28,9 @@ def test_other_texts_are_refused(text):
     ("question", "reason"),
     [
         ("What is the tens digit of 7?", "7 has no tens digit"),
-        ("What is the tens digit of 070?", "no question like"),
-        ("what is the tens digit of 70?", "no question like"),
-        ("What is the dozens digit of 70?", "no question like"),
+        ("What is the tens digit of 070?", "not a question like"),
+        ("what is the tens digit of 70?", "not a question like"),
+        ("What is the dozens digit of 70?", "not a question like"),
     ],
 )
 def test_questions_without_an_answer(question, reason):
@@ -40,7 +40,7 @@ def test_questions_without_an_answer(question, reason):
 
 @pytest.mark.parametrize("split", place_value.ENTROPIES)
 def test_generated_questions_are_like_deepminds(split):
-    """The shipped rows are from their own generator: ours have the same numbers of digits, as often, and places."""
+    """Our questions have digits and places as often as the shipped rows, which come from DeepMind's generator."""
     theirs = data.load(data.sets.PLACE_VALUE)
     if theirs.source == "nowhere":
         pytest.skip("DeepMind's rows are not here")

@@ -1,8 +1,8 @@
-"""The predicted peak against the CPU allocator's own, to the byte: architectures × settings.
+"""The predicted peak equals the CPU allocator's peak to the byte: architectures × settings.
 
-Each model is a tiny one with random weights (two layers, dropout as its config has it) and takes two updates.
-Reformer's blocks are reversible, which is its own checkpointing; the chunked loss is for decoders that predict the next
-token. Longformer is the one for masked tokens, whose attention is local whatever the data.
+Each model is tiny, with random weights (two layers, its config's own dropout), and takes two updates. Reformer's
+blocks are reversible and exclude checkpointing; the chunked loss is for decoders that predict the next token.
+Longformer predicts masked tokens, so that its attention is local for any data.
 """
 
 import gc
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from bitsandbytes.optim import AdamW8bit  # first made under fake tensors, its tables would be fake for good
+from bitsandbytes.optim import AdamW8bit  # if first made under fake tensors, its tables would stay fake
 from support.tiers import cover, slow_but
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -58,8 +58,8 @@ def reformer():
     return hf.ReformerModelWithLMHead(config)
 
 
-# What makes the model, and what it is given: tokens and a class, tokens that are the labels too (Mamba, whose loop
-# takes them one by one, but few), or images.
+# The model's constructor, and its inputs: tokens with a class, tokens that are also the labels (few for Mamba, which
+# loops over tokens), or images.
 MODELS = {
     "bert": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)), "class"),
     "roberta": (lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)), "class"),
@@ -111,7 +111,7 @@ def adamw_8bit(parameters):
 
 
 def adafactor(parameters):
-    """As `Trainer` makes it for `optim="adafactor"`."""
+    """Adafactor with the settings of `Trainer` for `optim="adafactor"`."""
     return Adafactor(parameters, lr=1e-3, scale_parameter=False, relative_step=False)
 
 
@@ -122,11 +122,11 @@ def adamw(parameters):
 SETTINGS = {
     "fp32": {},
     "bf16": {"autocast": True},
-    "checkpointing": {"levers": (Checkpointing(),)},
+    "checkpointing": {"techniques": (Checkpointing(),)},
     "accumulation": {"parts": 2},
     "adafactor": {"optimizer": adafactor},
     "adamw_8bit": {"optimizer": adamw_8bit},
-    "chunked_loss": {"levers": (ChunkedLoss(),)},
+    "chunked_loss": {"techniques": (ChunkedLoss(),)},
 }
 
 
@@ -137,12 +137,12 @@ def batch(given):
     return {"input_ids": tokens, "labels": torch.randint(LABELS, (ROWS,)) if given == "class" else tokens}
 
 
-def training(make_model, given, *, autocast=False, levers=(), parts=1, optimizer=adamw):
+def training(make_model, given, *, autocast=False, techniques=(), parts=1, optimizer=adamw):
     def make():
         torch.manual_seed(0)
         model = make_model().train()
-        for lever in levers:
-            lever.prepare(model)
+        for technique in techniques:
+            technique.prepare(model)
         updates = optimizer(model.parameters())
         pieces = zip(*([(k, p) for p in v.chunk(parts)] for k, v in batch(given).items()), strict=True)
         pieces = [dict(piece) for piece in pieces]
@@ -198,7 +198,7 @@ def a_layer(config, is_causal):
     return make
 
 
-# Settings with which 40 tokens show the variant's own path.
+# Settings small enough that 40 tokens take the variant's own path.
 LAYERS = [
     ATTENTION[variant](**settings)
     for variant, settings in {
@@ -228,7 +228,7 @@ def test_a_layer_of_each_variant(config):
     "config", [config for config in LAYERS if config.name in ("linformer", "lowrank")], ids=lambda config: config.name
 )
 def test_a_model_that_is_converted_in_building_it(config):
-    """What LAPACK takes to decompose the weights (lowrank) no rule knows; it belongs to the building."""
+    """No rule covers LAPACK's scratch for decomposing the weights (lowrank), which is part of building."""
     make = training(lambda: convert_attention(MODELS["bert"][0](), config), "class")
     measured, predicted = measure(make), predict(make)
     assert predicted.peak_bytes == measured.peak_bytes
@@ -250,7 +250,7 @@ def layer_norm(dtype, weight_dtype):
 
 
 def backward_of_a_sum(function):
-    """The gradient of a sum is one number, expanded."""
+    """A step whose gradient is one expanded number, since the loss is a sum."""
     x = rows(9, 16)
     return lambda: function(x).sum().backward()
 
@@ -266,7 +266,7 @@ def numbers_in_a_graph_that_is_kept():
     def step():
         y = (x * 0.5).sum()
         y.backward(retain_graph=True)
-        kept[:] = [y]  # with its graph
+        kept[:] = [y]  # keeps the graph alive
 
     return step
 
@@ -363,7 +363,7 @@ def test_each_thread_has_its_buffer(make):
 
 
 def test_what_only_the_data_can_say_is_taken_for_no():
-    """Longformer asks whether any token is global: the data's answer, which fake tensors have not, may be yes."""
+    """Longformer asks whether any token is global; fake tensors hold no data, so the prediction answers no."""
 
     def classification(global_tokens):
         def make():
@@ -379,7 +379,7 @@ def test_what_only_the_data_can_say_is_taken_for_no():
     assert predicted.peak_bytes < measure(classification(1)).peak_bytes
 
 
-# Where oneDNN may do the arithmetic.
+# Ops that oneDNN may compute.
 PRODUCTS = {
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution", "aten::convolution_backward",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -387,10 +387,9 @@ PRODUCTS = {
 
 
 def peak_without_scratch_of_products(make):
-    """The allocator's peak over building and two steps, but for what products take for themselves.
+    """The allocator's peak over building and two steps, without the scratch of matrix products.
 
-    That is allocated by the product's own code (which has a tensor's memory from `aten::empty`, or gives it away) and
-    released in it.
+    Scratch is allocated and released within one product's own code; tensors come from `aten::empty` or outlive it.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
@@ -408,7 +407,7 @@ def peak_without_scratch_of_products(make):
     for _, size, block, within in rows:
         if size > 0:
             alive[block] = len(changes), within
-        elif block not in alive:  # from before
+        elif block not in alive:  # allocated before profiling
             size = 0
         else:
             made, maker = alive.pop(block)
@@ -420,9 +419,9 @@ def peak_without_scratch_of_products(make):
 
 @pytest.mark.parametrize("model", slow_but(["gpt2", "vit"], MODELS))
 def test_the_predicted_peak_in_bf16_but_for_the_scratch_of_products(model):
-    """oneDNN copies what it multiplies in an order of its own, which depends on the processor: no rule knows it.
+    """oneDNN reorders its operands into scratch, with a layout that depends on the processor, so no rule covers it.
 
-    On one with AVX-512 the scratch is part of the peak of ViT alone (26,720 of 485,112 bytes).
+    On a processor with AVX-512, the scratch is part of the peak only for ViT (26,720 of 485,112 bytes).
     """
     make = training(*MODELS[model], **SETTINGS["bf16"])
     expected = peak_without_scratch_of_products(make)

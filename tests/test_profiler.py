@@ -1,4 +1,4 @@
-"""Training memory: the accounting, what is measured against other readings of it, what is predicted against both."""
+"""Training memory: the accounting; measurements against other readings; predictions against both."""
 
 import gc
 import itertools
@@ -31,17 +31,17 @@ def total(live):
 
 
 def totals(report):
-    """The totals that the report's timeline runs through."""
+    """The successive totals of the report's timeline [bytes]."""
     return changes(total(live) for _, _, live in report.timeline)
 
 
 def phases(report):
-    """The phases that the report's timeline runs through."""
+    """The successive phases of the report's timeline."""
     return changes(phase for _, phase, _ in report.timeline)
 
 
 def changes(values):
-    """`values` without those that equal the one before."""
+    """`values` without repetitions of the value before."""
     return [value for value, _ in itertools.groupby(values)]
 
 
@@ -50,11 +50,11 @@ def tensor_bytes(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-SEED = 4  # `backward()` makes the gradient of the loss, a one, before autograd's engine begins
+SEED = 4  # `backward()` makes the gradient of the loss, a one, before autograd's engine starts
 
 
 class Mlp(nn.Module):
-    """Two layers, the second twice as wide."""
+    """Two layers, with a hidden width twice the input's."""
 
     def __init__(self, width=64, bias=True):
         super().__init__()
@@ -91,7 +91,7 @@ def mlp_build(rows=48, width=64, *, bias=True, parts=1, optimizer=torch.optim.Ad
 
 
 def mlp_bytes(width=64, bias=True):
-    """Bytes of each parameter, in the order in which a `Mlp` registers them."""
+    """Bytes of each parameter of an `Mlp`, in order of registration."""
     weights, biases = [2 * width * width] * 2, [2 * width, width]
     return [4 * n for pair in zip(weights, biases, strict=True) for n in pair[: 1 + bias]]
 
@@ -221,14 +221,14 @@ def test_the_most_of_each_category_is_its_own_moments_in_the_last_step():
     report = account(
         events(
             ("alloc", 1, 100),
-            ("alloc", 9, 5000),  # of building
+            ("alloc", 9, 5000),  # while building
             ("free", 9),
             ("phase", "forward"),
             ("iteration",),
             ("is", 1, "parameters"),
             ("alloc", 2, 900, "up"),
             ("phase", "backward"),
-            ("free", 2),  # of the step before the last
+            ("free", 2),  # belongs to the step before the last
             ("iteration",),
             ("phase", "forward"),
             ("alloc", 3, 70, "up"),
@@ -258,7 +258,7 @@ def test_the_most_of_each_category_by_arithmetic(report_on):
     weights = sum(mlp_bytes())
     assert most["parameters"] == weights
     assert most["gradients"] == weights
-    assert most["optimizer"] == 2 * weights + 4 * 4  # AdamW counts the steps of each tensor
+    assert most["optimizer"] == 2 * weights + 4 * 4  # AdamW has a step counter per tensor
 
 
 # --- measured
@@ -299,7 +299,7 @@ def test_every_moment_equals_the_allocators_own_total(make):
     report = measure(make)
     step = make()
     step()
-    # Another reading of another run of the step. What `build` made is in the first from its beginning.
+    # A second reading of another run of the step. Only the report counts the tensors made by `build`.
     start, *others = changes(allocator_totals(step))
     built = totals(report)[1] - start
     assert totals(report)[1:] == [start + built] + [built + n for n in others]
@@ -316,7 +316,7 @@ def test_tensors_of_known_size(report_on):
             second = torch.empty(3, 100, dtype=torch.bfloat16)  # 600 B
             view = first[:10]
             del first
-            second = second.float()  # 1,200 B, then 600 B less
+            second = second.float()  # adds 1,200 B, then frees 600 B
             del view, second
             kept.append(torch.empty(7, dtype=torch.int8))
 
@@ -343,7 +343,7 @@ def test_categories_add_up_at_every_moment(report_on):
 def test_parameters_gradients_and_optimizer_by_arithmetic(report_on):
     report = report_on(mlp_build())
     weights = sum(mlp_bytes())
-    moments = 2 * weights + 4 * 4  # and a step counter, fp32, for each of four parameters
+    moments = 2 * weights + 4 * 4  # and an fp32 step counter for each of four parameters
     assert {live["parameters"] for _, _, live in report.timeline} == {weights}
     assert {live["optimizer"] for _, _, live in report.timeline} == {moments}
     assert max(live["gradients"] for _, _, live in report.timeline) == weights
@@ -386,7 +386,7 @@ def test_the_module_table_sums_to_the_activations(report_on):
     assert sum(report.modules.values()) == report.forward_end_by_category["activations"]
     if report_on is measure:
         tanh, output = 4 * 48 * 128, 4 * 48 * 64
-        assert report.modules == {"Mlp": tanh, "down": output, "": 4 + SEED}  # the loss is made outside
+        assert report.modules == {"Mlp": tanh, "down": output, "": 4 + SEED}  # the loss is computed outside the model
 
 
 def test_the_module_table_of_a_decoder_names_its_modules():
@@ -412,7 +412,7 @@ def test_tied_weights_count_once(report_on):
     report = report_on(make)
     assert report.timeline[-1][2]["parameters"] == 4 * 500 * 32
     assert max(live["gradients"] for _, _, live in report.timeline) == 4 * 500 * 32
-    untied = 2 * 4 * 500 * 32  # `nn.Linear` makes its own first
+    untied = 2 * 4 * 500 * 32  # `nn.Linear` first makes its own weight
     assert report.peak_by_phase["build"] >= untied
 
 
@@ -430,8 +430,8 @@ def test_with_the_optimizer_in_backward_no_two_gradients_exist(report_on):
 def test_accumulation_divides_the_activations(report_on):
     whole, parts = report_on(mlp_build(parts=1)), report_on(mlp_build(parts=4))
     of_whole, of_part = (r.forward_end_by_category["activations"] - 4 - SEED for r in (whole, parts))
-    assert of_whole == 4 * of_part  # but for the loss
-    # The first part's gradients are there when the last part's forward pass ends.
+    assert of_whole == 4 * of_part  # without the loss
+    # The first part's gradients exist when the last part's forward pass ends.
     assert whole.forward_end_by_category["gradients"] == 0
     assert parts.forward_end_by_category["gradients"] == sum(mlp_bytes())
 
@@ -460,7 +460,7 @@ def test_checkpointing_keeps_the_inputs_only(report_on):
 
     plain, recomputed = (report_on(make_build(flag)).forward_end_by_category["activations"] for flag in (False, True))
     output = 4 * 48 * 32
-    # Each block keeps its tanh, twice an output; each output is the next block's input, the last is still in `x`.
+    # Each block keeps its tanh, twice an output's size; each output is the next block's input, the last is in `x`.
     assert plain == 3 * 2 * output + 3 * output + 4 + SEED
     assert recomputed == 3 * output + 4 + SEED
 
@@ -563,14 +563,14 @@ def test_memory_lives_on_after_the_measurement():
         return step
 
     measure(make)
-    kept[0]()  # the step can still be run, as for its timing
+    kept[0]()  # the step can still be run, for example to time it
 
 
-# --- what is left behind
+# --- nothing is left behind
 
 
 def hooks():
-    """How many hooks of each kind hang on every module and every optimizer."""
+    """Number of global hooks of each kind, on modules and on optimizers."""
     return [
         len(found)
         for found in (
@@ -585,11 +585,11 @@ def hooks():
 
 
 class Refused(Exception):
-    """What the steps below raise."""
+    """Raised by the steps below."""
 
 
 class RefusesBackward(torch.autograd.Function):
-    """The identity, until gradients come."""
+    """The identity in forward; raises in backward."""
 
     @staticmethod
     def forward(ctx, x):
@@ -605,7 +605,7 @@ WHERE = list(itertools.product([measure, predict], ["nowhere", "build", "forward
 
 @pytest.mark.parametrize(("report_on", "where"), slow_but(cover(WHERE), WHERE))
 def test_nothing_is_left_behind(report_on, where):
-    gc.unfreeze()  # what the fixture froze
+    gc.unfreeze()  # undoes the fixture's gc.freeze()
     before, made = hooks(), []
 
     class Inner(nn.Linear):
@@ -648,7 +648,7 @@ def test_nothing_is_left_behind(report_on, where):
     assert torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None
     assert gc.get_freeze_count() == 0
     assert torch.ones(1).item() == 1.0
-    # and the next report is what it always is
+    # The next report is as usual.
     assert report_on(mlp_build()).timeline[-1][2] == report_on(mlp_build()).timeline[-1][2]
 
 
@@ -688,7 +688,7 @@ def test_the_predicted_peak_is_the_measured_to_the_byte(case):
 
 @pytest.mark.parametrize("vocab_size", [300, 4000])
 def test_the_predicted_chunked_loss(vocab_size):
-    """With few tokens the peak is in backward, where two gradients of the tied embedding are added in place."""
+    """With few tokens, the peak is in backward, where autograd adds two gradients of the tied embedding in place."""
     make = lm(("chunked_loss",), SDPA, seq_len=16, batch_size=1, vocab_size=vocab_size).build()
     measured, predicted = measure(make), predict(make)
     assert measured.peak_by_phase["backward"] == measured.peak_bytes
@@ -697,9 +697,9 @@ def test_the_predicted_chunked_loss(vocab_size):
 
 
 def test_the_predicted_8bit_optimizer():
-    """State and scratch: bitsandbytes' CPU kernels are written in Python, so that predicting runs them too."""
+    """State and scratch: bitsandbytes' CPU kernels are written in Python, so a prediction runs them too."""
     make = lm(("adamw_8bit",), SDPA).build()
-    measure(make)  # bitsandbytes makes its code tables once a process
+    measure(make)  # bitsandbytes makes its code tables once per process
     measured, predicted = measure(make), predict(make)
     assert predicted.peak_by_phase == measured.peak_by_phase
     assert predicted.peak_by_category == measured.peak_by_category
@@ -707,7 +707,7 @@ def test_the_predicted_8bit_optimizer():
 
 @pytest.mark.parametrize("techniques", [(), ("bf16", "accumulation=2")], ids=["fp32", "bf16-accumulation"])
 def test_the_predicted_moments_are_the_measured(techniques):
-    """Not only the peak: phase by phase and step by step."""
+    """Equal phase by phase and step by step, not only at the peak."""
     make = lm(techniques, SDPA).build()
     measured, predicted = measure(make), predict(make)
     assert predicted.peak_by_phase == measured.peak_by_phase
@@ -753,7 +753,7 @@ def test_prediction_leaves_real_tensors_alone():
     report = predict(make)
     assert data.tolist() == [1.0] * 4
     assert torch.equal(torch.get_rng_state(), state)
-    # Both are memory from before, which is not counted; the data is not counted by `measure` either.
+    # `data` was made before `build`, so neither report counts it.
     assert report.iteration_peaks == measure(make).iteration_peaks
 
 
@@ -778,7 +778,7 @@ def test_tensors_made_of_python_numbers_count(report_on):
 
 
 def test_prediction_is_the_same_each_time():
-    make = lm(("checkpointing",)).build()  # autocast lets go of its casts in an order of chance
+    make = lm(("checkpointing",)).build()  # without bf16: autocast frees its casts in random order
     first, second = predict(make), predict(make)
     assert [(phase, live) for _, phase, live in first.timeline] == [(phase, live) for _, phase, live in second.timeline]
 
@@ -826,7 +826,7 @@ def test_prediction_knows_the_elements_of_a_range(take):
 def test_prediction_forgets_a_range_that_is_written_to():
     asked = []
     predict(lambda: lambda: asked.append(torch.arange(8).mul_(2).max().item()), iterations=1)
-    assert asked == [1]  # the guess for any whole number
+    assert asked == [1]  # the prediction's guess for an unknown whole number
 
 
 def test_reported_mib_are_two_to_the_twentieth():

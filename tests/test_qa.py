@@ -1,4 +1,4 @@
-"""The page: what it answers, what it refuses, that it survives; in a real browser too."""
+"""The page: its answers, its refusals, its survival of bad requests; also in a real browser."""
 
 import contextlib
 import http.client
@@ -31,7 +31,7 @@ QUESTION = "What is the tens digit of 89290?"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models, hardly trained."""
+    """Two models trained for two steps."""
     root = tmp_path_factory.mktemp("qa")
     loaded = data.load("place-value-200")
     with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +94,7 @@ def test_memsizers_state_has_one_size(folder):
 def test_other_questions_are_answered_with_a_warning(client):
     page = client.get("/", query_string={"question": "Who are you?"})
     assert page.status_code == 200
-    assert "no such question, and what they say is a guess" in page.text
+    assert "not trained on such questions, so their answers are guesses" in page.text
     assert "at most ten digits" in client.get("/", query_string={"question": EXAMPLES[-1]}).text
     assert "at most ten digits" not in client.get("/", query_string={"question": EXAMPLES[1]}).text
 
@@ -113,7 +113,7 @@ def test_other_questions_are_answered_with_a_warning(client):
 def test_what_is_refused(client, query, message):
     page = client.get(f"/?{query}")
     assert (page.status_code, message in shown_error(page.text)) == (400, True), shown_error(page.text)
-    assert said(client.get("/", query_string={"question": QUESTION}).text)  # it lives on
+    assert said(client.get("/", query_string={"question": QUESTION}).text)  # the server still answers
 
 
 def test_input_is_escaped(client):
@@ -229,7 +229,7 @@ def test_raw_nonsense_does_not_stop_the_server(server):
 
 def test_an_address_in_use_is_one_line(server):
     port = int(server.rpartition(":")[2])
-    with pytest.raises(ValueError, match=rf"127.0.0.1:{port} cannot be listened on"):
+    with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1:{port} "):
         make_server_for(Path("unused"), "127.0.0.1", port)
 
 
@@ -263,7 +263,7 @@ def test_two_thousand_senseless_requests_do_not_end_it(server):
         with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
             connection.sendall(content)
             connection.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(OSError):  # hung up on
+            with contextlib.suppress(OSError):  # the server may hang up
                 connection.recv(100)
 
     with ThreadPoolExecutor(8) as pool:
@@ -283,7 +283,7 @@ def test_a_visitor_with_a_keyboard(browser, server, width):
     page.wait_for_selector("#question:focus")
     page.keyboard.type(QUESTION)
     page.keyboard.press("Tab")
-    page.keyboard.press("ArrowUp")  # from side by side to the one before it
+    page.keyboard.press("ArrowUp")  # from "side by side" to the option before it
     page.keyboard.press("Enter")
     page.wait_for_selector("article")
     assert page.locator("article").count() == 1
@@ -293,7 +293,7 @@ def test_a_visitor_with_a_keyboard(browser, server, width):
     page.get_by_label("side by side").check()
     page.get_by_role("button", name="Ask").click()
     page.locator("article").nth(1).wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # no horizontal scrolling
     page.fill("#question", "")
     page.get_by_role("button", name="Ask").click()
     assert page.get_by_role("alert").inner_text().startswith("The question is empty")

@@ -1,4 +1,4 @@
-"""The Reformer against transformers' own, and what its reversible layers keep."""
+"""The Reformer against transformers' Reformer, and the memory of its reversible layers."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ TOKENS = torch.randint(50, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
 def small(dtype=torch.float64, **changes) -> ReformerLM:
-    """Two layers with matrices so large that attention matters."""
+    """Two layers, with weights large enough that attention matters."""
     torch.manual_seed(0)
     model = ReformerLM(ReversibleConfig(**SMALL | changes))
     if dtype is not torch.float32:
@@ -39,7 +39,7 @@ def small(dtype=torch.float64, **changes) -> ReformerLM:
 
 
 def gradients(model, tokens=TOKENS):
-    """The loss and the gradient of each parameter that has one."""
+    """The loss, and the gradients of all parameters that have one."""
     model.zero_grad()
     loss = model(tokens, labels=tokens).loss
     loss.backward()
@@ -48,7 +48,7 @@ def gradients(model, tokens=TOKENS):
 
 @pytest.fixture
 def one_hash(monkeypatch):
-    """Let every head of every layer hash by the same rotations, here and in transformers."""
+    """Make every head of every layer hash with the same rotations, here and in transformers."""
     rotations = [torch.randn(2, size, 8, dtype=torch.float64) for size in (1, 2)]
     real = lsh.hash_buckets
 
@@ -62,7 +62,7 @@ def one_hash(monkeypatch):
 
 @pytest.mark.parametrize(("axial", "body"), [(True, 2_584_064), (False, 136_572_416)])
 def test_parameters_are_those_of_transformers(axial, body):
-    """The published 2.6 million are without the head's 164,160."""
+    """The published 2.6 million parameters leave out the head's 164,160."""
     with torch.device("meta"):
         theirs = ReformerModelWithLMHead(ReformerConfig(**PUBLISHED | {"axial_pos_embds": axial}))
         ours = ReformerLM(ReversibleConfig(**PUBLISHED | {"axial_pos_embds": axial}))
@@ -77,7 +77,7 @@ def test_equals_transformers_with_its_weights_and_buckets(one_hash, axial, chunk
     ours = small(axial_pos_embds=axial, chunk_size_feed_forward=chunk)
     theirs = ReformerModelWithLMHead(ReformerConfig(**SMALL | {"axial_pos_embds": axial})).double()
     theirs.load_state_dict(ours.state_dict())
-    # Logits, for a loss of ours carries none in training.
+    # Logits are compared in eval mode: in training, our model returns the loss only.
     torch.testing.assert_close(ours.eval()(TOKENS).logits, theirs.eval()(TOKENS, use_cache=False).logits)
     (loss, of_ours), (expected, of_theirs) = gradients(ours.train()), gradients(theirs.train())
     torch.testing.assert_close(loss, expected)
@@ -104,13 +104,13 @@ def test_exact_attention_is_local_attention_of_one_chunk():
 
 
 def test_what_is_dropped_and_hashed_is_drawn_again_in_backward():
-    """Along a random direction the loss changes as its gradient says, with all dropouts and new rotations."""
+    """With all dropouts and new rotations, the loss changes along a random direction as the gradient says."""
     dropouts = ("hidden_dropout_prob", "local_attention_probs_dropout_prob", "lsh_attention_probs_dropout_prob")
     model = small(**dict.fromkeys(dropouts, 0.3), axial_pos_embds=False, chunk_size_feed_forward=8)
 
     weights = torch.randn(2, 32, 50, dtype=torch.float64)
 
-    def weighted():  # not the loss, which transformers takes in float32
+    def weighted():  # not the loss, which transformers computes in float32
         torch.manual_seed(3)
         return (model(TOKENS).logits * weights).sum()
 
@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_step_and_other_draws_are_left_alone():
 
 
 def kept_bytes(layers: int, **changes) -> int:
-    """What autograd keeps between forward and backward, without the weights [bytes]."""
+    """Bytes that autograd keeps between forward and backward, without the weights."""
     model, kept = small(attn_layers=["local", "lsh"] * (layers // 2), **changes), []
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(TOKENS, labels=TOKENS)
@@ -179,7 +179,7 @@ def test_gradients_add_up_and_hooks_see_each_once():
 
 @pytest.mark.parametrize("follow", [measure, predict])
 def test_activations_at_the_peak_do_not_grow_with_depth(follow):
-    """To the byte: of six layers more the peak holds the parameters and their gradients, and nothing else."""
+    """Six more layers add only their parameters and gradients to the peak, to the byte."""
 
     def peak(layers):
         def build():

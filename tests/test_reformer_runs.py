@@ -1,4 +1,4 @@
-"""Runs of the Reformer: what is refused, what they make, that memory is predicted and training learns."""
+"""Runs of the Reformer: refused choices, results, predicted memory, and learning."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What ops give on fake tensors, remembered: the same as asked again, views of the arguments included."""
+"""Remembered results of ops on fake tensors equal fresh ones, including views of the arguments."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CASES = {
 
 
 def told(result, given):
-    """Return what a result is, in values that can be compared."""
+    """Return a description of a result that can be compared: metadata, and storages shared with ``given``."""
     if isinstance(result, (list, tuple)):
         return [told(one, given) for one in result]
     if result is None:

@@ -1,4 +1,4 @@
-"""The scan: a recurrence over segments whose backward computes them once more."""
+"""The scan: a recurrence over segments, which backward recomputes."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def _tokens(batch, seq, hidden_size=8):
 
 
 def _sums(inputs, state, params):
-    """A running sum of x w, its last value the state."""
+    """The running sum of x w, whose last value is the state."""
     (x,), (total,), (w,) = inputs, state, params
     sums = total[:, None] + (x * w).cumsum(1)
     return sums, (sums[:, -1].clone(),)

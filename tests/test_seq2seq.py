@@ -1,4 +1,4 @@
-"""Runs of the encoder-decoder: what is refused, that memory is predicted, and that training learns to write."""
+"""Runs of the encoder-decoder: refused choices, predicted memory, training, and scores of written texts."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ both = pytest.mark.parametrize("memsizer", [{}, EVERYWHERE], ids=["exact", "mems
 
 
 def tiny(**changes) -> Seq2SeqRun:
-    """Two layers of each side; 24 tokens to read, 16 to write."""
+    """A run with two layers on each side, 24 source tokens and 16 target tokens."""
     sizes = {
         "n_layers": 2, "hidden_size": 32, "n_heads": 2, "feed_forward": 64, "vocab_size": 60, "seq_len": 24,
         "target_len": 16, "batch_size": 4, "measure_steps": 1,
@@ -31,7 +31,7 @@ def tiny(**changes) -> Seq2SeqRun:
 
 
 def answering(**changes) -> Seq2SeqRun:
-    """Questions about digits."""
+    """A run that trains on questions about digits."""
     loaded = data.load("place-value-400")
     sizes = {"vocab_size": 48, "target_vocab_size": 16, "seq_len": 56, "target_len": 4, "measure_steps": 0}
     chosen = {"dataset": loaded.name, "data_hash": loaded.content_hash, "train_steps": 6, "eval_rows": 40}
@@ -76,7 +76,7 @@ def test_predicted_is_measured_to_the_byte(memsizer, techniques):
 
 
 def test_training_memory_is_linear_in_the_length():
-    """Doubling both lengths adds twice what doubling them before added, and nothing that grows faster."""
+    """Doubling both lengths a second time adds twice as much as the first time, so nothing grows faster."""
     sizes = {"hidden_size": 64, "feed_forward": 64, "batch_size": 1, "memsizer": EVERYWHERE}
     peaks = {}
     for n in (1024, 2048, 4096):
@@ -90,7 +90,7 @@ def test_a_measured_run():
     metrics = found["metrics"]
     assert metrics["step_time_ms"] > 0
     assert metrics["generation_tokens_per_s"] > 0
-    # Two layers: sum and count of the decoder's tokens, the encoder's summary.
+    # Two layers: sum and count over the decoder's tokens, and the encoder's summary.
     assert metrics["generation_state_mib"] * 2**20 == 2 * 4 * (4 * 4 * 32 + 8 + 4 * 8 * 32)
     assert metrics["generation_beside_parameters_mib"] > metrics["generation_state_mib"]
 
@@ -118,7 +118,7 @@ def test_answers_are_trained_judged_and_kept(memsizer, tmp_path):
 
 
 def test_right_answers_are_what_greedy_decoding_writes(tmp_path):
-    """Also where most are right: a model that has learned a few answers by heart."""
+    """Also with mostly right answers, from a model that has learned a few answers by heart."""
     run = answering(train_rows=8, train_steps=150, learning_rate=3e-3, dropout=0.0, eval_rows=8, batch_size=8)
     loaded = run.load_data()
     task = pairs.task_of(loaded)

@@ -1,4 +1,4 @@
-"""Whether two models differ: the test and the interval by hand, and how often they are wrong."""
+"""Whether two models differ: the test and the interval by hand, and their error rates."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_one_seed_is_mcnemars_of_the_two_disagreements():
 
 
 def test_a_known_table_of_mcnemar():
-    """150 approved at the first survey alone, 86 at the second alone (Agresti 1990, section 10.1): χ² = 17.36."""
+    """150 approved only in the first survey, 86 only in the second (Agresti 1990, section 10.1): χ² = 17.36."""
     labels = np.zeros(1600, int)
     ours, theirs = labels.copy()[None], labels.copy()[None]
     theirs[0, :150], ours[0, 150:236] = 1, 1
@@ -57,7 +57,7 @@ def test_several_seeds_are_durkalskis_sums_by_loops():
             more += (ours[seed][example] == label) - (theirs[seed][example] == label)
         numerator += more
         denominator += more**2
-    assert (numerator, denominator) == (3, 11)  # 2, -1, 1, 0, 2, -1
+    assert (numerator, denominator) == (3, 11)  # per example: 2, -1, 1, 0, 2, -1
     expected = stats.chi2.sf(9 / 11, 1)
     assert mcnemar(np.array(ours), np.array(theirs), np.array(labels)) == pytest.approx(expected)
 
@@ -126,7 +126,7 @@ def test_the_same_comparison_gives_the_same_interval(labels):
 
 
 def test_the_ends_are_the_percentiles_of_differences_of_redrawn_examples_and_seeds(monkeypatch):
-    """By loops, with the generator's numbers taken in the same order."""
+    """Computed by loops that draw the generator's numbers in the same order."""
     monkeypatch.setattr(significance, "RESAMPLES", 30)
     generator = np.random.default_rng(9)
     labels = generator.integers(2, size=12)
@@ -154,7 +154,7 @@ def test_an_interval_that_leaves_out_0_is_not_enough_where_the_test_disagrees():
 @pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize(("seeds", "metric"), [(1, "accuracy"), (3, "accuracy"), (3, "matthews")])
 def test_models_equally_good_are_rarely_said_to_differ(seeds, metric):
-    """60 data sets: at 5 % 3 are expected, more than 8 come in one of 200 such series."""
+    """In 60 data sets, 3 differences are expected at 5 %; more than 8 occur in one of 200 such series."""
     generator = np.random.default_rng(10)
     covered, found = 0, 0
     for _ in range(60):
@@ -183,9 +183,9 @@ def test_the_interval_covers_the_true_difference_and_a_large_one_is_found():
 
 @pytest.mark.parametrize(("seeds", "widest"), [(1, 1.0), (20, 3**0.5)])
 def test_the_interval_is_as_wide_as_the_normal_one_or_wider_by_what_seeds_add(seeds, widest):
-    """Errors of all seeds independent, seeds drawn again count the noise of examples twice more: at most √3 too wide.
+    """With independent errors, redrawing seeds counts the noise of examples two more times: at most √3 too wide.
 
-    The draws of examples, of seeds and of both at once each add its variance (Owen 2007, doi:10.1214/07-AOAS122).
+    Drawing examples, drawing seeds and drawing both each add the variance once (Owen 2007, doi:10.1214/07-AOAS122).
     """
     generator = np.random.default_rng(12)
     labels = generator.integers(2, size=1000)
@@ -197,7 +197,7 @@ def test_the_interval_is_as_wide_as_the_normal_one_or_wider_by_what_seeds_add(se
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("constant", ["predictions", "labels", "both"])
-@pytest.mark.parametrize("value", [1, 0.1])  # the mean of three times 0.1 is not 0.1
+@pytest.mark.parametrize("value", [1, 0.1])  # in floats, the mean of three 0.1 is not 0.1
 def test_the_correlation_with_what_never_changes_is_0(value, constant):
     varying = np.arange(3.0)
     ours = varying if constant == "labels" else np.full(3, value)

@@ -1,4 +1,4 @@
-"""The training levers: what they may not change (the loss), what they must (the memory), and what goes with what."""
+"""Training techniques: the loss that exact ones must keep, the memory that they save, and the allowed pairs."""
 
 import copy
 import itertools
@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import transformers
-from support.levers import ALONE, EXACT, HERE, INSTALLED
+from support.techniques import ALONE, EXACT, HERE, INSTALLED
 from support.tiers import cover, slow_but
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -31,9 +31,9 @@ from memstudy.trainers.language_model import LanguageModelRun
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
 STEPS = 20
-# The same operations in the same order: no rounding either.
+# Techniques with the same operations in the same order, so that even rounding is equal.
 IDENTICAL = {"checkpointing", "selective_checkpointing", "optimizer_in_backward"}
-# How far the loss of any of the 20 steps may be from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
+# Largest allowed distance of any of the 20 losses from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
 INEXACT = {
     "bf16": 0.003, "bf16_weights": 0.02, "adamw_8bit": 0.001, "adamw_8bit_torchao": 0.01, "adamw_4bit_torchao": 0.2,
 }  # fmt: skip
@@ -70,19 +70,19 @@ FAMILIES = {
 
 
 def here(cases):
-    """Those of ``cases`` whose packages are installed."""
+    """The part of ``cases`` whose packages are installed."""
     return {text: case for text, case in cases.items() if text.partition("=")[0] in INSTALLED}
 
 
 def lm(techniques=(), **changes):
-    """A run of a small decoder; its matrices are large enough for 8-bit states (4,096 elements)."""
+    """A run of a small decoder, with matrices large enough for 8-bit states (4,096 elements)."""
     sizes = {"n_layers": 2, "hidden_size": 64, "n_heads": 4, "feed_forward": 128, "vocab_size": 300, "seq_len": 32}
     given = {"experiment": "test", "batch_size": 4, "measure_steps": 1, **sizes, **changes}
     return LanguageModelRun(**given, techniques=techniques)
 
 
 def train(techniques, folder, steps=STEPS, **changes):
-    """Loss of every step (4 digits), and that of the validation split after the last (all digits)."""
+    """Loss of every step (4 digits), and loss on the validation split after the last step (all digits)."""
     known = data.load("miniature").content_hash
     changes = {"measure_steps": 0, "train_steps": steps, "eval_blocks": 4, **changes}
     result = lm(techniques, dataset="miniature", data_hash=known, **changes).execute(folder)
@@ -94,7 +94,7 @@ def baseline(tmp_path_factory):
     """Train without techniques."""
     curve, validation = train((), tmp_path_factory.mktemp("baseline"))
     assert len(curve) == STEPS
-    assert curve[-1] < curve[0] - 0.3  # or equal curves would mean little
+    assert curve[-1] < curve[0] - 0.3  # so that equal curves mean something
     return curve, validation
 
 
@@ -173,7 +173,7 @@ def test_checkpointing_keeps_little_but_the_blocks_inputs(plain):
     report = with_technique("checkpointing")
     hidden = 4 * 8 * 32 * 64
     of_blocks = {name: size for name, size in report.modules.items() if ".h." in name}
-    # Of a block its output stays, the next one's input, the random generator's state, and the scale of the scores.
+    # Each block keeps its output (the next block's input), the random generator's state and the scale of the scores.
     assert sum(of_blocks.values()) == 2 * (hidden + 5056 + 8)
     assert activations(report) < 0.5 * activations(plain)
     assert report.peak_bytes < plain.peak_bytes
@@ -219,14 +219,14 @@ class Count(TorchDispatchMode):
 def test_selective_checkpointing_recomputes_less_with_its_budget():
     def products(*techniques):
         step = lm(techniques).build()()
-        step()  # the first block of the first step is recomputed whole: it makes the plan
+        step()  # the first step recomputes the first block whole, to make the plan
         with Count() as count:
             step()
         return count.products
 
     plain, full = products(), products("checkpointing")
     counts = [products(f"selective_checkpointing={budget}") for budget in (0, 0.25, 0.5, 0.75, 1)]
-    # A block has qkv, scores, context, projection and two of the feed-forward: recomputing stops before the last.
+    # A block's products: qkv, scores, context, projection, two in the feed-forward. Recomputing stops before the last.
     assert full == plain + 2 * 5
     assert counts[0] == full
     assert counts == sorted(counts, reverse=True)
@@ -234,7 +234,7 @@ def test_selective_checkpointing_recomputes_less_with_its_budget():
 
 
 def test_the_budget_is_kept():
-    """What is kept of the products is within the share of their bytes; with all, only a block's last is not kept."""
+    """Kept products stay within their share of bytes; with a budget of 1, only each block's last is not kept."""
     none, all_ = (activations(with_technique(f"selective_checkpointing={budget}")) for budget in (0, 1))
     tokens, heads = 8 * 32, 4
     products = 4 * tokens * (3 * 64 + 64 + 64 + 128)  # qkv, context, projection, feed-forward up
@@ -265,7 +265,7 @@ def test_chunked_loss_never_has_the_logits(plain):
 def test_adamw_8bit_has_a_smaller_state(plain):
     report = with_technique("adamw_8bit")
     matrices = 2 * 64 * (3 * 64 + 64 + 2 * 128)  # two blocks: qkv, projection, feed-forward
-    # Two moments of one byte instead of four; then 4 B a block of 256, and step counters gone or come.
+    # Two moments of one byte instead of four, a scale of 4 B per block of 256, and different step counters.
     saved = plain.peak_by_category["optimizer"] - report.peak_by_category["optimizer"]
     assert saved == pytest.approx(2 * 3 * matrices, rel=0.05)
     assert report.peak_bytes < plain.peak_bytes
@@ -287,9 +287,9 @@ def low_rank(moments):
         ("sgd", 0),
         ("muon", 2 * ALL - 2 * sum(BLOCK)),
         ("galore=8", 2 * (ALL - 2 * sum(BLOCK)) + low_rank(2)),
-        ("apollo=8", 2 * (ALL - 2 * sum(BLOCK)) + low_rank(2) + 8 + 1),  # a scale each, and one before the last is gone
+        ("apollo=8", 2 * (ALL - 2 * sum(BLOCK)) + low_rank(2) + 8 + 1),  # 8 scales, and a new one beside an old one
         (
-            "adafactor",  # and a root mean square of each of 28 parameters, one before the last is gone
+            "adafactor",  # first: a root mean square for each of 28 parameters, and a new one beside an old one
             28
             + 1
             + 300
@@ -311,10 +311,10 @@ def test_an_optimizers_state_is_its_closed_form(text, elements):
 @pytest.mark.parametrize(("text", "bits"), [("adamw_8bit_torchao", 8), ("adamw_4bit_torchao", 4)])
 def test_low_bit_states_are_their_closed_form(text, bits):
     state = max(live["optimizer"] for _, _, live in with_technique(text).timeline)
-    matrices = 300 * 64 + 2 * sum(BLOCK)  # of 4,096 elements at least
+    matrices = 300 * 64 + 2 * sum(BLOCK)  # each of at least 4,096 elements
     assert state == pytest.approx(
         2 * matrices * (bits / 8 + 4 / 256) + 2 * 4 * (ALL - matrices), rel=0.15
-    )  # and tables
+    )  # the tolerance is for tables
 
 
 def test_bf16_weights_halve_everything_kept(plain):
@@ -325,7 +325,7 @@ def test_bf16_weights_halve_everything_kept(plain):
 
 
 def test_masks_take_more_until_they_are_removed(plain):
-    """A mask of every matrix, and the masked matrices, which backward needs."""
+    """A mask for every matrix, and the masked matrices, which are saved for backward."""
     matrices = 4 * 2 * sum(BLOCK)
     masked, removed = with_technique("masks=0.8"), with_technique("pruned=0.8")
     assert masked.peak_by_category["other"] - plain.peak_by_category["other"] == matrices
@@ -335,7 +335,7 @@ def test_masks_take_more_until_they_are_removed(plain):
 
 def test_narrow_layers_have_fewer_neurons_and_all_that_goes_with_them(plain):
     report = with_technique("narrow=0.75")
-    gone = 2 * 96 * (64 + 64 + 1)  # in two blocks, what each of 96 neurons reads, writes, and its bias
+    gone = 2 * 96 * (64 + 64 + 1)  # in two blocks, each of 96 neurons' input weights, output weights and bias
     assert plain.peak_by_category["parameters"] - report.peak_by_category["parameters"] == 4 * gone
     assert report.peak_by_category["optimizer"] < plain.peak_by_category["optimizer"] - 8 * gone + 64
     assert activations(report) < activations(plain)
@@ -354,7 +354,7 @@ def test_the_largest_weights_are_kept():
 
 @pytest.mark.parametrize("family", ["decoder", "bert", "marian"])
 def test_a_narrow_model_is_the_model_without_the_neurons(family):
-    """As if nobody read the half of the neurons whose weights are smallest."""
+    """Equal to the model with zero output weights for the half of the neurons with the smallest weights."""
     model, tokens = FAMILIES[family]()
     narrow = copy.deepcopy(model)
     Narrow(0.5).prepare(narrow)
@@ -370,14 +370,14 @@ def test_a_narrow_model_is_the_model_without_the_neurons(family):
 
 def test_half_of_the_heads_take_half_of_the_projections(plain):
     report = with_technique("fewer_heads=0.5")
-    gone = 2 * (32 * 4 * 64 + 3 * 32)  # in two blocks, two heads of 16: what makes q, k and v, their biases, what reads
+    gone = 2 * (32 * 4 * 64 + 3 * 32)  # in two blocks, two heads of 16: q, k, v and output weights, q, k, v biases
     assert plain.peak_by_category["parameters"] - report.peak_by_category["parameters"] == 4 * gone
     assert activations(report) < activations(plain)
 
 
 @pytest.mark.parametrize("family", ["decoder", "bert"])
 def test_a_model_with_fewer_heads_is_the_model_without_them(family):
-    """As if nobody read the half of the heads whose weights are smallest."""
+    """Equal to the model with zero output weights for the half of the heads with the smallest weights."""
     model, tokens = FAMILIES[family]()
     fewer = copy.deepcopy(model)
     FewerHeads(0.5).prepare(fewer)
@@ -388,7 +388,7 @@ def test_a_model_with_fewer_heads_is_the_model_without_them(family):
     ]
     assert len(attentions) == 2
     for name in attentions:
-        if family == "decoder":  # (in, out) weights, the heads of q, k and v one after another
+        if family == "decoder":  # (in, out) weights, with the heads of q, then of k, then of v
             qkv, out = (modules[f"{name}.{part}"].weight for part in ("c_attn", "c_proj"))
             made, read = qkv.T.unflatten(0, (3, 4, 16)).transpose(0, 1), out.unflatten(0, (4, 16))
         else:
@@ -403,7 +403,7 @@ def test_a_model_with_fewer_heads_is_the_model_without_them(family):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (lambda: torch.nn.Linear(2, 2), r"where Linear keeps the projections of its attention is not known"),
+        (lambda: torch.nn.Linear(2, 2), r"the attention projections of Linear are not known"),
         (
             lambda: transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(
@@ -443,7 +443,7 @@ def test_optimizer_in_backward_has_few_gradients_at_once(plain):
     report = with_technique("optimizer_in_backward")
     parameters = plain.peak_by_category["parameters"]
     assert gradients(plain) == parameters
-    # The embedding is the head too: its gradient begins with the first of backward and is whole with its last.
+    # The embedding is also the head: its gradient is started first in backward and completed last.
     embedding, layer = 4 * 300 * 64, 4 * (128 * 64 + 128)
     assert gradients(report) <= embedding + 2 * layer < 0.5 * parameters
     assert report.peak_by_category["optimizer"] == plain.peak_by_category["optimizer"]
@@ -461,7 +461,7 @@ def test_each_can_be_predicted_for_a_gpu(name, plain_on_a_gpu):
 
 
 def test_fp16_is_predicted_as_bf16_but_for_what_the_scaler_takes():
-    """Autocast to either halves the same tensors; the scaler has a scale, a count and what it found."""
+    """Autocast to fp16 or bf16 halves the same tensors; the scaler holds a scale, a counter and a found-inf flag."""
     of = {
         name: predict(lm((name,)).build(gpu="A100-40GB"), gpu="A100-40GB").forward_end_by_category
         for name in ("fp16", "bf16")
@@ -470,10 +470,10 @@ def test_fp16_is_predicted_as_bf16_but_for_what_the_scaler_takes():
     scaler = 3 * 512
     assert (
         of["fp16"]["activations"] <= of["bf16"]["activations"] + scaler
-    )  # softmax reads fp16 directly, bf16 by way of a copy
+    )  # softmax reads fp16 directly, bf16 through a copy
 
 
-# --- what goes with what
+# --- pairs
 
 
 def go_apart(pair):
@@ -529,15 +529,15 @@ def test_excluded_pairs_are_refused(pair):
         (["accumulation=inf"], "a whole number from 1"),
         (["checkpointing=0"], "a whole number from 1"),
         (["checkpointing=1.5"], "a whole number from 1"),
-        (["galore=0"], "a rank is needed, a whole number from 1"),
-        (["apollo=nan"], "a rank is needed, a whole number from 1"),
-        (["masks=1"], "a share to take out is needed, between 0 and 1"),
-        (["sparse=0"], "a share to take out is needed, between 0 and 1"),
-        (["fewer_heads=1"], "a share to take out is needed, between 0 and 1"),
-        (["narrow=nan"], "a share to take out is needed, between 0 and 1"),
+        (["galore=0"], "a whole number from 1 is needed"),
+        (["apollo=nan"], "a whole number from 1 is needed"),
+        (["masks=1"], "a share to remove is needed, between 0 and 1"),
+        (["sparse=0"], "a share to remove is needed, between 0 and 1"),
+        (["fewer_heads=1"], "a share to remove is needed, between 0 and 1"),
+        (["narrow=nan"], "a share to remove is needed, between 0 and 1"),
         (["masks=0.5", "narrow=0.5"], "only one of kind 'pruning'"),
         (["compile", "int8"], "only one of kind 'engine'"),
-        (["lora=0.5"], "a rank is needed, a whole number from 1"),
+        (["lora=0.5"], "a whole number from 1 is needed"),
         (["muon", "optimizer_in_backward"], "muon counts steps for all parameters together"),
         (["bf16_weights", "sgd"], "sgd does not round stochastically"),
         (["fsdp", "adafactor"], "adafactor needs whole parameters and so excludes fsdp"),

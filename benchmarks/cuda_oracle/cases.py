@@ -1,10 +1,10 @@
-"""Training steps, as data, that the oracle and the predictor are both asked about.
+"""Training steps, described as data, for both the oracle and the predictor.
 
-Nothing here depends on CUDA: ``build(case, "cpu")`` makes the very step that ``build(case, "cuda")`` makes, so
+Nothing here depends on CUDA: ``build(case, "cpu")`` makes the same step as ``build(case, "cuda")``, so
 
     report = predict(lambda: build(case, "cpu"))
 
-can be laid beside the row of ``oracle.csv`` that has the case's name.
+can be compared with the row of ``oracle.csv`` that has the case's name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BATCH, VOCAB, LAYERS, HEADS, LONGEST = 3, 1000, 2, 4, 128
 
 @dataclass(frozen=True)
 class Case:
-    """One training step; what differs from the defaults is in its name.
+    """One training step; its name lists the choices that differ from the defaults.
 
     Attributes
     ----------
@@ -43,13 +43,13 @@ class Case:
     precision : str
         ``fp32``; ``bf16`` (weights and all); ``bf16-autocast`` or ``fp16-autocast`` (weights in fp32).
     padded : bool
-        Whether an attention mask is passed of which some rows are padding.
+        Whether an attention mask with some padding is passed.
     seq_len, head_dim : int
-        Tokens; the hidden size is ``HEADS`` times ``head_dim``.
+        Tokens per sequence; width of a head (the hidden size is ``HEADS`` times ``head_dim``).
     checkpointing : str
         ``""``, ``"non-reentrant"`` or ``"reentrant"``.
     optimizer : str
-        ``adamw`` (as PyTorch chooses: foreach on CUDA), ``adamw-fused``, ``adamw-loop`` or ``sgd``.
+        ``adamw`` (PyTorch's default: foreach on CUDA), ``adamw-fused``, ``adamw-loop`` or ``sgd``.
     clipped : bool
         Whether the norm of the gradients is clipped.
     """
@@ -182,7 +182,7 @@ def build(case: Case, device: str) -> Callable[[], None]:
             batch["attention_mask"] = torch.ones_like(tokens)
             batch["attention_mask"][0, -10:] = 0
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
+        model.activation_checkpointing_enable({"use_reentrant": case.checkpointing == "reentrant"})
     model.train()
     optimizer = OPTIMIZERS[case.optimizer](model.parameters())
 
@@ -206,7 +206,7 @@ def _autocast(precision: str, device: str):
 
 @contextmanager
 def _has_padding() -> Iterator[None]:
-    """Answer for transformers whether the attention mask may be left out: a fake one has no values to look at."""
+    """Make transformers keep the attention mask: a fake mask has no values to decide by."""
     with patch.multiple(
         "transformers.masking_utils",
         _ignore_causal_mask_sdpa=lambda *args, **kwargs: False,

@@ -1,8 +1,8 @@
-"""What CUDA's own dispatch asks the allocator for in each case of ``cases.py``, with no GPU: see README.md.
+"""The bytes that CUDA's own dispatch requests in each case of ``cases.py``, without a GPU: see README.md.
 
 The step runs on fake ``cuda`` tensors, so that the CUDA build of PyTorch itself decides on kernels, casts and
-saved tensors; each new storage is counted once, in the bytes that were asked for. Bytes that a kernel takes for
-itself (cuBLAS's workspace, say) are not seen, and nothing is rounded as the caching allocator would.
+saved tensors. Each new storage is counted once, in requested bytes. Scratch inside a kernel (such as cuBLAS's
+workspace) is not seen, and sizes are not rounded as in the caching allocator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ITERATIONS = 2
 
 
 class Recorder(TorchDispatchMode):
-    """Notes each op with the bytes of new storages on ``device`` that it returns, and their release.
+    """Records each op with the bytes of new storages on ``device`` that it returns, and the storages' release.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):
         if self.phase != "build" and not self.in_optimizer and func.namespace != "profiler":
             self.enter("backward" if torch._C._current_autograd_node() is not None else "forward")
         if func is torch.ops.aten._local_scalar_dense.default:
-            # The step asks for a value, and a fake tensor has none.
+            # The step asks for a tensor's value, which a fake tensor does not have.
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops.aten.add.Tensor and _engine_adds_in_place(*args[:2]):
             return args[0]
@@ -89,20 +89,20 @@ class Recorder(TorchDispatchMode):
 
 
 def _engine_adds_in_place(gradient: torch.Tensor, other: object) -> bool:
-    """Whether autograd's engine asks for the sum of two gradients, and nobody else has the first one's storage.
+    """True if autograd's engine adds two gradients, and nothing else uses the storage of ``gradient``.
 
-    It then adds in place, except to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
+    This add is in place, except for fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
     """
     alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
-    # One user is the tensor, the other the object that Python has made to be asked.
+    # The two users are the tensor and the Python storage object made by this call.
     return alike and _engine_calls() and torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) == 2
 
 
 def _engine_calls() -> bool:
-    frame = sys._getframe(3)  # above this function, the one that asks it, and __torch_dispatch__
+    frame = sys._getframe(3)  # above _engine_calls, _engine_adds_in_place and __torch_dispatch__
     while frame is not None and frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py")):
         frame = frame.f_back
-    # The engine's own thread for a GPU has no Python below it.
+    # The engine's own thread for a GPU has no Python frame below.
     return frame is None or frame.f_code is _engine_run_backward.__code__
 
 
@@ -122,7 +122,7 @@ def _optimizer_phase(recorder: Recorder) -> Iterator[None]:
 
 
 def trace(case: Case, device: str) -> tuple[MemoryReport, list[str]]:
-    """Follow ``ITERATIONS`` steps of ``case``; the report, and :attr:`Recorder.ops`."""
+    """Trace ``ITERATIONS`` steps of ``case``; return the report and :attr:`Recorder.ops`."""
     recorder = Recorder(device)
 
     def mark():
@@ -134,13 +134,13 @@ def trace(case: Case, device: str) -> tuple[MemoryReport, list[str]]:
     with ExitStack() as stack:
         stack.enter_context(roles.watch())
         stack.enter_context(_optimizer_phase(recorder))
-        # transformers makes every mask that data might call for when it believes that it is traced.
+        # While traced, transformers makes every mask that the data might need; the patch hides the tracing.
         stack.enter_context(patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False))
-        # PyTorch takes its foreach functions for plain tensors only, which is what fake ones stand for.
+        # PyTorch uses its foreach functions for plain tensors only; here, fake tensors stand for plain ones.
         for known_types in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             stack.enter_context(patch(f"{known_types}._foreach_supported_types", [torch.nn.Parameter, FakeTensor]))
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        fake.cache_enabled = False  # it rebuilds an output that is a slice without the bytes sliced off
+        fake.cache_enabled = False  # the cache rebuilds an output that is a slice with too small a storage
         stack.enter_context(recorder)
         step = build(case, device)
         roles.watch_gradients()
@@ -154,7 +154,7 @@ def trace(case: Case, device: str) -> tuple[MemoryReport, list[str]]:
 
 
 def row(case: Case, device: str, folder: Path | None) -> dict[str, object]:
-    """A line of ``oracle.csv``: bytes at the peak, and alive when the last forward pass has ended, by category."""
+    """A line of ``oracle.csv``: bytes at the peak and at the end of the last forward pass, by category."""
     report, ops = trace(case, device)
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

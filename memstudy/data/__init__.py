@@ -1,4 +1,4 @@
-"""Data sets by name (`sets`), from wherever they are (`sources`); running text in tokens and blocks (`text`)."""
+"""Data sets by name (`sets`), from several sources (`sources`); running text as tokens and blocks (`text`)."""
 
 from memstudy.data.sets import DATASETS, LoadedData, datasets_available, load
 from memstudy.data.text import blocks, train_tokenizer

@@ -1,4 +1,4 @@
-"""What is made from data once and kept in the cache folder."""
+"""Results that are computed from data once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def hash_of(*texts: str) -> str:
 
 
 def cached(name: str, write: Callable[[Path], None]) -> Path:
-    """Return the cache's folder ``name``, filled by ``write`` at the first call: wholly or not."""
+    """Return the cache's folder ``name``; the first call fills the folder with ``write``, completely or not at all."""
     folder = cache_folder() / name
     if folder.is_dir():
         return folder
@@ -35,6 +35,6 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
         try:
             part.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
+            if not folder.is_dir():  # otherwise another process was first, with equal content
                 raise
     return folder

@@ -1,8 +1,8 @@
-"""Questions about the digits of a number, as DeepMind's generator asks them, and their answers.
+"""Questions and answers about the digits of a number, as in DeepMind's generator.
 
-"What is the tens digit of 89290?" (Saxton et al. 2019, arXiv:1904.01557, module ``numbers__place_value``). For a
-training question an entropy e is drawn evenly from 3 to 10, a number from 1 to 10^e, and one of its digits. Questions
-for interpolation have e = 8; for extrapolation e = 12, with digits at places that no training question asks for.
+"What is the tens digit of 89290?" (Saxton et al. 2019, arXiv:1904.01557, module ``numbers__place_value``). A
+training question draws an entropy e uniformly from 3 to 10, a number from 1 to 10^e, and one of the number's digits.
+Interpolation questions have e = 8, extrapolation questions e = 12 and places that no training question asks for.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _QUESTION = re.compile(rf"What is the ({'|'.join(PLACES)}) digit of ([1-9]\d*)\?
 
 
 def questions(split: str, count: int, *, seed: int, without: Container[str] = ()) -> Iterator[tuple[str, str]]:
-    """Give ``count`` questions with their answers, none twice.
+    """Yield ``count`` different questions with their answers.
 
     Parameters
     ----------
     split : {"train", "test", "extrapolate"}
-        Which numbers are asked about.
+        Sets the size of the numbers (``ENTROPIES``).
     count : int
     seed : int
     without : container of str
-        Questions that are left out: those held back.
+        Held-back questions, which are left out.
     """
     draw, seen = random.Random(f"{split} {seed}"), set()
     while len(seen) < count:
@@ -46,16 +46,16 @@ def questions(split: str, count: int, *, seed: int, without: Container[str] = ()
 
 
 def answer(question: str) -> str:
-    """The right answer.
+    """The right answer to ``question``.
 
     Raises
     ------
     ValueError
-        When ``question`` is none of this form, or the number has no such digit.
+        When ``question`` is not like the generator's, or the number has no such digit.
     """
     match = _QUESTION.fullmatch(question)
     if not match:
-        raise ValueError(f"{question!r} is no question like 'What is the tens digit of 89290?'")
+        raise ValueError(f"{question!r} is not a question like 'What is the tens digit of 89290?'")
     place, number = PLACES.index(match[1]), match[2]
     if place >= len(number):
         raise ValueError(f"{number} has no {match[1]} digit")

@@ -1,7 +1,7 @@
 """Data sets by name: from a folder, the Hugging Face hub or SpeakLeash, or the offline miniature.
 
-Every source is brought to one form, a folder of parquet files named ``<split>.parquet`` (or, as on
-the hub, ``<split>-00000-of-00001.parquet``), or of plain texts, ``*.txt``. A new set is one entry in ``DATASETS``.
+Folders, the hub and SpeakLeash share one layout: parquet files named ``<split>.parquet`` (on the hub
+``<split>-00000-of-00001.parquet``), or plain texts, ``*.txt``. A new set is one entry in ``DATASETS``.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ GLUE = ("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c")
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a data set; ``hub`` is (repository, commit, folder), None if not there."""
+    """The description of a data set; ``hub`` is (repository, commit, folder), None for a set that is not on the hub."""
 
     what: str
     licence: str
     hub: tuple[str, str, str] | None = None
     prose: bool = True  # running text, for which the miniature can stand in
-    column: str = "text"  # of the running text
+    column: str = "text"  # the column of the running text
 
 
 DATASETS = {
     "polish-books": Entry("12 Polish books, stand-in for SpeakLeash", "public domain"),
-    SPEAKLEASH: Entry("Polish shop texts; so any speakleash/<corpus>", "see the corpus's manifest"),
+    SPEAKLEASH: Entry("Polish shop texts; any other speakleash/<corpus> works too", "see the corpus's manifest"),
     "wikitext-2-v1": Entry("WikiText-2, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-2-v1")),
     "wikitext-103-v1": Entry("WikiText-103, one line a row", "CC BY-SA", (*WIKITEXT, "wikitext-103-v1")),
     "ptb": Entry("Penn Treebank, one sentence a row", "Linguistic Data Consortium", column="sentence"),
     "crime-and-punishment": Entry("Crime and Punishment, translated by Garnett", "public domain"),
     "wmt16-de-en": Entry("news, English and German", "research use", prose=False),
-    "multi30k-de-en": Entry("captions of pictures, English and German", "research use", prose=False),
+    "multi30k-de-en": Entry("image captions, English and German", "research use", prose=False),
     "xsum": Entry("articles of the BBC and their first sentence", "research use", prose=False),
     "openorca": Entry("questions and a language model's answers", "MIT", prose=False),
     "flan-cot": Entry("questions answered step by step, stand-in for OpenOrca", "Apache-2.0", prose=False),
     "alpaca": Entry("instructions and answers, stand-in for OpenOrca", "CC BY-NC 4.0", prose=False),
-    PLACE_VALUE: Entry("questions about digits; place-value-<number> makes so many", "Apache-2.0", prose=False),
+    PLACE_VALUE: Entry("questions about digits; place-value-<n> generates n", "Apache-2.0", prose=False),
     "enwik8-prefix": Entry("the first megabyte of enwik8, one line a row", "GFDL / CC BY-SA"),
     **{
         f"glue/{task}": Entry(f"GLUE task {task}", "each task's own", (*GLUE, task), False)
@@ -63,11 +63,10 @@ DATASETS = {
 class LoadedData:
     """A data set: its splits, and where they came from.
 
-    ``name`` is the one asked for, also where the miniature stands in; ``source`` is ``folder``,
+    ``name`` is the requested name, also where the miniature stands in; ``source`` is ``folder``,
     ``hub``, ``speakleash``, ``file``, ``generated`` or ``miniature``; ``revision`` is the hub's commit or
-    ``unversioned``;
-    ``content_hash`` is the SHA-256, first 16 hex digits, of the files or the miniature's text.
-    Running text has a column ``text``, one document a row; other sets have the hub's columns.
+    ``unversioned``; ``content_hash`` is the first 16 hex digits of the SHA-256 of the files or the generated text.
+    Running text has a column ``text``, one document a row; other sets have their source's columns.
     """
 
     name: str
@@ -77,7 +76,7 @@ class LoadedData:
     splits: datasets.DatasetDict
 
     def provenance(self) -> dict[str, str]:
-        """What a record keeps of it: everything but the rows."""
+        """The fields that a record keeps: all but the rows."""
         return {
             "name": self.name,
             "source": self.source,
@@ -87,18 +86,18 @@ class LoadedData:
 
 
 def load(name: str) -> LoadedData:
-    """Load a data set from the first place that has it; or a table of one's own, the path of a ``.csv``.
+    """Load a data set from the first place that has the set, or a ``.csv`` file by path.
 
-    ``$MEMSTUDY_DATA`` (unset: ``../shared/data``, then ``data/``, from the repository's root); then
+    The places are ``$MEMSTUDY_DATA`` (unset: ``../shared/data``, then ``data/``, from the repository's root); then
     the hub at a pinned revision, or SpeakLeash's own package; then, for running text and with a
-    warning, the miniature. Of a ``.csv`` a fifth of the rows, drawn with seed 0, are the split ``validation``.
+    warning, the miniature. A fifth of a ``.csv``'s rows, drawn with seed 0, is the split ``validation``.
 
     Raises
     ------
     ValueError
         Unknown name; a ``.csv`` that is missing, can't be read, has gaps or fewer than five rows; ``$MEMSTUDY_DATA``
-        is no folder; a file that is missing or can't be read; no such SpeakLeash corpus; a set other than running text
-        that is nowhere to be had.
+        that is not a folder; a data file that is missing or can't be read; an unknown SpeakLeash corpus; a set other
+        than running text that no place has.
     """
     if name.endswith(".csv"):
         return LoadedData(name, "file", "unversioned", *sources.read_csv(Path(name)))
@@ -120,7 +119,7 @@ def load(name: str) -> LoadedData:
 
 
 def datasets_available() -> list[dict[str, str]]:
-    """List the data sets: name, what, source (from where it would come now), licence.
+    """List the data sets: name, what, source (where `load` would find the set now), licence.
 
     The source is as in :class:`LoadedData`, or ``nowhere``. Nothing is downloaded.
     """
@@ -131,7 +130,7 @@ def datasets_available() -> list[dict[str, str]]:
 
 
 def _locate(name: str) -> tuple[str, Callable[[], Path] | None, str]:
-    """Return the source of ``name`` now, what fetches its folder, and where it was not found."""
+    """Return the source of ``name`` now, the function that fetches its folder, and the places that lack the set."""
     is_corpus = re.fullmatch(r"speakleash/[A-Za-z0-9_-]+", name) is not None
     if name not in DATASETS and not is_corpus:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}, speakleash/...")
@@ -153,7 +152,7 @@ def _locate(name: str) -> tuple[str, Callable[[], Path] | None, str]:
         offline = huggingface_hub.constants.ENDPOINT not in sources.online()
         fetch = functools.partial(sources.hub_folder, entry.hub, local_files_only=offline)
         try:
-            if offline:  # the hub's own cache may have it from an earlier download
+            if offline:  # the hub's own cache may have an earlier download
                 fetch()
             return "hub", fetch, ""
         except huggingface_hub.errors.LocalEntryNotFoundError:

@@ -30,16 +30,16 @@ ONLINE_DEADLINE_S = 2.5
 def data_folders() -> list[Path]:
     if asked := os.environ.get("MEMSTUDY_DATA"):
         if not Path(asked).is_dir():
-            raise ValueError(f"MEMSTUDY_DATA={asked} is no folder; create it or unset this")
+            raise ValueError(f"MEMSTUDY_DATA={asked} is not a folder; create it or unset MEMSTUDY_DATA")
         return [Path(asked)]
     return [folder for folder in (ROOT.parent / "shared/data", ROOT / "data") if folder.is_dir()]
 
 
 @functools.cache
 def online() -> frozenset[str]:
-    """Return the servers that answer in time, all asked at once; the answer holds for the process.
+    """Return the servers that answer in time; asks all at once, and only once per process.
 
-    In daemon threads, since no time-out applies to a resolver that hangs.
+    Uses daemon threads, since no time-out applies to a DNS resolver that hangs.
     """
     if huggingface_hub.is_offline_mode():
         return frozenset()
@@ -74,7 +74,7 @@ def hub_folder(hub: tuple[str, str, str], *, local_files_only: bool) -> Path:
         allow_patterns=f"{folder}/*.parquet",
         local_files_only=local_files_only,
     )
-    if not (Path(snapshot) / folder).is_dir():  # the cache has another folder of the repository
+    if not (Path(snapshot) / folder).is_dir():  # the cache has only another folder of the repository
         raise huggingface_hub.errors.LocalEntryNotFoundError(f"{repository}/{folder}")
     return Path(snapshot) / folder
 
@@ -89,14 +89,14 @@ def speakleash_url() -> str | None:
 
 
 def speakleash_folder(name: str) -> Path:
-    """Fetch a corpus, which has to fit in memory; a hash of the document decides its split."""
+    """Fetch a corpus, which has to fit in memory; each document's hash decides its split."""
 
     split_of_percent = [split for split, share in SHARES.items() for _ in range(share)]
 
     def write(folder: Path) -> None:
         from speakleash.dataset import SpeakleashDataset
 
-        # Not through Speakleash(), which first fetches the manifest of every corpus there is.
+        # Not through Speakleash(), which first fetches the manifest of every corpus.
         corpus = SpeakleashDataset(Path(name).name, speakleash_url(), str(folder.parent))
         documents = corpus.data if corpus.manifest else None
         if documents is None:
@@ -111,7 +111,7 @@ def speakleash_folder(name: str) -> Path:
 
 
 def read_folder(folder: Path) -> tuple[str, datasets.DatasetDict]:
-    """Return the hash of the files' names and bytes, and the splits they hold; plain texts are ``train``."""
+    """Return the hash of the files' names and bytes, and the files' splits; plain texts form ``train``."""
     digest, tables = hashlib.sha256(), {}
     for path in sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.txt")):
         try:
@@ -135,7 +135,7 @@ def read_folder(folder: Path) -> tuple[str, datasets.DatasetDict]:
 
 
 def read_csv(path: Path) -> tuple[str, datasets.DatasetDict]:
-    """Return the hash of a table's bytes, and its rows in two splits."""
+    """Return the hash of a ``.csv``'s bytes, and its rows in two splits."""
     try:
         raw = path.read_bytes()
         table = pd.read_csv(io.BytesIO(raw), keep_default_na=False, na_values=[""])  # "None" and "NA" are words
@@ -143,7 +143,7 @@ def read_csv(path: Path) -> tuple[str, datasets.DatasetDict]:
         raise ValueError(f"{path}: {error.strerror}; the path of a .csv is needed") from None
     except (ValueError, pd.errors.ParserError) as error:  # not UTF-8, or rows of unequal length
         raise ValueError(f"{path}: not a CSV: {' '.join(str(error).split())}") from None
-    if not isinstance(table.index, pd.RangeIndex):  # pandas takes fields beyond the header for the rows' names
+    if not isinstance(table.index, pd.RangeIndex):  # pandas reads surplus fields as row names
         raise ValueError(f"{path}: not a CSV: the rows have more fields than the first line has names")
     if len(table) < 5:
         raise ValueError(f"{path}: {len(table)} rows; at least 5 are needed, of which a fifth is held back")
@@ -160,7 +160,7 @@ def read_csv(path: Path) -> tuple[str, datasets.DatasetDict]:
 
 
 def place_values(count: int) -> tuple[str, datasets.DatasetDict]:
-    """Return ``count`` training questions and 2,000 of each other split, none twice: their hash, and splits."""
+    """Return the hash and the splits of ``count`` training questions and 2,000 of each other split, all different."""
     splits: dict[str, list[tuple[str, str]]] = {}
     held_back: set[str] = set()
     for split, size in (("test", 2000), ("extrapolate", 2000), ("train", count)):
@@ -175,12 +175,12 @@ def place_values(count: int) -> tuple[str, datasets.DatasetDict]:
 
 
 def miniature() -> tuple[str, datasets.DatasetDict]:
-    """Return Python's own help topics, one a document: their hash, and splits of 85/10/5 %."""
+    """Return the hash of Python's help topics, and the topics, one a document, in splits of 85/10/5 %."""
     from pydoc_data.topics import topics
 
     splits, size = {split: [] for split in SHARES}, dict.fromkeys(SHARES, 0)
-    # Longest first, each to the split with most room: by hash, few documents of such unequal length
-    # would miss the shares by far.
+    # Longest first, each to the split with most room: a split by hash would miss the shares by far, since the
+    # documents are few and of very unequal length.
     for text in sorted(set(topics.values()), key=lambda text: (-len(text), text)):
         split = min(SHARES, key=lambda split: (size[split] + len(text)) / SHARES[split])
         splits[split].append(text)

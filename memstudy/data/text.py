@@ -29,20 +29,20 @@ def train_tokenizer(
     unit: Literal["byte", "character"] = "byte",
     pad: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Train BPE (Sennrich et al. 2016, arXiv:1508.07909).
+    """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909).
 
-    Kept under ``$MEMSTUDY_CACHE`` by the hash of the texts, ``unit`` and ``vocab_size`` [tokens], which is an
-    upper bound: little text gives fewer.
+    The tokenizer is kept under ``$MEMSTUDY_CACHE`` by the hash of the arguments.
 
     Parameters
     ----------
     texts : iterable of str
-    vocab_size : int [tokens]
+    vocab_size : int
+        Upper bound [tokens]; little text gives fewer.
     unit : {"byte", "character"}
-        What is merged. Bytes as in GPT-2; 257 tokens are the bytes themselves and eos. Or the characters of ``texts``,
-        spaces marked as in SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226); any other is ``<unk>``.
+        The unit of merging. Bytes as in GPT-2: 257 tokens are the single bytes and eos. Or the characters of ``texts``,
+        spaces marked as in SentencePiece (Kudo & Richardson 2018, arXiv:1808.06226); other characters are ``<unk>``.
     pad : bool
-        Whether there is a token for padding, token 0; the end is then token 1.
+        Whether to add a padding token, token 0; eos is then token 1.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def train_tokenizer(
         bpe.train_from_iterator(texts, trainer)
         bpe.save(str(folder / "tokenizer.json"))
 
-    # Each text's length goes into the key, so that no two lists of texts read the same.
+    # The key includes each text's length, so that two lists with equal concatenations get different keys.
     sizes = (str(vocab_size) if unit == "byte" else f"{unit} {vocab_size}") + " pad" * pad
     key = hash_of(sizes, *(part for text in texts for part in (f"|{len(text)}|", text)))
     folder = cached(f"tokenizers/{key}", write)
@@ -90,11 +90,11 @@ def blocks(
     *,
     limit_tokens: int | None = None,
 ) -> datasets.DatasetDict:
-    """Cut each split, as one stream of documents each ended by eos, into blocks of tokens.
+    """Join each split's documents, an eos after each, and cut the tokens into blocks of ``seq_len``.
 
-    Returns a column ``input_ids`` with rows of ``(seq_len,)`` int64, mapped from disk (kept under
+    Returns a column ``input_ids`` with rows of ``(seq_len,)`` int64, memory-mapped from disk (kept under
     ``$MEMSTUDY_CACHE`` by the hashes of data and tokenizer); a last, shorter block is dropped.
-    ``limit_tokens`` [tokens] bounds each split; None takes all of it.
+    ``limit_tokens`` [tokens] bounds each split; None takes all tokens.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def blocks(
                 raise ValueError(f"{data.name} has no column text, only {documents.column_names}")
             tokens = _token_stream(documents, tokenizer, limit_tokens)
             if len(tokens) < seq_len:
-                short = f"{data.name}: {split} has {len(tokens)} tokens, a block {seq_len}"
+                short = f"{data.name}: {split} has {len(tokens)} tokens, but a block has {seq_len}"
                 raise ValueError(f"{short}; choose a smaller seq_len or a larger data set")
             whole = pa.array(tokens[: len(tokens) // seq_len * seq_len])
             table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(whole, seq_len)})

@@ -1,1 +1,1 @@
-"""Hugging Face's models: where their projections are, our attention in them, and which are known by name."""
+"""Hugging Face models: their attention projections, memstudy's attention in them, and the models known by name."""

@@ -1,4 +1,4 @@
-"""The models that are known by name, and those of a ``config.json``."""
+"""Model configurations: known by name, or read from a ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HUB_MODELS = Path(__file__).with_name("hub_models.yaml")
 
 
 def read_config(path: str) -> transformers.PretrainedConfig:
-    """The configuration in a file; read here, for transformers would look for a missing one on the internet."""
+    """Read a ``config.json`` from disk; transformers' own reader would look online for a missing file."""
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -23,7 +23,7 @@ def read_config(path: str) -> transformers.PretrainedConfig:
         raise ValueError(f"model {path}: not JSON: {error}") from None
     kind = given.get("model_type") if isinstance(given, dict) else None
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"model {path}: model_type={kind!r} is none that transformers knows")
+        raise ValueError(f"model {path}: model_type={kind!r} is unknown to transformers")
     try:
         return transformers.CONFIG_MAPPING[kind].from_dict(given)
     except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -32,5 +32,5 @@ def read_config(path: str) -> transformers.PretrainedConfig:
 
 @functools.cache
 def hub_models() -> dict[str, dict]:
-    """The models known by name, and what of their configuration differs from the family's defaults."""
+    """The models known by name, each with the settings that differ from its family's defaults in transformers."""
     return yaml.safe_load(HUB_MODELS.read_bytes())

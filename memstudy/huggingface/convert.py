@@ -1,27 +1,27 @@
 """Put an attention variant into any Hugging Face model, save it and load it.
 
-Importing this module registers the variants as attention functions (`interface`), so that the parameter-free ones need
-no more than ``from_pretrained(..., attn_implementation="memstudy_window")``. What fits which model:
+Importing this module registers the variants as attention functions (`interface`). A parameter-free variant
+then needs only ``from_pretrained(..., attn_implementation="memstudy_window")``. Which variant fits which model:
 
 ===========================  ===================================================================================
 softmax                      BERT, RoBERTa, DistilBERT, GPT-2, Llama, BART, T5, and others with self-attention
-window, performer, lsh       the same but T5, whose bias of the scores they don't add
+window, performer, lsh       the same without T5, whose score bias these variants don't support
 linformer, nystrom           BERT, RoBERTa, DistilBERT, and BART's encoder alone:
                              ``convert_attention(model.get_encoder(), config)``
-lowrank                      the seven above: replaces projections, the model's own attention function stays
-memsizer                     none: it has no queries and keys, so no trained weight has a place in it
+lowrank                      the seven named for softmax: replaces projections, keeps the attention function
+memsizer                     none: MemSizer has no queries and keys that could take trained weights
 ===========================  ===================================================================================
 
-**Attention from one sequence to another (BART's decoder to its encoder) stays exact** under a variant that isn't for
-two sequences (``config.cross`` is False), so only self-attention is converted. With lsh, which shares queries and
-keys, the model's projection of keys is left without effect, and tokens are generated with ``use_cache=False``.
+**Cross-attention (BART's decoder to its encoder) stays exact** under a variant without cross-attention
+(``config.cross`` is False): only self-attention is converted. lsh shares queries and keys, so the model's key
+projection has no effect, and generation needs ``use_cache=False``.
 
-Weights of a variant's own are attached as ``memstudy`` to each module that attends. The settings stand in
-``model.config.memstudy_attention`` and are saved with the config; without them the variant's defaults hold.
-transformers doesn't save the name of the implementation: give ``attn_implementation`` again when loading, and use
-`save_converted` and `load_converted` where a variant has weights or changes them.
+A variant's own weights are attached to each attention module as ``memstudy``. The settings are in
+``model.config.memstudy_attention`` and are saved with the config; without settings the variant's defaults hold.
+transformers doesn't save the name of the implementation: pass ``attn_implementation`` again when loading, and use
+`save_converted` and `load_converted` for a variant that has weights or changes the model's.
 
-Keys and values in the model's own cache stay complete; a window only reads its part of them.
+The model's own cache keeps all keys and values; a window only reads the part inside the window.
 """
 
 import copy
@@ -41,22 +41,22 @@ from memstudy.huggingface.interface import is_function
 def convert_attention(
     model: PreTrainedModel, config: AttentionConfig, *, layers: Sequence[int] | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """Replace the attention of a model, in place; its weights stay as they are, or are factored (lowrank).
+    """Replace the attention of a model, in place; the model's weights stay, or are factored (lowrank).
 
-    The model gets a config of its own, so that a part (``model.get_encoder()``) can be converted alone.
+    The model gets its own copy of the config, so that a part (``model.get_encoder()``) can be converted alone.
 
     Parameters
     ----------
     model : PreTrainedModel
-        Parameter-free variants: any whose attention goes through transformers' `AttentionInterface`; the others: a
-        known family, see above.
+        For a parameter-free variant, any model that calls transformers' `AttentionInterface`; for the others, a model
+        of a known family, see above.
     config : AttentionConfig
         The variant.
     layers : sequence of int, optional
-        Which of the model's attentions, counted from 0 in the order of its modules; None for all. Only for variants
-        that replace projections: the attention function is one for the whole model.
+        Indices of the attentions to convert, from 0 in the order of the model's modules; None for all. Only for
+        variants that replace projections: a model has one attention function for all layers.
     seed : int
-        For the weights of variants that have some; no effect on the others.
+        Seed of the variant's own weights, if it has any.
 
     Returns
     -------
@@ -66,8 +66,8 @@ def convert_attention(
     Raises
     ------
     ValueError
-        For a variant that fits no trained model, or not this one, a model that can't change its attention, or layers
-        that it doesn't have.
+        If the variant fits no trained model or not this one, the model can't change its attention, or the model has
+        no such layers.
     """
     if not (config.projections or is_function(type(config))):
         raise ValueError(
@@ -91,7 +91,7 @@ def convert_attention(
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = copy.deepcopy(module.config, copies)
-        if hasattr(module, "memstudy"):  # of the variant before
+        if hasattr(module, "memstudy"):  # from an earlier conversion
             del module.memstudy
     for op, made in weights.items():
         op.memstudy = made
@@ -130,23 +130,23 @@ def _check_fit(model: PreTrainedModel, config: AttentionConfig) -> None:
 
 
 def _make_weights(model: PreTrainedModel, config: AttentionConfig, seed: int) -> dict[torch.nn.Module, torch.nn.Module]:
-    """Make what each op of the model needs beside query, key and value."""
+    """Make the variant's own weights for each attention op of the model."""
     made = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for attention, family in known_attentions(model):
             op, like = attention.get_submodule(family.op), next(attention.parameters())
             made[op] = config.make_weights(getattr(op, family.head_dim))
-            if (like.dtype, like.device.type) != (torch.get_default_dtype(), "cpu"):  # on fake tensors `to` fails
+            if (like.dtype, like.device.type) != (torch.get_default_dtype(), "cpu"):  # `to` fails on fake tensors
                 made[op].to(like)
     return made
 
 
 def save_converted(model: PreTrainedModel, folder: str | Path) -> None:
-    """Save a converted model: ``config.json`` with the variant's settings, ``model.safetensors``.
+    """Save a converted model as ``config.json``, with the variant's settings, and ``model.safetensors``.
 
-    Load it with `load_converted`. A plain ``from_pretrained`` of the folder makes the unconverted model: it drops the
-    variant's weights, and makes random ones for projections that were replaced, with no more than a line in its report.
+    Load the folder with `load_converted`. A plain ``from_pretrained`` returns the unconverted model: it drops the
+    variant's weights and makes replaced projections random, and only a line in its report says so.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def save_converted(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def load_converted(folder: str | Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """Load what `save_converted` saved: build, convert, then fill in every weight.
+    """Load a model that `save_converted` saved: build, convert, then load every weight.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def load_converted(folder: str | Path, model_class: type[PreTrainedModel]) -> Pr
         raise ValueError(
             f"{folder / 'config.json'}: unknown variant {settings.get('variant')!r}; known are {', '.join(ATTENTION)}"
         )
-    config.memstudy_attention = None  # a model of our own would convert itself
+    config.memstudy_attention = None  # DecoderLM would convert itself
     model = model_class._from_config(config)
     own = {name: value for name, value in settings.items() if name not in ("variant", "layers")}
     convert_attention(model, ATTENTION[settings["variant"]](**own), layers=settings.get("layers"))
@@ -201,7 +201,7 @@ def load_converted(folder: str | Path, model_class: type[PreTrainedModel]) -> Pr
         missing, unexpected = load_model(model, path, strict=False)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read ({error}); save the model again with save_converted") from error
-    except RuntimeError as error:  # shapes
+    except RuntimeError as error:  # shapes differ
         raise ValueError(f"{path} doesn't fit {model_class.__name__} with {settings}: {error}") from error
     if missing or unexpected:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The small Transformers of the studies; the mixer is chosen by the config.
 
 The decoder is Hugging Face's GPT-2 in the Lab-4 study's shape (pre-norm, learned positions, tied embeddings,
-fused tanh-GELU, no dropout), so that ``generate``, checkpointing, saving and ``Trainer`` are theirs.
+fused tanh-GELU, no dropout), so that Hugging Face's ``generate``, checkpointing, saving and ``Trainer`` work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from memstudy.huggingface.convert import convert_attention
 class DecoderConfig(GPT2Config):
     """A GPT-2 config whose ``memstudy_attention`` names the mixer and its settings.
 
-    ``{"variant": "window", "window": 256}``; the names are those of ``memstudy.attention.ATTENTION``.
+    For example ``{"variant": "window", "window": 256}``; ``memstudy.attention.ATTENTION`` has the names.
     """
 
     model_type = "memstudy_decoder"
@@ -31,10 +31,10 @@ class DecoderConfig(GPT2Config):
 
 
 class LossInTraining:
-    """What a causal language model of Hugging Face's is mixed with, so that its training step keeps no logits.
+    """Mixin for Hugging Face's causal language models: the training step keeps no logits.
 
     ``forward(input_ids, labels=None, attention_mask=None)`` with Hugging Face's outputs. In training with labels the
-    output carries the loss only: logits in it would live on, and Accelerate would copy them to fp32, which at Lab 4's
+    output carries only the loss: logits would stay in memory, and Accelerate would copy them to fp32, which at Lab 4's
     batch is 1.3 GB that no step needs.
     """
 

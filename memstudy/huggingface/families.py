@@ -1,4 +1,4 @@
-"""Where each known family of Hugging Face models keeps the projections of its attention, and what can replace them."""
+"""The projections in the attention of each known family of Hugging Face models, and their replacement."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class Family:
     Parameters
     ----------
     projections : dict of str to str
-        The submodule that makes query, key, value or output, by the letters of those that it makes: "q", "qkv".
+        The submodule that computes query, key, value or output, keyed by their letters: "q", "k", "v", "o", "qkv".
     head_dim : str
-        The attribute of ``op`` that holds it.
+        The attribute of ``op`` that holds the size of a head.
     op : str
         The submodule that calls the attention function, "" for the attention itself.
     score_bias : bool
-        Whether it adds a bias to the scores.
+        Whether the attention adds a bias to the scores.
     """
 
     projections: dict[str, str]
@@ -36,7 +36,7 @@ class Family:
 _BERT = Family(
     {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}, "attention_head_size", op="self"
 )
-FAMILIES = {  # by the name of the class
+FAMILIES = {  # by class name
     "BertAttention": _BERT,
     "RobertaAttention": _BERT,
     "DistilBertSelfAttention": Family(
@@ -57,7 +57,7 @@ def ops(model: nn.Module) -> list[nn.Module]:
 
 def attends_elsewhere(op: nn.Module) -> bool:
     """Tell whether a module of `ops` attends from one sequence to another (cross-attention)."""
-    of_decoder = getattr(op, "is_decoder", False) and not op.is_causal  # BART's and T5's have one class for both
+    of_decoder = getattr(op, "is_decoder", False) and not op.is_causal  # BART and T5 use one class for both
     return of_decoder or getattr(op, "is_cross_attention", False) or "CrossAttention" in type(op).__name__
 
 
@@ -67,9 +67,9 @@ def known_attentions(model: nn.Module) -> list[tuple[nn.Module, Family]]:
     Raises
     ------
     ValueError
-        If any is of no known family.
+        If an attention is of no known family.
     """
-    # GPT-2's cross-attention has the class of its self-attention, but other projections.
+    # GPT-2 uses one class for self- and cross-attention, but cross-attention has other projections (q_attn).
     found = [
         (module, FAMILIES[type(module).__name__])
         for module in model.modules()
@@ -79,26 +79,26 @@ def known_attentions(model: nn.Module) -> list[tuple[nn.Module, Family]]:
     unknown = {type(op).__name__ for op in ops(model) if op not in known}
     if unknown or not found:
         raise ValueError(
-            f"where {' and '.join(sorted(unknown)) or type(model).__name__} keeps the projections of its attention is "
-            f"not known; known are those of {', '.join(FAMILIES)}"
+            f"the attention projections of {' and '.join(sorted(unknown)) or type(model).__name__} are not known; "
+            f"known are those of {', '.join(FAMILIES)}"
         )
     return found
 
 
 class _Fused(nn.ModuleList):
-    """Projections side by side in place of the one that made all."""
+    """Separate projections, concatenated, in place of one fused projection."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.cat([projection(hidden_states) for projection in self], dim=-1)
 
 
 def replace_projections(model: nn.Module, config: AttentionConfig, layers: Sequence[int] | None = None) -> None:
-    """Put ``config.factor(part, projection)`` in the place of each projection of ``layers`` (None: of all), in place.
+    """Replace each projection of ``layers`` (None: all) by ``config.factor(part, projection)``, in place.
 
     Raises
     ------
     ValueError
-        If the attention is of no known family, a projection is no plain linear layer, or a layer isn't there.
+        If the attention is of no known family, a projection is not a plain linear layer, or a layer doesn't exist.
     """
     attentions = known_attentions(model)
     chosen = range(len(attentions)) if layers is None else layers
@@ -114,7 +114,7 @@ def replace_projections(model: nn.Module, config: AttentionConfig, layers: Seque
 
 
 def _linear(projection: nn.Module, name: str) -> nn.Linear:
-    """Give GPT-2's projection, whose weight is (d_in, d_out), as a linear layer, such a layer as it is."""
+    """Return a projection as a linear layer; GPT-2's Conv1D, whose weight is (d_in, d_out), is transposed."""
     if type(projection) is nn.Linear:
         return projection
     if type(projection) is not Conv1D:
@@ -134,7 +134,7 @@ def _split(linear: nn.Linear, parts: int) -> list[nn.Linear]:
 def _with_weights(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(*weight.shape[::-1], device="meta")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        # A copy: the model's own tensor, (d_in, d_out) or fused, is to be freed.
+        # A copy, so that the model's own tensor, (d_in, d_out) or fused, can be freed.
         copy = nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), tensor.requires_grad)
         setattr(linear, name, copy)
     return linear

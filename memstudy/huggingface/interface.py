@@ -1,8 +1,8 @@
-"""Answer the calls of Hugging Face models' attention with the variants: transformers' `AttentionInterface`.
+"""Register the variants as attention functions of Hugging Face models, with transformers' `AttentionInterface`.
 
 Each variant that is an op on query, key and value is registered under ``memstudy_<variant>``, and with
-`AttentionMaskInterface`, so that it gets the padding as (batch, key_len) booleans, or None when nothing is padded. Its
-settings are read from the model's config, its weights from the module that calls.
+`AttentionMaskInterface`, which passes the padding as (batch, key_len) booleans, or None when nothing is padded. The
+variant's settings are read from the model's config, its weights from the calling module.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ def _attend(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Answer a call of `AttentionInterface`; (batch, heads, seq, head_dim) in, heads third out."""
+    """Answer a call of `AttentionInterface`: (batch, heads, seq, head_dim) in, (batch, seq, heads, head_dim) out."""
     config = _settled(variant, module.config)
     if attends_elsewhere(module) and not config.cross:
         config = SoftmaxConfig()
@@ -68,7 +68,7 @@ def _attend(
 
 
 def _options(config: AttentionConfig, module: torch.nn.Module, dropout: float) -> dict:
-    """Give what `AttentionConfig.attend` takes for this variant beside tensors."""
+    """Return the keywords of `AttentionConfig.attend` that depend on the variant: dropout and weights."""
     if dropout and not config.drops_weights:
         name = next((name for name in _DROPOUTS if hasattr(module.config, name)), "its attention dropout")
         raise ValueError(
@@ -112,12 +112,12 @@ def _padding_mask(
     Raises
     ------
     ValueError
-        For patterns that the padding alone doesn't tell: packed sequences, a model's own window,
-        a cache longer than what it holds (static).
+        For masks that the padding alone doesn't describe: packed sequences, a model's own window,
+        a cache with unused slots (static).
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
-            "memstudy attention knows causal and bidirectional models with padding; this call asks "
+            "memstudy attention supports causal and bidirectional models with padding; this call asks "
             "for another pattern (packed sequences or the model's own window)"
         )
     if mask_function is causal_mask_function and kv_offset + kv_length != q_offset + q_length:

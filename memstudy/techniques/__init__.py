@@ -1,11 +1,11 @@
-"""The training levers, by name: each changes how a step is run, and composes with the others.
+"""The techniques, by name: each changes how a model is trained or run, and combines with the others.
 
-A :class:`Technique` says what it is as flags of Hugging Face's ``TrainingArguments``, as a change made to the
-model before training, as a context around forward and backward, or as any of these together. ``trainers`` uses the
-same objects for training, for measuring and for predicting.
+A :class:`Technique` consists of flags of Hugging Face's ``TrainingArguments``, a change of the model before
+training, an optimizer, a context around the forward pass, or several of these. ``trainers`` uses one set of
+techniques for training, measuring and predicting.
 
-A run names its techniques in text, with the setting after ``=`` where there is one: ``"bf16"``,
-``"accumulation=4"``. :func:`parse` turns the text into the object.
+A run names its techniques as text, with an optional setting after ``=``: ``"bf16"``, ``"accumulation=4"``.
+:func:`parse` turns the text into techniques.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
     Raises
     ------
     ValueError
-        For an unknown name, a setting that is not a number or out of range, a setting where there is none,
+        For an unknown name, a setting that is not a number or out of range, a setting of a technique that has none,
         and for techniques that exclude each other.
     """
     techniques = tuple(_parse_one(text) for text in texts)
@@ -97,7 +97,7 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
 
 
 def excluded(texts: Sequence[str]) -> str:
-    """Why the techniques that ``texts`` name do not go together; empty where they do."""
+    """Why the techniques that ``texts`` name can't be combined; empty if they can."""
     try:
         parse(texts)
     except ValueError as error:
@@ -112,15 +112,15 @@ def check_available(techniques: Sequence[Technique], *, capability: tuple[int, i
     ----------
     techniques : sequence of Technique
     capability : tuple of int, optional
-        Compute capability of the GPU in question; None asks for this machine.
+        Compute capability of the GPU; None for this machine's.
     """
     if capability is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
     for technique in techniques:
-        name = next(name for name, lever in TECHNIQUES.items() if lever is type(technique))
+        name = next(name for name, known in TECHNIQUES.items() if known is type(technique))
         for package in technique.packages:
             if importlib.util.find_spec(package) is None:
-                raise Unavailable(f"{name} needs {package}, which is not installed: pip install -e '.[levers]'")
+                raise Unavailable(f"{name} needs {package}, which is not installed: pip install -e '.[techniques]'")
         if technique.requires == "cuda" and capability is None:
             raise Unavailable(f"{name} needs a CUDA device, and there is none")
         if capability is not None and technique.capability > capability:

@@ -1,4 +1,4 @@
-"""Training less: a few new weights in the place of all."""
+"""Adapters: training a few new weights instead of all weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from memstudy.techniques.base import Technique, check_rank
 
 @dataclass(frozen=True)
 class Lora(Technique):
-    """Two narrow matrices beside each of the blocks', trained in their stead (Hu et al. 2021, arXiv:2106.09685).
+    """Train two low-rank matrices beside each matrix of the blocks, nothing else (Hu et al. 2021, arXiv:2106.09685).
 
-    By peft. Not a cheaper way to the same model: the reference point of how little training less can take.
+    By peft. LoRA gives another model than full training; it shows how little memory training fewer weights takes.
     """
 
     rank: int = 8
-    summary = "train two matrices of low rank (=8) beside each of the blocks', nothing else (peft)"
+    summary = "train two matrices of low rank (=8) beside each matrix of the blocks, nothing else (peft)"
     exact = False
     prepared_last = True
     packages = ("peft",)

@@ -1,4 +1,4 @@
-"""What a training lever is."""
+"""The base class of the techniques."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Technique:
-    """Base of all levers.
+    """Base of all techniques.
 
     Attributes
     ----------
@@ -22,27 +22,27 @@ class Technique:
     group : str
         Two techniques of the same group exclude each other.
     requires : str
-        ``"cuda"`` where the lever means nothing without a GPU; else empty.
+        ``"cuda"`` if the technique needs a GPU, otherwise empty.
     capability : tuple of int
-        The least compute capability of a GPU that it needs.
+        The least compute capability of the GPU.
     in_training, at_inference : bool
-        For which of the two it is.
+        Whether the technique is for training, for inference, or both.
     rounds_stochastically : bool
-        Of an optimizer: whether it can, as bf16 weights need it.
+        For an optimizer: whether it can round updates stochastically, as bf16 weights need.
     one_count_of_steps : bool
-        Of an optimizer: whether it counts steps for all parameters together, so that it cannot update them one by one.
+        For an optimizer: whether it counts steps for all parameters together, so that it can't update them one by one.
     takes_shards : bool
-        Of an optimizer: whether parameters may be divided among processes.
+        For an optimizer: whether parameters may be divided among processes.
     prepared_last : bool
-        Whether it wants the model as the others have left it.
+        Whether `prepare` must run after the other techniques'.
     several_processes : bool
-        Whether it is for runs in several processes alone.
+        Whether the technique is only for runs in several processes.
     in_bf16 : bool
-        Whether products are made in bfloat16, which a machine may have to emulate.
+        Whether products are computed in bfloat16, which some machines emulate.
     in_pytorch : bool
-        Whether PyTorch's allocator sees all that it takes.
+        Whether PyTorch's allocator serves all memory of the technique.
     packages : tuple of str
-        What must be installed besides memstudy's own dependencies.
+        Packages to install besides memstudy's own dependencies.
     """
 
     summary = ""
@@ -69,22 +69,22 @@ class Technique:
         """Change ``model`` in place, before its optimizer is made."""
 
     def optimizer(self, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]] | None:
-        """Class and keywords of an optimizer that is no flag; the learning rate is added. None: the flags' one."""
+        """Class and keywords, except the learning rate, of an optimizer that no flag selects; None otherwise."""
         return None
 
     def around_loss(self) -> AbstractContextManager:
-        """A context for the forward pass; what autograd saves, it saves in here."""
+        """A context around the forward pass, in which autograd saves its tensors."""
         return nullcontext()
 
     def forward_pass(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], object] | None:
-        """What runs ``model`` on ``batch`` at inference; None: PyTorch, eagerly."""
+        """A function that runs ``model`` on ``batch`` at inference; None for eager PyTorch."""
         return None
 
     def attach(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Tie the optimizer to the model; it has just been made."""
+        """Connect the new optimizer to the model."""
 
 
 def check_rank(rank: float) -> None:
-    """Raise ValueError for what is no rank of a matrix."""
+    """Raise ValueError unless ``rank`` is a whole number from 1."""
     if rank < 1 or not float(rank).is_integer():
-        raise ValueError(f"rank {rank}: a rank is needed, a whole number from 1")
+        raise ValueError(f"rank {rank}: a whole number from 1 is needed")

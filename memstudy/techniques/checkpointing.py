@@ -1,4 +1,4 @@
-"""Activations that are dropped in the forward pass and made again in backward."""
+"""Activations that are dropped in the forward pass and recomputed in backward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from memstudy.techniques.base import Technique
 
 @dataclass(frozen=True)
 class Checkpointing(Technique):
-    """Keep a block's input only and recompute the block in backward (Chen et al. 2016).
+    """Keep only the input of each ``every``-th block and recompute the block in backward (Chen et al. 2016).
 
-    So it goes for every block, or for each ``every``-th: with 2 every second block is kept as it is, for half
-    the time of recomputing and about half the saving.
+    ``every=2`` recomputes every second block: half the extra time and about half the saving.
     """
 
     every: int = 1
@@ -26,7 +25,7 @@ class Checkpointing(Technique):
 
     def __post_init__(self):
         if self.every < 1 or not float(self.every).is_integer():
-            raise ValueError(f"checkpointing={self.every}: a whole number from 1 is needed, every how many blocks")
+            raise ValueError(f"checkpointing={self.every}: a whole number from 1 is needed (2: every second block)")
 
     def prepare(self, model):
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -51,12 +50,12 @@ _PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm} | _ATTENTIONS
 
 @dataclass(frozen=True)
 class SelectiveCheckpointing(Technique):
-    """Recompute the cheap, keep the dear: selective recomputation (Korthikanti et al. 2022), by budget.
+    """Recompute cheap ops and keep expensive outputs: selective recomputation (Korthikanti et al. 2022) by budget.
 
-    The outputs of a block's matrix products and attentions are ranked by the work that one element costs
-    (2 K for a product over K, 4 N for attention over N keys); the dearest are kept as long as they are
-    within ``budget``, a fraction of the bytes of them all. Everything else is recomputed, and so is the last
-    product of a block, whose output backward does not need.
+    The outputs of a block's matrix products and attentions are ranked by the work per element (2 K for a
+    product over K, 4 N for attention over N keys). The most expensive outputs are kept, up to ``budget``, a
+    fraction of the bytes of all these outputs. Everything else is recomputed, including the last product of a
+    block, whose output backward does not need.
     """
 
     budget: float = 0.5
@@ -84,7 +83,7 @@ class SelectiveCheckpointing(Technique):
                 saved = key in kept
                 return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
-            # The first block that runs is recomputed whole; what it does is the plan for the others.
+            # The first block that runs is recomputed completely; its ops decide which outputs the other blocks keep.
             forward, recompute = create_selective_checkpoint_contexts(policy)
             return _Then(forward, lambda: plan(made)), recompute
 

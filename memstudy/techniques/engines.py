@@ -1,4 +1,4 @@
-"""What runs a trained model's forward pass, in the place of eager PyTorch."""
+"""Engines that run a trained model's forward pass, instead of eager PyTorch."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Compile(Engine):
 
 @dataclass(frozen=True)
 class Int8(Engine):
-    """Weights in 8 bits; what goes into a layer is brought to 8 bits as it comes. By torchao."""
+    """8-bit weights; each layer's input is quantized to 8 bits at run time. By torchao."""
 
-    summary = "8-bit weights, layers' inputs brought to 8 bits on the way (torchao)"
+    summary = "8-bit weights, layers' inputs quantized to 8 bits at run time (torchao)"
     exact = False
     packages = ("torchao",)
 
@@ -47,7 +47,7 @@ class Int8(Engine):
 
 @dataclass(frozen=True)
 class OnnxRuntime(Engine):
-    """The model exported to ONNX and run by ONNX Runtime, which has memory of its own."""
+    """The model exported to ONNX and run by ONNX Runtime, which allocates its own memory."""
 
     summary = "the model exported and run by ONNX Runtime"
     in_pytorch = False
@@ -68,7 +68,7 @@ class OnnxRuntime(Engine):
 
 @dataclass(frozen=True)
 class TensorRT(Engine):
-    """Kernels that TensorRT chooses, through ``torch_tensorrt``; CUDA alone."""
+    """Kernels that TensorRT chooses, through ``torch_tensorrt``; CUDA only."""
 
     summary = "the forward pass compiled by TensorRT"
     packages = ("torch_tensorrt",)

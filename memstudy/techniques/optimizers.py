@@ -1,4 +1,4 @@
-"""Optimizers that keep less than AdamW's two fp32 moments of every weight."""
+"""Optimizers with less state than AdamW's two fp32 moments of every weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Optimizer(Technique):
 
 @dataclass(frozen=True)
 class AdamW8bit(Optimizer):
-    """AdamW with block-wise 8-bit states (Dettmers et al. 2022), by bitsandbytes; embeddings stay 32-bit."""
+    """AdamW with block-wise 8-bit states (Dettmers et al. 2022), by bitsandbytes; embeddings keep 32-bit states."""
 
     summary = "AdamW with 8-bit states (bitsandbytes)"
 
@@ -29,7 +29,7 @@ class AdamW8bit(Optimizer):
 
 @dataclass(frozen=True)
 class TorchaoAdamW8bit(Optimizer):
-    """AdamW with block-wise 8-bit states, by torchao, embeddings too; one compiled kernel a parameter."""
+    """AdamW with block-wise 8-bit states, also for embeddings, by torchao; one compiled kernel per parameter."""
 
     summary = "AdamW with 8-bit states (torchao); goes with bf16_weights"
     rounds_stochastically = True
@@ -53,9 +53,9 @@ class TorchaoAdamW4bit(Optimizer):
 
 @dataclass(frozen=True)
 class Adafactor(Optimizer):
-    """A second moment of one row and one column a matrix, and no first one (Shazeer & Stern 2018, arXiv:1804.04235)."""
+    """A row and a column of second moments per matrix, no first moments (Shazeer & Stern 2018, arXiv:1804.04235)."""
 
-    summary = "Adafactor: a row and a column in the place of a matrix of second moments, no first ones"
+    summary = "Adafactor: a row and a column of second moments per matrix, no first moments"
 
     def flags(self):
         return {"optim": "adafactor"}
@@ -63,9 +63,9 @@ class Adafactor(Optimizer):
 
 @dataclass(frozen=True)
 class Sgd(Optimizer):
-    """Stochastic gradient descent without momentum: no state at all; the least that an optimizer can take."""
+    """Stochastic gradient descent without momentum: no state, the least memory that an optimizer can take."""
 
-    summary = "SGD without momentum: no state; wants another learning rate"
+    summary = "SGD without momentum: no state; needs another learning rate"
     takes_shards = True
 
     def flags(self):
@@ -76,11 +76,11 @@ class Sgd(Optimizer):
 class Muon(Optimizer):
     """One orthogonalised momentum for the blocks' matrices (Jordan et al. 2024), AdamW for the rest.
 
-    By pytorch_optimizer. Updates have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning
-    rate does for both.
+    By pytorch_optimizer. Updates have the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so both use
+    one learning rate.
     """
 
-    summary = "Muon for the blocks' matrices: one moment in the place of two; AdamW for the rest"
+    summary = "Muon for the blocks' matrices: one moment instead of two; AdamW for the rest"
     one_count_of_steps = True
     takes_shards = True
     packages = ("pytorch_optimizer",)
@@ -93,7 +93,7 @@ class Muon(Optimizer):
 
 @dataclass(frozen=True)
 class LowRank(Optimizer):
-    """Base of those that keep moments of the blocks' gradients at a low ``rank``; by pytorch_optimizer."""
+    """Base of the optimizers that keep moments of the blocks' gradients at a low ``rank``; by pytorch_optimizer."""
 
     rank: int = 64
     one_count_of_steps = True
@@ -105,12 +105,12 @@ class LowRank(Optimizer):
 
 @dataclass(frozen=True)
 class GaLore(LowRank):
-    """AdamW's moments of gradients that are projected to ``rank`` rows or columns (Zhao et al. 2024, arXiv:2403.03507).
+    """AdamW with moments of gradients projected to ``rank`` rows or columns (Zhao et al. 2024, arXiv:2403.03507).
 
-    The projection is the gradient's singular vectors', found again every 200 updates. By pytorch_optimizer.
+    The projection, on the gradient's singular vectors, is recomputed every 200 updates. By pytorch_optimizer.
     """
 
-    summary = "AdamW's moments of the blocks' gradients at a low rank (=64), by their singular vectors"
+    summary = "AdamW with moments of the blocks' gradients at a low rank (=64), projected on singular vectors"
 
     def optimizer(self, model):
         from pytorch_optimizer import GaLore as Projected
@@ -120,7 +120,7 @@ class GaLore(LowRank):
 
 @dataclass(frozen=True)
 class Apollo(LowRank):
-    """SGD with the step sizes that AdamW's moments have at a low ``rank`` (Zhu et al. 2024, arXiv:2412.05270).
+    """SGD with step sizes from AdamW's moments at a low ``rank`` (Zhu et al. 2024, arXiv:2412.05270).
 
     The projection is random, drawn again every 200 updates. By pytorch_optimizer.
     """
@@ -140,7 +140,7 @@ def _projected(model: torch.nn.Module, rank: float, scale: float) -> list[dict]:
 
 
 def _groups(model: torch.nn.Module, **settings: tuple) -> list[dict]:
-    """Two groups of parameters, the matrices of the model's blocks and all others, each with its share of settings."""
+    """Two groups of parameters, the blocks' matrices and all others; each setting has one value per group."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     inside = {id(weight) for weight in model.base_model.parameters()} - embeddings
     trained = [weight for weight in model.parameters() if weight.requires_grad]

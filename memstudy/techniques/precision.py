@@ -1,4 +1,4 @@
-"""In which numbers the products are made, and the weights kept."""
+"""Number formats of the products and the weights."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Tf32(Technique):
 
 @dataclass(frozen=True)
 class Fp16(Technique):
-    """Mixed precision: products in float16, the loss scaled so that small gradients stay (Micikevicius et al. 2018).
+    """Mixed precision: products in float16, the loss scaled to preserve small gradients (Micikevicius et al. 2018).
 
-    On CUDA alone: no CPU has fast products in float16.
+    CUDA only: few CPUs have fast products in float16.
     """
 
     summary = "float16 autocast with loss scaling; weights, gradients and optimizer state stay fp32"
@@ -56,8 +56,8 @@ class Fp16(Technique):
 class Bf16Weights(Technique):
     """Weights, gradients and optimizer state in bfloat16 too, updated with stochastic rounding.
 
-    Rounded to the nearest, an update of less than half a weight's last bit would be lost for ever (Zamirai et al. 2020,
-    arXiv:2010.06192). The optimizers that round so are torchao's: AdamW, or its 8- and 4-bit forms beside this.
+    With rounding to nearest, an update below half a weight's last bit would be lost (Zamirai et al. 2020,
+    arXiv:2010.06192). torchao's optimizers round stochastically: AdamW, or its 8- and 4-bit forms if requested too.
     """
 
     summary = "everything in bfloat16, updates rounded stochastically (torchao); half the parameters' memory"

@@ -1,7 +1,8 @@
-"""Weights that are taken out, those of least size: one by one, two in every four, whole neurons or whole heads."""
+"""Magnitude pruning: single weights, two of every four weights, whole neurons or whole heads."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from memstudy.techniques.base import Technique
 
 @dataclass(frozen=True)
 class Pruning(Technique):
-    """Base of those that take out a ``share`` of each matrix of the blocks (Han et al. 2015, arXiv:1506.02626)."""
+    """Base of techniques that remove a ``share`` of each matrix of the blocks (Han et al. 2015, arXiv:1506.02626)."""
 
     share: float = 0.5
     exact = False
@@ -27,7 +28,7 @@ class Pruning(Technique):
 
     def __post_init__(self):
         if not 0 < self.share < 1:
-            raise ValueError(f"share {self.share}: a share to take out is needed, between 0 and 1")
+            raise ValueError(f"share {self.share}: a share to remove is needed, between 0 and 1")
 
     def prepare(self, model):
         for module in _matrices(model):
@@ -35,12 +36,12 @@ class Pruning(Technique):
             self.settle(module)
 
     def settle(self, module: nn.Module) -> None:
-        """What becomes of the mask, which ``module`` has now."""
+        """Keep, apply or convert the new mask of ``module``."""
 
 
 @dataclass(frozen=True)
 class Masks(Pruning):
-    """The mask is kept: all weights, a mask of their size, and the masked weights, made anew in every forward pass."""
+    """Keep all weights, a mask of equal size, and the masked weights, recomputed in every forward pass."""
 
     summary = "unstructured pruning with its mask (=0.5 of the weights): takes more memory, not less"
 
@@ -55,7 +56,7 @@ class Masks(Pruning):
 
 @dataclass(frozen=True)
 class Pruned(Pruning):
-    """The mask is applied and removed: zeros among the weights, which are stored like any number."""
+    """Apply and remove the mask: the zeros are stored like any other weight."""
 
     summary = "unstructured pruning, mask removed (=0.5): zeros are stored too, so nothing is saved"
 
@@ -65,19 +66,22 @@ class Pruned(Pruning):
 
 @dataclass(frozen=True)
 class Sparse(Pruned):
-    """Without the zeros, as compressed rows: a number and the 64 bits of its column for each weight that is left."""
+    """Store compressed rows without the zeros: each remaining weight and the 64-bit index of its column."""
 
-    summary = "unstructured pruning, stored as compressed rows (=0.5); saves from two thirds of zeros on"
+    summary = "unstructured pruning, stored as compressed rows (=0.5); saves memory above two thirds of zeros"
     in_training = False
 
     def settle(self, module):
         super().settle(module)
-        module.weight = nn.Parameter(module.weight.detach().to_sparse_csr(), requires_grad=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")  # once a process
+            rows = module.weight.detach().to_sparse_csr()
+        module.weight = nn.Parameter(rows, requires_grad=False)
 
 
 @dataclass(frozen=True)
 class SemiStructured(Pruned):
-    """Two of every four weights, which a GPU's sparse tensor cores skip (Mishra et al. 2021, arXiv:2104.08378)."""
+    """Drop two of every four weights, which a GPU's sparse tensor cores skip (Mishra et al. 2021, arXiv:2104.08378)."""
 
     summary = "two of every four weights, for sparse tensor cores: 9/16 of the matrices' memory in bf16"
     requires = "cuda"
@@ -88,7 +92,7 @@ class SemiStructured(Pruned):
         from torch.sparse import to_sparse_semi_structured
 
         if not next(model.parameters()).is_cuda:
-            raise Unavailable("semi_structured: the compressed form is made on a CUDA device alone, so not predicted")
+            raise Unavailable("semi_structured: only a CUDA device can compress the weights, so there is no prediction")
         model.to(torch.bfloat16)
         for module in _matrices(model):
             fours = module.weight.detach().unflatten(-1, (-1, 4))
@@ -99,9 +103,9 @@ class SemiStructured(Pruned):
 
 @dataclass(frozen=True)
 class Narrow(Pruning):
-    """A ``share`` of every feed-forward's neurons, those of the smallest weights, with all that they read and write.
+    """Remove a ``share`` of each feed-forward's neurons, those with the smallest weights in and out.
 
-    Structured pruning (Li et al. 2017, arXiv:1608.08710): the matrices are smaller afterwards, and so is all else.
+    Structured pruning (Li et al. 2017, arXiv:1608.08710): matrices, gradients, optimizer state and activations shrink.
     """
 
     summary = "structured pruning: the feed-forward parts lose a share (=0.5) of their neurons"
@@ -120,9 +124,9 @@ class Narrow(Pruning):
 
 @dataclass(frozen=True)
 class FewerHeads(Pruning):
-    """A ``share`` of every attention's heads, those of the smallest weights (Michel et al. 2019, arXiv:1905.10650).
+    """Remove a ``share`` of each attention's heads, those of smallest weights (Michel et al. 2019, arXiv:1905.10650).
 
-    The projections are smaller afterwards, and so is all that a head makes; at least one stays.
+    The projections and the heads' activations shrink; at least one head stays.
     """
 
     summary = "structured pruning: the attentions lose a share (=0.5) of their heads"
@@ -145,7 +149,7 @@ class FewerHeads(Pruning):
             if family.score_bias or any(weights.shape[1] != n_heads for weights in by_head):
                 raise ValueError(
                     f"fewer_heads={self.share:g}: the heads of a {type(attention).__name__} share keys or a bias, so "
-                    "that none can go alone; take narrow"
+                    "that no head can be removed alone; take narrow"
                 )
             size = sum(weights.square().sum((0, 2, 3)) for weights in by_head)
             heads = size.topk(max(1, round(n_heads * (1 - self.share)))).indices.sort().values
@@ -153,11 +157,11 @@ class FewerHeads(Pruning):
             for parts, layer in layers.items():
                 starts = n_heads * torch.arange(len(parts), device=heads.device)[:, None] + heads
                 _keep(layer, (head_dim * starts.flatten()[:, None] + dims).flatten(), reads=parts == "o")
-            if hasattr(op, "split_size"):  # GPT-2's, of the one projection that makes query, key and value
+            if hasattr(op, "split_size"):  # of GPT-2's fused projection of query, key and value
                 op.split_size = head_dim * len(heads)
 
 
-# In a block: what makes the neurons, and what reads them.
+# In a block: the layer that makes the neurons, and the layer that reads them.
 _PAIRS = (
     ("mlp.c_fc", "mlp.c_proj"),
     ("intermediate.dense", "output.dense"),
@@ -168,7 +172,7 @@ _PAIRS = (
 
 
 def _matrices(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of the model's blocks that are one matrix each."""
+    """The linear layers of the model's blocks."""
     return (module for module in model.base_model.modules() if isinstance(module, (nn.Linear, Conv1D)))
 
 
@@ -182,13 +186,13 @@ def _feed_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _by_neuron(layer: nn.Module, *, reads: bool) -> torch.Tensor:
-    """The matrix with a row for each neuron, of the layer that makes or ``reads`` them; a Conv1D's is transposed."""
+    """The weight of a layer that makes or ``reads`` neurons, one row per neuron; a Conv1D's weight is transposed."""
     weight = layer.weight.detach()
     return weight if isinstance(layer, Conv1D) == reads else weight.T
 
 
 def _keep(layer: nn.Module, kept: torch.Tensor, *, reads: bool) -> None:
-    """Leave ``layer`` the neurons ``kept`` among those that it makes or ``reads``."""
+    """Keep only the neurons ``kept`` of those that ``layer`` makes or ``reads``."""
     along = int(isinstance(layer, Conv1D) != reads)
     layer.weight = nn.Parameter(layer.weight.detach().index_select(along, kept))
     if not reads and layer.bias is not None:

@@ -1,4 +1,4 @@
-"""How a step goes about its batch: in parts, without all logits, with activations elsewhere, updating on the way."""
+"""Changes of a training step: batch in parts, loss in chunks, activations in the host's memory, update in backward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Accumulation(Technique):
 class ChunkedLoss(Technique):
     """Loss and its gradient in chunks of rows, so that the (tokens, vocabulary) logits never exist.
 
-    ``torch.nn.functional.linear_cross_entropy``; it ignores autocast, so the head's product stays fp32.
+    Uses ``torch.nn.functional.linear_cross_entropy``, which ignores autocast: the head's product stays fp32.
     """
 
     summary = "the language-model loss in chunks of tokens; no tensor of all logits"
@@ -44,7 +44,7 @@ class ChunkedLoss(Technique):
                 return native(input_ids=input_ids, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
             head, targets = model.get_output_embeddings(), labels[:, 1:]
             bias, tokens = head.bias, slice(-1)
-            if model.config.is_encoder_decoder:  # Marian's
+            if model.config.is_encoder_decoder:  # Marian
                 kwargs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
                 targets, bias, tokens = labels, model.final_logits_bias.flatten(), slice(None)
             hidden_states = model.base_model(input_ids, **kwargs).last_hidden_state[:, tokens]
@@ -64,7 +64,7 @@ class ChunkedLoss(Technique):
 
 @dataclass(frozen=True)
 class OffloadActivations(Technique):
-    """Move what backward needs to the host's pinned memory, and back when it is needed."""
+    """Move saved activations to the host's pinned memory, and back when backward needs them."""
 
     summary = "saved activations wait in the host's memory"
     requires = "cuda"
@@ -75,10 +75,10 @@ class OffloadActivations(Technique):
 
 @dataclass(frozen=True)
 class OptimizerInBackward(Technique):
-    """Update each parameter as soon as its gradient is whole, and drop the gradient (Lv et al. 2023).
+    """Update each parameter as soon as its gradient is complete, and free the gradient (Lv et al. 2023).
 
-    One ordinary optimizer does: when a parameter's gradient is done, no other exists, so a step of the
-    optimizer updates that parameter alone. Its state is saved and restored as ever.
+    One ordinary optimizer is enough: while a parameter's gradient exists, no other gradient does, so ``step``
+    updates that parameter alone. The optimizer's state is saved and restored as usual.
     """
 
     summary = "update each parameter inside backward; gradients never exist together"

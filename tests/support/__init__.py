@@ -1,1 +1,1 @@
-"""What several test modules share; a test module imports no other."""
+"""Code that several test modules share; test modules do not import each other."""

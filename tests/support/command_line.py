@@ -1,4 +1,4 @@
-"""The command line, called in this process."""
+"""Calls of the command line in this process."""
 
 from typer.testing import CliRunner
 
@@ -10,7 +10,7 @@ def invoke(*arguments: object):
 
 
 def assert_one_line(result, *words: str) -> None:
-    """Assert that `result` is bad input, told in one line that has all the words."""
+    """Assert that `result` is a refusal in one line on stderr that contains all `words`."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()

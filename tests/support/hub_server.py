@@ -1,4 +1,4 @@
-"""What a test server must say for the hub's client to take a file from it."""
+"""A test server that the client of the Hugging Face hub accepts."""
 
 import http.server
 from pathlib import Path
@@ -7,13 +7,13 @@ from memstudy import data
 
 
 class HubHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder as the hub does, without a word on stderr."""
+    """Serves a folder as the hub does, without logging."""
 
     def log_message(self, *args):
         pass
 
     def end_headers(self):
-        # What the hub says of a file, without which its client takes none.
+        # The client downloads no file without these headers.
         self.send_header("ETag", Path(self.path.split("?")[0]).name)
         self.send_header("X-Repo-Commit", data.sets.WIKITEXT[1])
         super().end_headers()

@@ -1,7 +1,7 @@
-"""The definitions, as loops: what the ops in `memstudy.attention` and its allocator are tested against.
+"""Definitions as loops, against which the attention ops and the caching allocator of the package are tested.
 
-Slow, readable, sharing nothing with the package. The ops are transcribed from the papers, one query at a time.
-All take query (batch, heads, query_len, head_dim), key and value (batch, kv_heads, key_len,
+They are slow and readable, and share no code with the package. The ops are transcribed from the papers, one
+query at a time. All take query (batch, heads, query_len, head_dim), key and value (batch, kv_heads, key_len,
 head_dim), and give (batch, heads, query_len, head_dim).
 """
 
@@ -11,7 +11,7 @@ import torch
 
 
 def _attend(query, key, value, *, sees, key_padding_mask, scale):
-    """Softmax over the keys j with ``sees(i, j)``, i being the query's position among the keys."""
+    """Softmax over the keys j with ``sees(i, j)``, where i is the query's position among the keys."""
     batch, heads, query_len, head_dim = query.shape
     key_len = key.shape[2]
     heads_per_key = heads // key.shape[1]
@@ -58,7 +58,7 @@ def window(query, key, value, *, window, is_causal, chunked=False, key_padding_m
 
 
 def linformer(query, key, value, *, weights, is_causal, key_padding_mask=None, scale=None, **_):
-    """Wang et al. 2020, equation 7, E and F shared by all heads; padded tokens add nothing to a mixture."""
+    """Wang et al. 2020, equation 7, with E and F shared by all heads; padded tokens add nothing to a mixture."""
     batch, kv_heads, key_len, head_dim = key.shape
     rank = len(weights.key)
     mixtures = []
@@ -77,12 +77,12 @@ def linformer(query, key, value, *, weights, is_causal, key_padding_mask=None, s
 
 
 def lowrank(query, key, value, **options):
-    """The projections alone are of low rank, the attention is exact."""
+    """Exact attention: only the layer's projections have low rank."""
     return softmax(query, key, value, **options)
 
 
 def nystrom(query, key, value, *, landmarks, iterations, is_causal, key_padding_mask=None, scale=None, **_):
-    """Xiong et al. 2021, equations 11 and 13; exact with no more tokens than landmarks."""
+    """Xiong et al. 2021, equations 11 and 13; exact if there are no more tokens than landmarks."""
     batch, heads, _, head_dim = query.shape
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     output = []
@@ -114,9 +114,9 @@ def nystrom(query, key, value, *, landmarks, iterations, is_causal, key_padding_
 
 
 def lsh_orders(vectors, *, num_hashes, chunk_length, num_buckets, hash_seed, key_padding_mask=None, **_):
-    """Kitaev et al. 2020, section 2: for each sequence and head, each round's tokens in chunks, None for no token.
+    """Kitaev et al. 2020, section 2: for each sequence and head, each round's tokens in chunks, filled up with None.
 
-    Rotations are drawn head by head, those of the first factor of the number of buckets before the second's.
+    Rotations are drawn head by head; within a head, the first factor of the number of buckets comes first.
     """
     batch, heads, seq, dim = vectors.shape
     if num_buckets is None:
@@ -150,7 +150,7 @@ def lsh_orders(vectors, *, num_hashes, chunk_length, num_buckets, hash_seed, key
 
 
 def lsh(query, key, value, *, is_causal, key_padding_mask=None, scale=None, orders=None, **settings):
-    """Kitaev et al. 2020, section 2 and appendix A; ``key`` is the query, at a root mean square of one."""
+    """Kitaev et al. 2020, section 2 and appendix A; keys are the queries, scaled to a root mean square of one."""
     batch, heads, seq, dim = query.shape
     heads_per_value = heads // value.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
@@ -161,7 +161,7 @@ def lsh(query, key, value, *, is_causal, key_padding_mask=None, scale=None, orde
 
     rows = {}
     for (b, h), rounds in orders.items():
-        seen = {i: [] for i in range(seq)}  # each token's keys, as often as rounds show them
+        seen = {i: [] for i in range(seq)}  # each token's keys, once for each round that shows them
         for r, chunks in enumerate(rounds):
             last = max([c for c, chunk in enumerate(rounds[r - 1]) if any(real(b, i) for i in chunk)], default=0)
             for c, chunk in enumerate(chunks):
@@ -210,9 +210,9 @@ def performer(query, key, value, *, weights, is_causal, key_padding_mask=None, s
 
 
 def memsizer(queries, memory, weights, *, heads, is_causal, key_padding_mask=None):
-    """Zhang & Cai 2022, section 3: (batch, seq, hidden) from queries and memory of that shape.
+    """Zhang & Cai 2022, section 3; queries, memory and result are (batch, seq, hidden).
 
-    ``weights`` are Φ, W_l, W_r as (matrix, bias) and the two normalisations' as (factor, shift).
+    ``weights`` are Φ, W_l and W_r, each (matrix, bias), and the two normalisations, each (factor, shift).
     """
     (phi, phi_bias), (left, left_bias), (right, right_bias), of_key, of_value = weights
 
@@ -240,9 +240,9 @@ def memsizer(queries, memory, weights, *, heads, is_causal, key_padding_mask=Non
 
 
 class PlainAllocator:
-    """PyTorch's caching allocator by default: segments as lists of ``[offset, size, name or None]`` without gaps.
+    """PyTorch's default caching allocator: segments as gapless lists of ``[offset, size, name or None]``.
 
-    Where nothing is said of addresses, a segment lies behind all that were made before it.
+    Each new segment is assumed to lie behind all earlier ones.
     """
 
     def __init__(self, capacity=math.inf):
@@ -307,11 +307,11 @@ class PlainAllocator:
 
 
 class ExpandableAllocator:
-    """The same with expandable segments: of each pool's addresses, which are in use and which have memory."""
+    """PyTorch's caching allocator with expandable segments: each pool's addresses in use, and its mapped granules."""
 
     def __init__(self, capacity=math.inf):
-        self.used = {True: {}, False: {}}  # by whether the pool is the small one: {name: (start, end)}
-        self.mapped = {True: set(), False: set()}  # numbers of granules
+        self.used = {True: {}, False: {}}  # {name: (start, end)}; True is the pool of small blocks
+        self.mapped = {True: set(), False: set()}  # numbers of the mapped granules
         self.granule = {True: 2 * 2**20, False: 20 * 2**20}
         self.capacity, self.refused = capacity, []
 
@@ -324,7 +324,7 @@ class ExpandableAllocator:
         return sum(len(self.mapped[small]) * self.granule[small] for small in (True, False))
 
     def gaps(self, small):
-        """Addresses that no block has, as ``(start, end)``, lowest first; they end at 200 granules."""
+        """Addresses without a block, as ``(start, end)``, lowest first; the last gap ends at 200 granules."""
         start = 0
         for used in sorted(self.used[small].values()):
             if start < used[0]:
@@ -336,7 +336,7 @@ class ExpandableAllocator:
         return range(start // self.granule[small], -(-end // self.granule[small]))
 
     def free_memory(self, small):
-        """What of the gaps is mapped, as ``(size, start, size with the unmapped addresses behind)``."""
+        """Mapped parts of the gaps, as ``(size, start, size including the unmapped addresses behind)``."""
         granule = self.granule[small]
         for start, end in self.gaps(small):
             runs = []

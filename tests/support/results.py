@@ -1,7 +1,7 @@
-"""What of a run's result two runs of the same config share."""
+"""The part of a run's result that repeated runs share."""
 
 
 def without_times(result):
-    """What of a result must be the same each time."""
+    """The metrics without times, the curves and the data of a result: equal in every run of one config."""
     metrics = {name: value for name, value in result["metrics"].items() if not name.endswith(("_s", "_ms"))}
     return metrics, result["curves"], result["data"]

@@ -1,4 +1,4 @@
-"""The models of the studies other than the decoder of Lab 4, tiny."""
+"""Tiny versions of the studies' models, without Lab 4's decoder."""
 
 from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.reformer.run import ReformerRun

@@ -1,4 +1,4 @@
-"""Fewer parameters: of many cases `make test` tries some, `make test-all` all."""
+"""Choices of test cases: `make test` runs some of the cases, `make test-all` all of them."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def slow_but(quick, cases):
-    """Return ``cases`` as parameters, marked slow but for those among ``quick``."""
+    """Return ``cases`` as parameters, marked slow unless they are among ``quick``."""
     quick = list(quick)
     return [
         case if case in quick else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
@@ -15,7 +15,7 @@ def slow_but(quick, cases):
 
 
 def cover(cases, shows=set):
-    """Return few of ``cases`` that show all that the whole of them do; ``shows`` gives the set of what one shows."""
+    """Return few of ``cases`` that together cover all values; ``shows`` gives the set of values of one case."""
     cases, chosen = list(cases), []
     missing = set().union(*map(shows, cases))
     while missing:
@@ -25,5 +25,5 @@ def cover(cases, shows=set):
 
 
 def pairwise(*axes):
-    """Return rows with one value of each axis, few, and every two values of two axes together in one of them."""
+    """Return few rows, with one value per axis, so that any two values of two axes occur together in a row."""
     return cover(itertools.product(*axes), lambda row: set(itertools.combinations(enumerate(row), 2)))

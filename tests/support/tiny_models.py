@@ -1,4 +1,4 @@
-"""Configurations of small Hugging Face models, as the config.json files that a run or a forecast may be given."""
+"""Configurations of small Hugging Face models, and their config.json files for runs and predictions."""
 
 import transformers as hf
 

@@ -1,4 +1,4 @@
-"""A tiny BERT with random weights and its tokenizer, saved as trained ones are."""
+"""A tiny BERT with random weights and its tokenizer, saved like a pretrained model."""
 
 import random
 
@@ -31,7 +31,7 @@ def save_tiny(folder, **changes) -> str:
 
 
 def labelled_rows(count: int) -> list[tuple[str, int]]:
-    """Return sentences whose label one word decides, good or bad, and which are else made of any words."""
+    """Return sentences of random words, in which one more word, good or bad, decides the label."""
     draw = random.Random(0)
     rows = []
     for _ in range(count):

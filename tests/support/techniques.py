@@ -1,4 +1,4 @@
-"""The techniques that can be tried here, and the exact ones with their settings."""
+"""The techniques that this machine can run, and the exact techniques with their settings."""
 
 import importlib.util
 
