@@ -1,18 +1,18 @@
-"""Reformer (Kitaev et al. 2020, arXiv:2001.04451): a language model whose layers can be run backwards.
+"""Reformer (Kitaev et al. 2020, arXiv:2001.04451): a language model with reversible layers.
 
-A layer takes two streams and gives two (section 3; Gomez et al. 2017, arXiv:1707.04585)::
+A layer maps two streams to two (section 3; Gomez et al. 2017, arXiv:1707.04585)::
 
     y1 = x1 + attention(x2)          y2 = x2 + feed_forward(y1)
 
-so that its inputs follow from its outputs, x2 = y2 - feed_forward(y1) and x1 = y1 - attention(x2). Only the last
-layer's outputs are kept; backward goes through the layers in reverse, finds each one's inputs and computes it once
-more. What concerns single tokens runs on a piece of the sequence at a time, in backward too (chunking, section 3).
+Its inputs follow from its outputs: x2 = y2 - feed_forward(y1) and x1 = y1 - attention(x2). Only the last layer's
+outputs are kept; backward goes through the layers in reverse, restores each layer's inputs and recomputes the layer.
+Operations on single tokens run on one piece of the sequence at a time, in backward too (chunking, section 3).
 
 Parameters, embeddings and head are those of transformers' ``ReformerModelWithLMHead``, whose checkpoints load; the
-layers run here, on the project's `lsh` and chunked `window` attention. With ``exact`` every token attends to all before
-it instead, and without ``reversible`` autograd keeps what each layer computes: what the two buy can be told apart.
+layers run here, on memstudy's `lsh` and chunked `window` attention. With ``exact`` every token attends to all tokens
+before it instead; without ``reversible`` autograd keeps each layer's activations. So the two savings can be told apart.
 
-Not implemented: decoding with cached buckets and states (generate with ``use_cache=False``); layers not causal.
+Not implemented: decoding with cached buckets and states (generate with ``use_cache=False``); non-causal layers.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from transformers.models.reformer.modeling_reformer import (
 from memstudy.attention import AttentionConfig, LSHConfig, SoftmaxConfig, WindowConfig
 from memstudy.huggingface.decoder import LossInTraining
 
-TOKENS = 2048  # computed at once of what concerns single tokens: norms, projections, the feed-forward part
+TOKENS = 2048  # in one piece for operations on single tokens: norms, projections, feed-forward
 
 
 class ReversibleConfig(ReformerConfig):
-    """A Reformer config that also says whether attention is exact, and whether layers are run backwards.
+    """A Reformer config that also says whether attention is exact, and whether layers are reversible.
 
-    ``exact`` needs ``attn_layers`` that are all ``local``, for queries of their own.
+    ``exact`` needs ``attn_layers`` that are all ``local``, since LSH layers share queries and keys.
     """
 
     model_type = "memstudy_reformer"
@@ -59,7 +59,7 @@ class ReformerLM(LossInTraining, ReformerModelWithLMHead):
 
     def __init__(self, config: ReversibleConfig):
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # transformers guesses it from the class's name, and warns
+        self.loss_type = "ForCausalLM"  # transformers would guess it from the class name and warn
         self.reformer.encoder = Encoder(self.reformer.encoder, config)
 
 
@@ -68,7 +68,7 @@ AutoModelForCausalLM.register(ReversibleConfig, ReformerLM)
 
 
 class Encoder(nn.Module):
-    """The layers of ``encoder``, run on the project's attention, and its last norm over both streams."""
+    """The layers of ``encoder``, run on memstudy's attention, and its last norm over both streams."""
 
     def __init__(self, encoder: ReformerEncoder, config: ReversibleConfig):
         super().__init__()
@@ -94,12 +94,12 @@ class Encoder(nn.Module):
         output_attentions: bool = False,
         **_,
     ) -> ReformerEncoderOutput:
-        """Run all layers on (batch, seq, hidden_size); give both streams (batch, seq, 2 * hidden_size).
+        """Run all layers on (batch, seq, hidden_size); return both streams (batch, seq, 2 * hidden_size).
 
         Raises
         ------
         ValueError
-            When asked for a cache, other hashes than the config's, or what only single layers know.
+            For a cache, another number of hashes than the config's, or outputs of single layers.
         """
         if use_cache or past_buckets_states is not None:
             raise ValueError("this Reformer keeps no cache: set use_cache=False")
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         if not self.config.reversible:
             streams = torch.cat(self._run(hidden_states, hidden_states, padding), -1)
         elif torch.is_grad_enabled():
-            if not hidden_states.requires_grad:  # frozen embeddings: the layers' parameters may learn all the same
+            if not hidden_states.requires_grad:  # with frozen embeddings the layers may still train
                 hidden_states = hidden_states.detach().requires_grad_()
             streams = _Reversible.apply(self, padding, hidden_states)
         else:
@@ -126,9 +126,9 @@ class Encoder(nn.Module):
         return first, second
 
     def run_in_place(self, first, second, padding, seed: int | None = None) -> None:
-        """Turn the streams that the first layer takes into those that the last one gives.
+        """Run all layers and overwrite the two streams.
 
-        With ``seed`` each part of a layer draws from a generator of its own, see `drawing_from`.
+        With ``seed`` each part of a layer draws from its own seed, see `drawing_from`.
         """
         for number, (layer, mixer) in enumerate(zip(self.layers, self.mixers, strict=True)):
             with drawing_from(seed, 2 * number, first.device):
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
                     y.add_(layer.feed_forward.forward_chunk(x))
 
     def pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Cut (batch, seq, ...) into what is computed at once of what concerns single tokens."""
+        """Cut (batch, seq, ...) into pieces of the sequence for operations on single tokens."""
         return tensor.split(self.config.chunk_size_feed_forward or max(1, TOKENS // len(tensor)), 1)
 
 
@@ -157,7 +157,7 @@ def _mixer(config: ReversibleConfig, kind: str) -> AttentionConfig:
 
 
 def project(layer: ReformerLayer, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-    """Queries, keys if they are others, and values, (batch, seq, heads * head_dim) each, of normed hidden states."""
+    """Queries, keys unless shared, and values of normed hidden states, each (batch, seq, heads * head_dim)."""
     hidden_states, own = layer.attention.layer_norm(hidden_states), layer.attention.self_attention
     shared = isinstance(own, LSHSelfAttention)
     return [p(hidden_states) for p in ((own.query_key, own.value) if shared else (own.query, own.key, own.value))]
@@ -166,7 +166,7 @@ def project(layer: ReformerLayer, hidden_states: torch.Tensor) -> list[torch.Ten
 def mix(
     layer: ReformerLayer, mixer: AttentionConfig, projected: list[torch.Tensor], padding: torch.Tensor | None
 ) -> torch.Tensor:
-    """What the heads give.
+    """Attention outputs of all heads.
 
     Parameters
     ----------
@@ -191,9 +191,9 @@ def mix(
 
 @contextmanager
 def drawing_from(seed: int | None, number: int, device: torch.device) -> Iterator[None]:
-    """Draw what ``seed`` and ``number`` say, and leave the generators as they were; without a seed change nothing.
+    """Draw from ``seed + number``, then restore the generators; no effect without a seed.
 
-    A number in place of the generators' state, 5 KB and more, which would be kept for each part of each layer.
+    A seed replaces the generators' state, 5 KB and more, which would otherwise be kept for each part of each layer.
     """
     if seed is None:
         yield
@@ -204,19 +204,19 @@ def drawing_from(seed: int | None, number: int, device: torch.device) -> Iterato
 
 
 class _Reversible(torch.autograd.Function):
-    """All layers; keeps the streams that the last one gives, and works backwards from them in place.
+    """All layers; saves only the last layer's streams, and backward restores the inputs from them in place.
 
-    Parameters get their gradients as each part of a layer is done with, once, so that hooks on them can use and free
-    these at once; ``torch.autograd.grad`` with regard to them therefore finds nothing, as with transformers' own.
+    A parameter's gradient is accumulated once, as soon as its part of a layer is done, so that hooks can use and free
+    it early. ``torch.autograd.grad`` with respect to parameters therefore finds nothing, as in transformers' Reformer.
     """
 
     @staticmethod
     def forward(ctx, encoder, padding, hidden_states):
         ctx.encoder, ctx.padding = encoder, padding
-        # Only what is dropped or hashed at random has to be drawn again.
+        # Backward has to repeat the random numbers of dropout and hashing.
         ctx.seed = int(torch.randint(2**48, ()))
         device_type = hidden_states.device.type
-        # What is cast without gradients must not be found in the cache by what needs them.
+        # No autocast cache: weights cast without gradients must not be reused where gradients are needed.
         enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
         ctx.autocast = {"device_type": device_type, "dtype": dtype, "enabled": enabled, "cache_enabled": False}
         streams = torch.cat([hidden_states, hidden_states], -1)
@@ -230,7 +230,7 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx, grad):
         (streams,) = ctx.saved_tensors
         encoder = ctx.encoder
-        # In place: both belong to this function and to the norm behind it, which is done with them.
+        # In place: only this function and the norm after it use both tensors, and the norm's backward is done.
         first, second = streams.chunk(2, -1)
         grad_first, grad_second = grad.chunk(2, -1)
         for number in reversed(range(len(encoder.layers))):
@@ -264,9 +264,9 @@ def _differentiate(
     *,
     undo: torch.Tensor | None = None,
 ) -> None:
-    """Compute ``function(x)`` again, a piece of the tokens at a time; add to ``grad_x`` and the part's parameters.
+    """Recompute ``function(x)``, a piece of the tokens at a time; add to ``grad_x`` and the part's gradients.
 
-    ``grads`` are the gradients of what the function gives, which is taken off ``undo``.
+    ``grads`` are the gradients of the function's outputs. The output is subtracted from ``undo``.
     """
     parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
     sums: list[torch.Tensor] = []

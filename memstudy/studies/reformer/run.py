@@ -1,4 +1,4 @@
-"""What can be run on the Reformer: a frozen description, and the model and inputs that it describes."""
+"""Runs of the Reformer: a frozen description, and its model and tokenizer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from memstudy.trainers.language_model import LanguageModelRun, data_as_planned
 class ReformerRun(LanguageModelRun):
     """Every choice of one run of a Reformer, or of the same model with exact attention.
 
-    ``attention`` is ``lsh`` with its settings: the layers are then in turn local, with its ``chunk_length``, and
-    hashed; or ``softmax``, exact attention in all. ``reversible`` says whether layers are run backwards or kept.
-    Positions are learned, one for each of ``max_positions`` (0: ``seq_len``); or axial, where ``axial_shape`` is given:
-    rows × columns that make up the length, whose vectors have the widths ``axial_widths``.
+    ``attention`` is ``lsh`` with its settings, where layers alternate between local (with the same ``chunk_length``)
+    and hashed attention, or ``softmax``, exact in all layers. ``reversible`` says whether backward recomputes layers or
+    autograd keeps their activations. Positions are learned, one for each of ``max_positions`` (0: ``seq_len``), or
+    axial if ``axial_shape`` is given: rows × columns = ``seq_len``, with vectors of the widths ``axial_widths``.
 
-    ``vocabulary`` names the text whose ``vocab_size`` pieces are the tokens, or is ``bytes``. In training the loss on
-    validation rows is taken ``validations`` times.
+    ``vocabulary`` names the text that the tokenizer of ``vocab_size`` pieces is trained on, or is ``bytes``. The loss
+    on validation rows is computed ``validations`` times in training.
     """
 
     kind: Literal["reformer"] = "reformer"
@@ -35,7 +35,7 @@ class ReformerRun(LanguageModelRun):
     vocabulary: str = ""
     vocabulary_hash: str = ""
     validations: NonNegativeInt = 0
-    processes: Literal[1] = 1  # DDP and FSDP follow no layers that are run backwards
+    processes: Literal[1] = 1  # DDP and FSDP do not support reversible layers
 
     @model_validator(mode="after")
     def _suits_the_layers(self):
