@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from memstudy import machine, records
@@ -13,21 +14,23 @@ def is_prediction(record: dict) -> bool:
     return "of" in record["config"]
 
 
-def said(used: Sequence[dict], parameters: dict) -> dict[str, str]:
+def said(used: Sequence[dict], parameters: dict, stem: str) -> dict[str, str]:
     """The captions' text on the records ``used``, as values of the report.
 
-    If the study only predicts, ``device`` says that nothing was run, and ``commit`` is the commit that predicted.
+    If the study only predicts, ``device`` says that nothing was run, and ``commit`` is the commit that predicted. Runs
+    and predictions are counted only in the study that made them, here ``stem``, since the report adds all studies up.
     """
     measured = [record for record in used if not is_prediction(record)]
     sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
     commits = sorted({_commit(record["provenance"]) for record in used}) or [_commit(records.git_state())]
+    own = Counter(is_prediction(record) for record in used if record["study"] == stem)
     return {
         "parameters_hash": records.run_id(parameters)[:8],
         "commit": ", ".join(commits),
         "dataset": ", ".join(sources) or "random tokens",
         "device": "; ".join(sorted({r["provenance"]["device"] for r in measured})) or "nothing was run",
-        "n_runs": str(len(measured)),
-        "n_predictions": str(len(used) - len(measured)),
+        "n_runs": str(own[False]),
+        "n_predictions": str(own[True]),
     }
 
 

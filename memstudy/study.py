@@ -223,7 +223,7 @@ class Study:
         become values under their own names.
         """
         used, parameters = list(self._used.values()), self._told
-        said = provenance.said(used, parameters)
+        said = provenance.said(used, parameters, self.stem)
         scalars = {name: value for name, value in parameters.items() if type(value) in (int, float, str)}
         series = {name: value for name, value in values.items() if isinstance(value, pd.Series)}
         given = {name: f"{value:g}" if type(value) is float else value for name, value in scalars.items()}

@@ -175,7 +175,7 @@ def project_of(folder: Path, **studies: str) -> None:
         sweep = f"""from memstudy.study import Study
 from memstudy.kinds import parse_run
 
-Study("{stem}", globals()).sweep([parse_run({VALID})])"""
+Study("{stem}", globals()).sweep([parse_run({VALID | {"experiment": stem}})])"""
         cells = [
             nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
             *map(nbformat.v4.new_code_cell, (sweep, then)),

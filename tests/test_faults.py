@@ -44,7 +44,7 @@ def trainings(count: int) -> list[dict]:
 
 def test_twenty_kills_at_random_moments_cost_no_finished_record_and_change_no_number(tmp_path):
     configs = trainings(8)
-    undisturbed = launcher.spawn(configs[-1], tmp_path / "undisturbed")
+    undisturbed = launcher.spawn(configs[-1], tmp_path / "undisturbed" / "elsewhere")
     moments, finished = random.Random(0), {}
     for _ in range(20):
         process = sweeping(tmp_path, configs)

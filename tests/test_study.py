@@ -190,6 +190,16 @@ def test_missing_rows_are_counted_and_named_when_nothing_may_be_run(swept, folde
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_what_another_study_has_run_is_not_run_again_and_counts_there(swept, folder, tmp_path):
+    shutil.copytree(folder / "lab4_grid", tmp_path / "memory_ablation")
+    study = make_study(tmp_path)
+    assert study.sweep([PLANNED[0]])["status"].tolist() == ["ok"]
+    assert not list(tmp_path.glob("lab4_grid/*.json"))
+    study.values({})
+    assert read_values(tmp_path)["lab4_grid.n_runs"] == "0"
+    assert r"\run{memory_ablation}" in (tmp_path / "report/tables/lab4_grid_provenance.tex").read_text("utf-8")
+
+
 def test_a_run_asked_for_twice_is_one_row(swept, folder):
     rows = make_study(folder, run_missing=False).sweep([PLANNED[0], PLANNED[4], PLANNED[0]])
     assert rows["experiment"].tolist() == ["baseline", "last"]

@@ -6,6 +6,7 @@ The study's decision table, ``memstudy advise`` and ``memstudy fit --advise`` us
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from memstudy import machine, records, techniques
@@ -14,7 +15,7 @@ from memstudy.studies.ablation.experiments import SIZE
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.language_model import LanguageModelRun
 
-STUDY = "memory_ablation"
+STUDIES = "memory_ablation", "memory_combinations"  # whose records have reference steps
 
 
 def ladder(
@@ -109,10 +110,11 @@ def reference() -> dict[frozenset[str], dict]:
     ValueError
         When there is no record of the baseline.
     """
-    parameters = read_parameters(STUDY, "full")
-    folder = records.ROOT / "results" / STUDY
+    parameters = read_parameters(STUDIES[0], "full")
+    results = records.ROOT / "results"
+    found = itertools.chain.from_iterable(records.read_records(results / study) for study in STUDIES)
     by_device: dict[str, dict[frozenset[str], dict]] = {}
-    for record in records.read_records(folder):
+    for record in found:
         if record["config"]["kind"] != "language_model" or record["status"] != "ok":
             continue
         run = LanguageModelRun.model_validate(record["config"])
@@ -122,7 +124,7 @@ def reference() -> dict[frozenset[str], dict]:
     whole = {device: rows for device, rows in by_device.items() if frozenset() in rows}
     if not whole:
         raise ValueError(
-            f"no reference rows in {folder} to order techniques by: run memstudy report {STUDY} --scale full"
+            f"no reference rows in {results} to order techniques by: run memstudy report {STUDIES[0]} --scale full"
         )
     return whole.get(machine.device()) or next(iter(whole.values()))
 
