@@ -1,20 +1,19 @@
 """Data sets by name: their sources, refused names and files, tokenizers and blocks."""
 
-import functools
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.hub_server import HubHandler
+from support.hub_server import serving
 
 from memstudy import data
 
@@ -44,19 +43,8 @@ def may_ask(monkeypatch):
 @pytest.fixture
 def serve():
     """Serve a folder over HTTP on this machine; return the address."""
-    servers = []
-
-    def start(folder):
-        handler = functools.partial(HubHandler, directory=str(folder))
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with ExitStack() as servers:
+        yield lambda folder: servers.enter_context(serving(folder))
 
 
 def write_set(folder, **splits):

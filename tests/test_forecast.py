@@ -463,7 +463,7 @@ ADVISE = ["advise", "--batch", 4, "--seq-len", 16, "--model"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([*PREDICT, "gpt3"], ["unknown model 'gpt3'", *hub_models(), "config.json"]),
+        ([*PREDICT, "gpt3"], ["unknown model 'gpt3'", "similar: gpt2", "hub id", "config.json"]),
         ([*PREDICT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'", *profiler.gpus(), ".yaml"]),
         ([*PREDICT, "gpt2", "--technique", "fp8"], ["unknown technique 'fp8'", *TECHNIQUES]),
         ([*PREDICT, "gpt2", "--technique", "tf32", "--gpu", "T4"], ["tf32 needs compute capability 8.0", "7.5"]),

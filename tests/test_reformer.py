@@ -13,7 +13,7 @@ from memstudy.studies.reformer.model import ReformerLM, ReversibleConfig
 
 PUBLISHED = {
     name: value
-    for name, value in hub_models()["reformer-crime-and-punishment"].items()
+    for name, value in hub_models()["reformer-crime-and-punishment"].config.items()
     if name not in ("model_type", "architectures")
 }
 SMALL = PUBLISHED | {

@@ -24,14 +24,22 @@ Budget = Annotated[float | None, typer.Option(help="Budget [MiB] instead of the 
 class Asked:
     """The shared options, one field each."""
 
-    model: Annotated[str, typer.Option(help="A name from `memstudy list models`, or the path of a config.json.")]
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A name from `memstudy list models`, a hub id (of a multimodal model its language model), or the path "
+            "of a config.json."
+        ),
+    ]
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.", min=2, max=2**31)]
     gpu: Annotated[
         str | None, typer.Option(help="A name from `memstudy list gpus`, or a .yaml file. Without it: this CPU.")
     ] = None
     technique: Annotated[str, typer.Option(help="Names from `memstudy list techniques`, comma-separated.")] = ""
     optimizer: Annotated[str, typer.Option(help="adamw (fused), adamw_torch (foreach), adafactor, sgd, ...")] = "adamw"
-    task: Annotated[str, typer.Option(help="lm (the model's pretraining task) or classification.")] = "lm"
+    task: Annotated[
+        str, typer.Option(help="lm (the model's pretraining task), classification, or contrastive (CLIP).")
+    ] = "lm"
     attention: Annotated[str, typer.Option(help="sdpa (PyTorch's fused kernels) or eager.")] = "sdpa"
     expandable_segments: Annotated[
         bool, typer.Option("--expandable-segments", help="As with PYTORCH_ALLOC_CONF=expandable_segments:True.")

@@ -93,8 +93,13 @@ def _models(results: Path) -> list[dict]:
     from memstudy.huggingface.catalogue import hub_models
 
     return [
-        {"model": name, "family": settings["model_type"], "class": settings["architectures"][0]}
-        for name, settings in hub_models().items()
+        {
+            "model": name,
+            "hub id": known.hub[0] if known.hub else "–",
+            "family": known.config["model_type"],
+            "parameters": f"{known.parameters:,}" if known.parameters else "–",
+        }
+        for name, known in hub_models().items()
     ]
 
 

@@ -16,15 +16,18 @@ from transformers.training_args import OptimizerNames
 
 from memstudy.attention import AttentionConfig
 from memstudy.attention.settings import mixer_of
-from memstudy.huggingface.catalogue import hub_models, read_config
+from memstudy.huggingface.catalogue import model_config
 from memstudy.huggingface.convert import convert_attention
+from memstudy.huggingface.inputs import random_batch
 from memstudy.trainers.step import StepRun
 
 _CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+# Whisper's decoder predicts the next token of the text, as T5's does.
 _LANGUAGE_MODELS = (
     _CAUSAL
     | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     | set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
+    | {"WhisperForConditionalGeneration"}
 )
 # Positions are numbered from the padding token's id + 1, so the position tables have more rows than positions.
 _COUNTED_FROM_PADDING = {
@@ -36,9 +39,13 @@ _COUNTED_FROM_PADDING = {
 class HubModelRun(StepRun):
     """Every choice of one run of a Hugging Face model with random weights.
 
-    ``model`` is a name in ``hub_models.yaml`` or the path of a ``config.json``; ``optimizer`` is one of ``adamw``,
-    ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is ``lm``, the pretraining task, or
-    ``classification`` of sequences.
+    ``model`` is a name in ``hub_models.yaml``, a hub id or the path of a ``config.json`` (`model_config`);
+    ``optimizer`` is one of ``adamw``, ``adafactor``, ``sgd`` or any name that Hugging Face's Trainer knows; ``task`` is
+    ``lm``, the pretraining task of language models and of Whisper, ``classification`` of sequences or of ViT's images,
+    or ``contrastive``, CLIP's own loss.
+
+    ``seq_len`` counts the tokens of a text: Whisper's are its decoder's. ViT reads images of one size, and ``seq_len``
+    must be the number of tokens that an image becomes.
 
     ``convert_to`` names the attention variant, with its settings, that replaces the model's attention. ``layers`` lists
     the converted layers, counted from 0, for a variant that replaces projections; empty means all layers.
@@ -47,7 +54,7 @@ class HubModelRun(StepRun):
     kind: Literal["hub_model"] = "hub_model"
     model: str
     optimizer: str = "adamw"  # Trainer's default, AdamW in one fused kernel
-    task: Literal["lm", "classification"] = "lm"
+    task: Literal["lm", "classification", "contrastive"] = "lm"
     attention: Literal["eager", "sdpa"] = "sdpa"
     convert_to: dict[str, bool | str | int | float] = Field(default_factory=dict)
     layers: tuple[NonNegativeInt, ...] = ()
@@ -64,11 +71,16 @@ class HubModelRun(StepRun):
     @model_validator(mode="after")
     def _suits_the_model(self):
         config = self.config()
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and config.model_type in _COUNTED_FROM_PADDING:
-            positions -= (config.pad_token_id or 0) + 1
+        family = self._family(config)
+        positions = _positions(config)
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
+        tokens = (config.image_size // config.patch_size) ** 2 + 1 if config.model_type == "vit" else self.seq_len
+        if self.seq_len != tokens:
+            raise ValueError(
+                f"seq_len={self.seq_len}: an image of {config.image_size} × {config.image_size} pixels is {tokens} "
+                f"tokens to {self.model}, its patches and the class token: give {tokens}"
+            )
         # A forward pass alone also takes shorter sequences.
         axial = config.model_type == "reformer" and config.axial_pos_embds and self.kind != "inference"
         if axial and math.prod(config.axial_pos_shape) != self.seq_len:
@@ -76,13 +88,6 @@ class HubModelRun(StepRun):
                 f"seq_len={self.seq_len}: with the axial positions of {self.model} it trains on "
                 f"{math.prod(config.axial_pos_shape)} tokens only; take learned positions"
             )
-        if self.task == "lm":
-            family = self._family(config)
-        else:
-            if config.model_type not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-                raise ValueError(f"transformers has no classifier of the family of {self.model}, {config.model_type}")
-            if config.is_encoder_decoder:  # it reads each row's last </s>, and random tokens may have none
-                raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
         if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
             raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
         for text, technique in zip(self.techniques, self.parsed_techniques(), strict=True):
@@ -121,48 +126,74 @@ class HubModelRun(StepRun):
         Raises
         ------
         ValueError
-            For an unknown name, or a file that is no configuration.
+            As `model_config`.
         """
-        if self.model.endswith(".json"):
-            return read_config(self.model)
-        known = hub_models()
-        if self.model not in known:
-            raise ValueError(
-                f"unknown model {self.model!r}; known: {', '.join(known)}; for another give the path of its config.json"
-            )
-        return transformers.AutoConfig.for_model(**known[self.model])
+        return model_config(self.model)
 
     def _family(self, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
-        """The language model class that ``config.architectures`` names."""
+        """The class that the task trains: a classifier, or the class that ``config.architectures`` names."""
+        if self.task == "classification":
+            return self._classifier(config)
         names = config.architectures
         name = names[0] if isinstance(names, list) and names else None
-        if not isinstance(name, str) or name not in _LANGUAGE_MODELS:
-            raise ValueError(f"model {self.model}: architectures={names!r}: a language model's class is needed")
+        known, needed = _LANGUAGE_MODELS, "a language model's class is needed"
+        if self.task == "contrastive":
+            known, needed = {"CLIPModel"}, "task contrastive is for CLIPModel"
+        if not isinstance(name, str) or name not in known:
+            tasks = {"CLIPModel": "contrastive", "ViTForImageClassification": "classification"}
+            other = f", or task {tasks[name]}" if isinstance(name, str) and name in tasks else ""
+            raise ValueError(f"model {self.model}: architectures={names!r}: {needed}{other}")
         family = getattr(transformers, name)
         if not isinstance(config, family.config_class):
             raise ValueError(f"model {self.model}: {name} is not of its model_type={config.model_type!r}")
         return family
 
+    def _classifier(self, config: transformers.PretrainedConfig) -> type[transformers.PreTrainedModel]:
+        if config.model_type == "vit":
+            return transformers.ViTForImageClassification
+        name = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type)
+        if name is None:
+            raise ValueError(f"transformers has no classifier of the family of {self.model}, {config.model_type}")
+        if config.is_encoder_decoder:  # it reads each row's last </s>, and random tokens may have none
+            raise ValueError(f"classification is for encoders and decoders; {self.model} is both: take task lm")
+        return getattr(transformers, name)
+
     def make_model(self) -> transformers.PreTrainedModel:
         """The model with random weights, converted."""
         config = self.config()
-        if self.task == "classification":
-            if config.pad_token_id is None:  # a decoder's classifier reads the last token that is not padding
-                config.pad_token_id = 0
-            family = transformers.AutoModelForSequenceClassification
-            return self.converted(family.from_config(config, attn_implementation=self.attention))
         family = self._family(config)
+        if self.task == "classification" and family.main_input_name == "input_ids" and config.pad_token_id is None:
+            config.pad_token_id = 0  # a decoder's classifier reads the last token that is not padding
         # A family with only its own attention calls it eager.
         attention = self.attention if family._supports_sdpa else "eager"
         model = family._from_config(config, attn_implementation=attention)
         if "LMHead" in family.__name__:
             model.loss_type = "ForCausalLM"  # transformers would guess it from the class name and warn
+        if self.task == "contrastive":  # without labels, only a flag makes CLIP return its loss
+            model.register_forward_pre_hook(_ask_for_loss, with_kwargs=True)
         return self.converted(model)
 
     def make_batch(self) -> dict[str, torch.Tensor]:
-        """A batch of random tokens, from torch's global generator; no padding."""
-        tokens = torch.randint(self.config().get_text_config().vocab_size, (self.batch_size, self.seq_len))
-        return {"input_ids": tokens, "labels": tokens[:, 0] % 2 if self.task == "classification" else tokens}
+        """A batch of random inputs, from torch's global generator; no padding."""
+        config = self.config()
+        return random_batch(
+            self._family(config), config, task=self.task, batch_size=self.batch_size, seq_len=self.seq_len
+        )
 
     def flags(self):
         return {} if self.optimizer == "adamw" else {"optim": self.optimizer}
+
+
+def _positions(config: transformers.PretrainedConfig) -> int | None:
+    """The most tokens that a text can have; None for relative positions without an end."""
+    if config.model_type == "whisper":
+        return config.max_target_positions
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and text.model_type in _COUNTED_FROM_PADDING:
+        positions -= (text.pad_token_id or 0) + 1
+    return positions
+
+
+def _ask_for_loss(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, kwargs | {"return_loss": True}

@@ -22,10 +22,26 @@ TINY = {
     ),
 }  # fmt: skip
 
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGE = {"image_size": 32, "patch_size": 8}
+SEEING_AND_HEARING = {
+    "vit": lambda: hf.ViTConfig(**TOWER, **IMAGE, num_labels=5, architectures=["ViTForImageClassification"]),
+    "clip": lambda: hf.CLIPConfig(
+        text_config=TOWER | {"vocab_size": 100, "max_position_embeddings": 24}, vision_config=TOWER | IMAGE,
+        projection_dim=16, architectures=["CLIPModel"],
+    ),
+    "whisper": lambda: hf.WhisperConfig(
+        vocab_size=100, num_mel_bins=8, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=48,
+        max_target_positions=24, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        architectures=["WhisperForConditionalGeneration"],
+    ),
+}  # fmt: skip
+
 
 def config_file(folder, family: str, **changes) -> str:
     """Write the config.json of the tiny model of `family`, with `changes`, and return its path."""
-    config = TINY[family]()
+    config = (TINY | SEEING_AND_HEARING)[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     path = folder / f"{family}-{len(list(folder.iterdir()))}.json"

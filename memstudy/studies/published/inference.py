@@ -23,7 +23,7 @@ NAMES = {
 def model_of(system: str) -> torch.nn.Module:
     if system == "GPT2 base":
         return eras.gpt2()
-    return ReformerModelWithLMHead(AutoConfig.for_model(**hub_models()[NAMES[system]]))
+    return ReformerModelWithLMHead(AutoConfig.for_model(**hub_models()[NAMES[system]].config))
 
 
 def forward(system: str, batch_size: int, seq_len: int) -> Callable[[], None]:

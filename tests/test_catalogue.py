@@ -1,0 +1,291 @@
+"""Models by name and by hub id: their settings, what is fetched, and what can't be had."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers as hf
+from pydantic import ValidationError
+from support.command_line import assert_one_line, invoke
+from support.hub_server import ModelHubHandler, serving
+from support.tiny_models import TINY, config_file
+
+from memstudy.huggingface import hub
+from memstudy.huggingface.catalogue import hub_models, model_config
+from memstudy.profiler import measure, predict
+from memstudy.trainers.hub_model import HubModelRun
+
+pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
+
+PREDICT = ["predict", "--batch", 2, "--seq-len", 16, "--model"]
+
+# Weights that were published in another class than the one that is trained: with more heads, without the head, or
+# with the vision part.
+PUBLISHED_AS = {
+    "bert-base-uncased": hf.BertForPreTraining,
+    "bert-large-uncased": hf.BertForPreTraining,
+    "all-MiniLM-L6-v2": hf.BertModel,
+    **dict.fromkeys([f"deberta-v3-{size}" for size in ("xsmall", "small", "base", "large")], hf.DebertaV2Model),
+    "reformer-crime-and-punishment": hf.ReformerModel,
+}
+VISION = {  # of Gemma 3: Gemma team 2025, arXiv:2503.19786, section 2.1; the sizes in its config.json
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 896, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+
+
+def published_class(name: str) -> hf.PreTrainedModel:
+    """The model in the class of its published weights, without bytes."""
+    if name in ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"):
+        whole = hf.Gemma3Config(text_config=model_config(name), vision_config=VISION)
+        return hf.Gemma3ForConditionalGeneration(whole)
+    if name in PUBLISHED_AS:
+        return PUBLISHED_AS[name](model_config(name))
+    sizes = {"vit-base": (197, "classification"), "vit-large": (197, "classification")}
+    sizes |= dict.fromkeys([name for name in hub_models() if name.startswith("clip-")], (77, "contrastive"))
+    seq_len, task = sizes.get(name, (16, "lm"))
+    return HubModelRun(experiment="test", model=name, batch_size=2, seq_len=seq_len, task=task).make_model()
+
+
+@pytest.mark.parametrize("name", [name for name, known in hub_models().items() if known.parameters])
+def test_a_model_known_by_name_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = published_class(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == hub_models()[name].parameters
+
+
+def test_each_model_known_by_name_has_its_source_and_each_hub_id_one_name():
+    assert len(hub_models()) >= 90
+    assert all(known.source for known in hub_models().values())
+    ids = [id for known in hub_models().values() for id in known.hub]
+    assert len(ids) == len(set(ids)) > len(hub_models())
+    assert all(id.count("/") == 1 for id in ids)
+    unpublished = {name for name, known in hub_models().items() if not known.parameters}
+    assert unpublished == {name for name, known in hub_models().items() if not known.hub}
+
+
+@pytest.mark.parametrize(
+    ("id", "name"),
+    [
+        ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("openai/gpt-oss-20b", "gpt-oss-20b"),
+        ("google-bert/bert-base-uncased", "bert-base-uncased"),
+    ],
+)
+def test_a_hub_id_of_the_catalogue_needs_no_network(id, name, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("looked at the internet"))
+    assert model_config(id).to_dict() == model_config(name).to_dict()
+
+
+def test_the_list_of_models_has_id_family_and_parameters():
+    lines = {line.split()[0]: line.split() for line in invoke("list", "models").stdout.splitlines()}
+    assert lines["llama-3.1-8b"] == ["llama-3.1-8b", "meta-llama/Llama-3.1-8B", "llama", "8,030,261,248"]
+    assert lines["reformer-enwik8-learned-positions"][1:] == ["–", "reformer", "–"]
+
+
+# --- models of the hub
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A hub on this machine; returns its folder. The client's cache is empty, and nobody is logged in."""
+    served = tmp_path / "served"
+    served.mkdir()
+    for name, value in {"HF_HUB_CACHE": tmp_path / "cache", "HF_TOKEN_PATH": tmp_path / "token"}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, str(value))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub.fetch_config.cache_clear()
+    with serving(served, ModelHubHandler) as address:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address.rstrip("/"))
+        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+        yield served
+    hub.fetch_config.cache_clear()
+
+
+def publish(served: Path, repository: str, given: dict) -> None:
+    folder = served / repository / "resolve" / "main"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(given))
+
+
+def tiny(family="llama", **changes) -> dict:
+    return TINY[family]().to_dict() | changes
+
+
+def test_of_a_model_on_the_hub_only_the_config_is_fetched(models, tmp_path):
+    publish(models, "someone/tiny", tiny())
+    (models / "someone/tiny/resolve/main/model.safetensors").write_bytes(b"weights")
+    found = invoke(*PREDICT, "someone/tiny", "--json")
+    assert found.exit_code == 0, found.output
+    path = tmp_path / "local.json"
+    path.write_text(json.dumps(tiny()))
+    same = json.loads(invoke(*PREDICT, path, "--json").stdout)
+    assert json.loads(found.stdout)["peak_allocated_mib"] == same["peak_allocated_mib"] > 0
+    assert [file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")] == ["config.json"]
+
+
+def test_a_gated_model_wants_the_token_of_somebody_who_may_read_it(models, monkeypatch):
+    publish(models, "someone/gated", tiny())
+    (models / "someone/gated/gated").touch()
+    page = "https://huggingface.co/someone/gated"
+    assert_one_line(invoke(*PREDICT, "someone/gated"), "someone/gated: gated", page, "`hf auth login`", "HF_TOKEN")
+    monkeypatch.setenv("HF_TOKEN", "stranger")
+    assert_one_line(invoke(*PREDICT, "someone/gated"), "someone/gated: gated", "your token has no access", page)
+    monkeypatch.setenv("HF_TOKEN", "granted")
+    assert model_config("someone/gated").hidden_size == 128
+
+
+def test_a_model_that_does_not_exist_is_told_in_one_line(models, monkeypatch):
+    assert_one_line(invoke(*PREDICT, "someone/none"), "model someone/none: the hub has no such", "hf auth login")
+    monkeypatch.setenv("HF_TOKEN", "stranger")
+    said = invoke(*PREDICT, "someone/none")
+    assert_one_line(said, "model someone/none: the hub has no such model; check the id")
+    assert "login" not in said.stderr
+    (models / "someone/files").mkdir(parents=True)
+    assert_one_line(invoke(*PREDICT, "someone/files"), "someone/files: the repository has no config.json")
+    assert_one_line(invoke(*PREDICT, "some/one/else"), "some/one/else: this is no hub id", "owner/name")
+
+
+def test_offline_the_cache_is_read(models, monkeypatch):
+    publish(models, "someone/tiny", tiny())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = invoke(*PREDICT, "someone/tiny")
+    assert_one_line(said, "someone/tiny: HF_HUB_OFFLINE is set", "no config.json of it", "`memstudy list models`")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert model_config("someone/tiny").hidden_size == 128
+    hub.fetch_config.cache_clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert model_config("someone/tiny").hidden_size == 128
+
+
+@pytest.mark.slow  # the hub's client tries five times
+def test_without_a_network_the_hub_is_not_reached(models, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
+    assert_one_line(invoke(*PREDICT, "someone/other"), "someone/other: the hub is not reached", "no config.json of it")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}},
+            ["model_type='mine' is unknown to transformers", "the code of its auto_map is never run"],
+        ),
+        ({"model_type": "mine"}, ["model_type='mine' is unknown to transformers"]),
+        (
+            tiny("bert", architectures=["BertModel"]),
+            ["architectures=['BertModel']: a language model's class is needed"],
+        ),
+        (
+            tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            ["quantised by 'bitsandbytes'", "as a technique"],
+        ),
+        (tiny(num_hidden_layers="two"), ["num_hidden_layers"]),
+    ],
+    ids=["remote code", "unknown", "no language model", "quantised", "wrong type"],
+)
+def test_a_config_of_the_hub_that_describes_no_such_model_is_told_in_one_line(given, said, models):
+    publish(models, "someone/odd", given)
+    assert_one_line(invoke(*PREDICT, "someone/odd"), "model someone/odd: ", *said)
+
+
+def test_a_known_family_needs_no_code_of_its_repository(models):
+    publish(models, "someone/phi", tiny(auto_map={"AutoModelForCausalLM": "mine.Model"}))
+    run = HubModelRun(experiment="test", model="someone/phi", batch_size=2, seq_len=16)
+    assert type(run.make_model()) is hf.LlamaForCausalLM
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_of_a_multimodal_model_the_language_model_is_taken(family, models):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    text = {"gemma3": hf.Gemma3TextConfig, "mistral3": hf.MistralConfig}[family](**sizes, vocab_size=100)
+    whole = {"gemma3": hf.Gemma3Config, "mistral3": hf.Mistral3Config}[family](text_config=text)
+    names = {"gemma3": "Gemma3ForConditionalGeneration", "mistral3": "Mistral3ForConditionalGeneration"}
+    publish(models, "someone/sees", whole.to_dict() | {"architectures": [names[family]]})
+    run = HubModelRun(experiment="test", model="someone/sees", batch_size=2, seq_len=16)
+    model = run.make_model()
+    assert type(model) is {"gemma3": hf.Gemma3ForCausalLM, "mistral3": hf.MistralForCausalLM}[family]
+    assert model.config.hidden_size == 32
+    assert not any("vision" in name for name, _ in model.named_parameters())
+
+
+# --- models that read images or sound
+
+READERS = {"vit": (17, "classification"), "clip": (16, "contrastive"), "whisper": (16, "lm")}  # tokens, task
+
+
+def reader(folder, family, **changes) -> HubModelRun:
+    seq_len, task = READERS[family]
+    choices = {"experiment": "test", "batch_size": 4, "seq_len": seq_len, "task": task, **changes}
+    return HubModelRun(model=config_file(folder, family), **choices)
+
+
+@pytest.mark.parametrize("techniques", [(), ("checkpointing", "accumulation=2")], ids=str)
+@pytest.mark.parametrize("family", READERS)
+def test_a_step_on_images_or_sound_takes_what_is_predicted(family, techniques, tmp_path):
+    """In fp32: no rule covers oneDNN's scratch for the convolution of an image in bf16."""
+    make = reader(tmp_path, family, techniques=techniques).build()
+    measured, predicted = measure(make), predict(make)
+    assert predicted.peak_bytes == measured.peak_bytes
+    assert predicted.peak_by_category == measured.peak_by_category
+
+
+def test_a_batch_has_what_the_model_reads(tmp_path):
+    images = reader(tmp_path, "vit", batch_size=64).make_batch()
+    assert {name: tuple(tensor.shape) for name, tensor in images.items()} == {
+        "pixel_values": (64, 3, 32, 32), "labels": (64,),
+    }  # fmt: skip
+    assert set(images["labels"].tolist()) == set(range(5))
+    pairs = reader(tmp_path, "clip").make_batch()
+    assert {name: tuple(tensor.shape) for name, tensor in pairs.items()} == {
+        "input_ids": (4, 16), "pixel_values": (4, 3, 32, 32),
+    }  # fmt: skip
+    sound = reader(tmp_path, "whisper").make_batch()
+    assert {name: tuple(tensor.shape) for name, tensor in sound.items()} == {
+        "input_features": (4, 8, 96), "labels": (4, 16),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_every_part_of_the_model_is_trained(family, tmp_path):
+    """Whisper's encoder has sinusoids for positions, which stay."""
+    run = reader(tmp_path, family)
+    model = run.make_model()
+    model(**run.make_batch())["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert fixed == ({"model.encoder.embed_positions.weight"} if family == "whisper" else set())
+
+
+@pytest.mark.parametrize(
+    ("model", "choices", "said"),
+    [
+        ("vit-base", {"task": "classification", "seq_len": 128}, "224 × 224 pixels is 197 tokens to vit-base"),
+        ("vit-base", {"seq_len": 197}, "is needed, or task classification"),
+        ("clip-vit-base-patch32", {"seq_len": 77}, "is needed, or task contrastive"),
+        ("clip-vit-base-patch32", {"seq_len": 78, "task": "contrastive"}, "more than the 77 positions"),
+        ("clip-vit-base-patch32", {"seq_len": 77, "task": "classification"}, "no classifier of the family"),
+        ("whisper-tiny", {"seq_len": 449}, "more than the 448 positions of whisper-tiny"),
+        ("whisper-tiny", {"seq_len": 448, "task": "classification"}, "no classifier of the family"),
+        ("gpt2", {"seq_len": 16, "task": "contrastive"}, "task contrastive is for CLIPModel"),
+        ("whisper-tiny", {"seq_len": 16, "techniques": ("chunked_loss",)}, "chunked_loss is for causal language"),
+    ],
+    ids=str,
+)
+def test_what_a_model_of_images_or_sound_cannot_do_is_told(model, choices, said):
+    with pytest.raises(ValidationError) as refused:
+        HubModelRun(experiment="test", model=model, batch_size=2, **choices)
+    (error,) = refused.value.errors()
+    assert said in error["msg"]
+    assert "\n" not in error["msg"]
