@@ -10,6 +10,7 @@ import transformers as hf
 from pydantic import ValidationError
 from support.command_line import assert_one_line, invoke
 from support.hub_server import ModelHubHandler, serving
+from support.tiers import slow_but
 from support.tiny_models import TINY, config_file
 
 from memstudy.huggingface import hub
@@ -84,6 +85,33 @@ def test_the_list_of_models_has_id_family_and_parameters():
     lines = {line.split()[0]: line.split() for line in invoke("list", "models").stdout.splitlines()}
     assert lines["llama-3.1-8b"] == ["llama-3.1-8b", "meta-llama/Llama-3.1-8B", "llama", "8,030,261,248"]
     assert lines["reformer-enwik8-learned-positions"][1:] == ["–", "reformer", "–"]
+
+
+# --- the families of the models known by name
+
+NEW = ["llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2-2b", "gemma-3-270m", "mistral-7b", "phi-4-mini",
+       "smollm2-135m", "smollm3-3b", "olmo-2-1b", "modernbert-base", "deberta-v3-xsmall"]  # fmt: skip
+SMALL = {
+    "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "local_attention": 8,
+    "position_buckets": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "techniques"),
+    slow_but([(name, ()) for name in NEW], [(name, bf16) for bf16 in ((), ("bf16",)) for name in NEW]),
+)
+def test_a_step_of_a_small_model_of_each_family_takes_what_is_predicted(name, techniques, tmp_path):
+    settings = hub_models()[name].config
+    small = {key: SMALL[key] for key in SMALL if (model_config(name).to_dict() | settings).get(key) is not None}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings | small))
+    run = HubModelRun(experiment="test", model=str(path), batch_size=4, seq_len=32, techniques=techniques)
+    measured, predicted = measure(run.build()), predict(run.build())
+    assert predicted.peak_bytes == measured.peak_bytes
+    assert predicted.peak_by_category == measured.peak_by_category
 
 
 # --- models of the hub
@@ -194,10 +222,11 @@ def test_a_config_of_the_hub_that_describes_no_such_model_is_told_in_one_line(gi
     assert_one_line(invoke(*PREDICT, "someone/odd"), "model someone/odd: ", *said)
 
 
-def test_a_known_family_needs_no_code_of_its_repository(models):
-    publish(models, "someone/phi", tiny(auto_map={"AutoModelForCausalLM": "mine.Model"}))
-    run = HubModelRun(experiment="test", model="someone/phi", batch_size=2, seq_len=16)
-    assert type(run.make_model()) is hf.LlamaForCausalLM
+def test_a_known_family_needs_no_code_of_its_repository_and_weights_are_fp32(models):
+    publish(models, "someone/phi", tiny(auto_map={"AutoModelForCausalLM": "mine.Model"}, dtype="bfloat16"))
+    model = HubModelRun(experiment="test", model="someone/phi", batch_size=2, seq_len=16).make_model()
+    assert type(model) is hf.LlamaForCausalLM
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral3"])
