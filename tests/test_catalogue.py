@@ -13,6 +13,7 @@ from support.hub_server import ModelHubHandler, serving
 from support.tiers import slow_but
 from support.tiny_models import TINY, config_file
 
+from memstudy.data import sources
 from memstudy.huggingface import hub
 from memstudy.huggingface.catalogue import hub_models, model_config
 from memstudy.profiler import measure, predict
@@ -127,12 +128,14 @@ def models(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.fetch_config.cache_clear()
+    sources.online.cache_clear()
     with serving(served, ModelHubHandler) as address:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address.rstrip("/"))
         template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
         yield served
     hub.fetch_config.cache_clear()
+    sources.online.cache_clear()
 
 
 def publish(served: Path, repository: str, given: dict) -> None:
@@ -179,22 +182,24 @@ def test_a_model_that_does_not_exist_is_told_in_one_line(models, monkeypatch):
     assert_one_line(invoke(*PREDICT, "some/one/else"), "some/one/else: this is no hub id", "owner/name")
 
 
-def test_offline_the_cache_is_read(models, monkeypatch):
-    publish(models, "someone/tiny", tiny())
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    said = invoke(*PREDICT, "someone/tiny")
-    assert_one_line(said, "someone/tiny: HF_HUB_OFFLINE is set", "no config.json of it", "`memstudy list models`")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert model_config("someone/tiny").hidden_size == 128
+def unplug(monkeypatch, how: str) -> None:
+    """Cut this process off from the hub."""
     hub.fetch_config.cache_clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    sources.online.cache_clear()
+    if how == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # no server
+
+
+@pytest.mark.parametrize(("how", "said"), [("offline", "HF_HUB_OFFLINE is set"), ("alone", "the hub is not reached")])
+def test_without_the_hub_the_cache_is_read(how, said, models, monkeypatch):
+    publish(models, "someone/tiny", tiny())
     assert model_config("someone/tiny").hidden_size == 128
-
-
-@pytest.mark.slow  # the hub's client tries five times
-def test_without_a_network_the_hub_is_not_reached(models, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
-    assert_one_line(invoke(*PREDICT, "someone/other"), "someone/other: the hub is not reached", "no config.json of it")
+    unplug(monkeypatch, how)
+    assert model_config("someone/tiny").hidden_size == 128
+    refused = invoke(*PREDICT, "someone/other")
+    assert_one_line(refused, f"someone/other: {said}", "no config.json of it", "`memstudy list models`")
 
 
 @pytest.mark.parametrize(
