@@ -10,8 +10,10 @@ import transformers as hf
 from pydantic import ValidationError
 from support.command_line import assert_one_line, invoke
 from support.hub_server import ModelHubHandler, serving
+from support.tiers import slow_but
 from support.tiny_models import TINY, config_file
 
+from memstudy.data import sources
 from memstudy.huggingface import hub
 from memstudy.huggingface.catalogue import hub_models, model_config
 from memstudy.profiler import measure, predict
@@ -86,6 +88,33 @@ def test_the_list_of_models_has_id_family_and_parameters():
     assert lines["reformer-enwik8-learned-positions"][1:] == ["–", "reformer", "–"]
 
 
+# --- the families of the models known by name
+
+NEW = ["llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2-2b", "gemma-3-270m", "mistral-7b", "phi-4-mini",
+       "smollm2-135m", "smollm3-3b", "olmo-2-1b", "modernbert-base", "deberta-v3-xsmall"]  # fmt: skip
+SMALL = {
+    "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "local_attention": 8,
+    "position_buckets": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "techniques"),
+    slow_but([(name, ()) for name in NEW], [(name, bf16) for bf16 in ((), ("bf16",)) for name in NEW]),
+)
+def test_a_step_of_a_small_model_of_each_family_takes_what_is_predicted(name, techniques, tmp_path):
+    settings = hub_models()[name].config
+    small = {key: SMALL[key] for key in SMALL if (model_config(name).to_dict() | settings).get(key) is not None}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings | small))
+    run = HubModelRun(experiment="test", model=str(path), batch_size=4, seq_len=32, techniques=techniques)
+    measured, predicted = measure(run.build()), predict(run.build())
+    assert predicted.peak_bytes == measured.peak_bytes
+    assert predicted.peak_by_category == measured.peak_by_category
+
+
 # --- models of the hub
 
 
@@ -99,12 +128,14 @@ def models(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.fetch_config.cache_clear()
+    sources.online.cache_clear()
     with serving(served, ModelHubHandler) as address:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address.rstrip("/"))
         template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.split("/", 3)[3]
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
         yield served
     hub.fetch_config.cache_clear()
+    sources.online.cache_clear()
 
 
 def publish(served: Path, repository: str, given: dict) -> None:
@@ -151,22 +182,24 @@ def test_a_model_that_does_not_exist_is_told_in_one_line(models, monkeypatch):
     assert_one_line(invoke(*PREDICT, "some/one/else"), "some/one/else: this is no hub id", "owner/name")
 
 
-def test_offline_the_cache_is_read(models, monkeypatch):
-    publish(models, "someone/tiny", tiny())
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    said = invoke(*PREDICT, "someone/tiny")
-    assert_one_line(said, "someone/tiny: HF_HUB_OFFLINE is set", "no config.json of it", "`memstudy list models`")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert model_config("someone/tiny").hidden_size == 128
+def unplug(monkeypatch, how: str) -> None:
+    """Cut this process off from the hub."""
     hub.fetch_config.cache_clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    sources.online.cache_clear()
+    if how == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # no server
+
+
+@pytest.mark.parametrize(("how", "said"), [("offline", "HF_HUB_OFFLINE is set"), ("alone", "the hub is not reached")])
+def test_without_the_hub_the_cache_is_read(how, said, models, monkeypatch):
+    publish(models, "someone/tiny", tiny())
     assert model_config("someone/tiny").hidden_size == 128
-
-
-@pytest.mark.slow  # the hub's client tries five times
-def test_without_a_network_the_hub_is_not_reached(models, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}")
-    assert_one_line(invoke(*PREDICT, "someone/other"), "someone/other: the hub is not reached", "no config.json of it")
+    unplug(monkeypatch, how)
+    assert model_config("someone/tiny").hidden_size == 128
+    refused = invoke(*PREDICT, "someone/other")
+    assert_one_line(refused, f"someone/other: {said}", "no config.json of it", "`memstudy list models`")
 
 
 @pytest.mark.parametrize(
@@ -194,10 +227,11 @@ def test_a_config_of_the_hub_that_describes_no_such_model_is_told_in_one_line(gi
     assert_one_line(invoke(*PREDICT, "someone/odd"), "model someone/odd: ", *said)
 
 
-def test_a_known_family_needs_no_code_of_its_repository(models):
-    publish(models, "someone/phi", tiny(auto_map={"AutoModelForCausalLM": "mine.Model"}))
-    run = HubModelRun(experiment="test", model="someone/phi", batch_size=2, seq_len=16)
-    assert type(run.make_model()) is hf.LlamaForCausalLM
+def test_a_known_family_needs_no_code_of_its_repository_and_weights_are_fp32(models):
+    publish(models, "someone/phi", tiny(auto_map={"AutoModelForCausalLM": "mine.Model"}, dtype="bfloat16"))
+    model = HubModelRun(experiment="test", model="someone/phi", batch_size=2, seq_len=16).make_model()
+    assert type(model) is hf.LlamaForCausalLM
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral3"])

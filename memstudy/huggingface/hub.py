@@ -13,7 +13,8 @@ from huggingface_hub import errors
 def fetch_config(repository: str) -> Path:
     """Fetch the newest ``config.json`` of ``repository`` (owner/name), once in a process.
 
-    The hub's client does so, with its own cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``.
+    The hub's client does so, with its own cache, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE``. If the hub does
+    not answer in time (`online`), the cache alone is read: the client would try for half a minute.
 
     Raises
     ------
@@ -21,8 +22,11 @@ def fetch_config(repository: str) -> Path:
         When the id is none, the repository is gated or does not exist, has no ``config.json``, or the hub is not
         reached and its cache does not have the file.
     """
+    from memstudy.data.sources import online  # imports `datasets`, a second that only a fetch needs
+
+    alone = huggingface_hub.constants.ENDPOINT not in online()
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, "config.json"))
+        return Path(huggingface_hub.hf_hub_download(repository, "config.json", local_files_only=alone))
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as error:
         raise ValueError(f"model {repository}: {_reason(repository, error)}") from None
 

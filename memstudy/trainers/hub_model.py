@@ -159,14 +159,14 @@ class HubModelRun(StepRun):
         return getattr(transformers, name)
 
     def make_model(self) -> transformers.PreTrainedModel:
-        """The model with random weights, converted."""
+        """The model with random weights in fp32, whatever dtype its config names, converted."""
         config = self.config()
         family = self._family(config)
         if self.task == "classification" and family.main_input_name == "input_ids" and config.pad_token_id is None:
             config.pad_token_id = 0  # a decoder's classifier reads the last token that is not padding
         # A family with only its own attention calls it eager.
         attention = self.attention if family._supports_sdpa else "eager"
-        model = family._from_config(config, attn_implementation=attention)
+        model = family._from_config(config, attn_implementation=attention, dtype=torch.float32)
         if "LMHead" in family.__name__:
             model.loss_type = "ForCausalLM"  # transformers would guess it from the class name and warn
         if self.task == "contrastive":  # without labels, only a flag makes CLIP return its loss
