@@ -80,6 +80,9 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "tensorrt": TensorRT,
 }
 
+# A name for several techniques. TRL's SFTTrainer by default: trl/trainer/sft_config.py and sft_trainer.py.
+PRESETS = {"sft": ("convention=trl", "checkpointing")}
+
 
 def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
     """The techniques that ``texts`` name, in order.
