@@ -135,13 +135,14 @@ def check_available(techniques: Sequence[Technique], *, capability: tuple[int, i
     ----------
     techniques : sequence of Technique
     capability : tuple of int, optional
-        Compute capability of the GPU; None for this machine's.
+        Compute capability of the GPU to predict for; None to run on this machine.
     """
+    predicted = capability is not None
     if capability is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
     for technique in techniques:
         name = next(name for name, known in TECHNIQUES.items() if known is type(technique))
-        for package in technique.packages:
+        for package in () if predicted and technique.predicted_by_rules else technique.packages:
             if importlib.util.find_spec(package) is None:
                 raise Unavailable(f"{name} needs {package}, which is not installed: pip install -e '.[techniques]'")
         if technique.requires == "cuda" and capability is None:

@@ -47,6 +47,8 @@ class Technique:
         Number of tokens that the technique adds to each sequence.
     packages : tuple of str
         Packages to install besides memstudy's own dependencies.
+    predicted_by_rules : bool
+        Whether a prediction for a GPU needs none of ``packages``.
     """
 
     summary = ""
@@ -66,6 +68,7 @@ class Technique:
     in_pytorch = True
     more_tokens = 0
     packages = ()
+    predicted_by_rules = False
 
     def flags(self) -> dict[str, object]:
         """Flags for ``transformers.TrainingArguments``."""

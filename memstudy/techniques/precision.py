@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memstudy.techniques import torchao_rules
 from memstudy.techniques.adapters import cast_trained
 from memstudy.techniques.base import Technique
 
@@ -64,6 +65,7 @@ class Bf16Weights(Technique):
     summary = "everything in bfloat16, updates rounded stochastically (torchao); half the parameters' memory"
     exact = False
     packages = ("torchao",)
+    predicted_by_rules = True
     group = "precision"
     in_bf16 = True
 
@@ -74,6 +76,8 @@ class Bf16Weights(Technique):
         return {"optim_args": "bf16_stochastic_round=True"}  # for torchao's low-bit optimizers
 
     def optimizer(self, model):
+        if not torchao_rules.INSTALLED:
+            return torchao_rules.AdamW, {}
         from torchao.optim import _AdamW
 
         return _AdamW, {"bf16_stochastic_round": True}

@@ -207,7 +207,10 @@ def make_trainer(
         )
     for technique in sorted(chosen, key=lambda technique: technique.prepared):
         model = technique.prepare(model) or model
-    found = None if "optim" in flags else next(filter(None, (technique.optimizer(model) for technique in chosen)), None)
+    # An optimizer comes before the one that bf16_weights brings.
+    by_group = sorted(chosen, key=lambda technique: technique.group != "optimizer")
+    optimizers = (technique.optimizer(model) for technique in by_group)
+    found = None if "optim" in flags else next(filter(None, optimizers), None)
     trainer = TechniqueTrainer(
         model,
         arguments,

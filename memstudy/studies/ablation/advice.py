@@ -93,9 +93,11 @@ def climb(
     if keep == "exact":
         return rungs
     rungs += reference_ladder(rows, [text for text in texts if text not in exact], start=rungs[-1])[1:]
-    # A precision in ``start`` takes the place of the adapter's convention.
-    adapter = ADAPTER[techniques.excluded((*start, *ADAPTER)) != "" :]
-    for added in (ARITHMETIC, adapter)[: 1 if keep == "full" else None]:
+    # bf16_weights takes the same memory as pure_bf16 and loses no small updates.
+    more = [] if "bf16_weights" in rungs[-1] else [ARITHMETIC]
+    if keep is None:  # a precision in ``start`` takes the place of the adapter's convention
+        more.append(ADAPTER[1:] if techniques.excluded((*start, *ADAPTER)) else ADAPTER)
+    for added in more:
         left = (text for text in rungs[-1] if text in start or not techniques.excluded((text, *added)))
         rung = (*left, *added)
         if not techniques.excluded(rung) and takes(rung):
