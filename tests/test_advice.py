@@ -56,6 +56,59 @@ def test_every_rung_can_be_run_and_adds_one_technique(times, savings, start):
         assert all(techniques.excluded((other, rung[-1])) and savings[rung[-1]] > savings[other] for other in gone)
 
 
+TEXTS = ["bf16", "checkpointing", "chunked_loss", "adamw_8bit"]
+
+
+def changes(rung):
+    """How much the techniques of `rung` change: nothing, the arithmetic, or which weights are trained."""
+    parsed = techniques.parse(rung)
+    return 2 if any(t.group == "adapters" for t in parsed) else int(not all(t.exact for t in parsed))
+
+
+def climb(**options):
+    return advice.climb(advice.reference(), TEXTS, lambda rung: True, **options)
+
+
+def test_what_changes_more_comes_later():
+    rungs = climb(parts_of=4)
+    order = [changes(rung) for rung in rungs]
+    assert order == sorted(order)
+    assert set(order) == {0, 1, 2}
+    last_exact = rungs[order.index(1) - 1]
+    assert set(last_exact) == {"checkpointing", "chunked_loss", "accumulation=4"}
+    assert set(rungs[-1]) == {*last_exact, "adamw_8bit", "convention=uncast", "lora=16"}
+    assert all("accumulation=4" in rung for rung in rungs[order.index(1) :])
+
+
+@pytest.mark.parametrize(("keep", "most"), [("exact", 0), ("full", 1), (None, 2)])
+def test_what_must_be_kept_ends_the_ladder(keep, most):
+    whole = climb()
+    assert climb(keep=keep) == [rung for rung in whole if changes(rung) <= most]
+
+
+@pytest.mark.parametrize("start", [("bf16",), ("lora=4",), ("pure_bf16", "adafactor"), ("qlora=8",)])
+def test_a_ladder_keeps_its_start(start):
+    rungs = climb(start=start)
+    assert all(rung[: len(start)] == start for rung in rungs)
+    assert any("lora=16" in rung for rung in rungs) == (start in (("bf16",), ("pure_bf16", "adafactor")))
+    for rung in rungs:
+        techniques.parse(rung)
+
+
+def test_a_ladder_leaves_out_what_a_model_does_not_take():
+    rungs = advice.climb(advice.reference(), TEXTS, lambda rung: "lora=16" not in rung)
+    assert rungs == climb()[:-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "trained"),
+    [("lora=16", 12 * 16 * (768 + 2304 + 768 + 768 + 2 * (768 + 3072))), ("prompt=20", 20 * 768)],
+)
+def test_the_share_of_trained_weights_is_counted(text, trained):
+    share = advice.share_trained(text, model="gpt2", seq_len=8, batch_size=1)
+    assert share == pytest.approx(trained / (124_439_808 + trained))
+
+
 @pytest.mark.parametrize("first", [*range(9), None])
 def test_the_first_rung_that_fits_is_found_after_asking_few(first):
     rungs, asked = [(f"{n}",) for n in range(9)], []

@@ -180,7 +180,7 @@ def test_offloaded_activations_are_predicted_for_a_gpu_and_are_not_on_it(gpu, mo
 
 FOUND = {
     "techniques", "device", "batch_size", "accumulation", "budget_mib", "needed_mib", "headroom_percent", "refused_at",
-    "tested",
+    "tested", "seq_len", "effective_batch", "same_result",
 }  # fmt: skip
 
 
@@ -219,17 +219,54 @@ def test_the_verdict_in_words(models):
     result = fit(models["gpt2"], "--budget-mib", 12, "--effective-batch", 96)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0] == (
-        f"no technique: largest batch {found['batch_size']}, {found['accumulation']} batches per update (predicted), "
-        f"{found['headroom_percent']:.1f} % left"
+        f"no technique: largest batch {found['batch_size']}, {found['accumulation']} batches per update, "
+        f"effective batch 96 (predicted), {found['headroom_percent']:.1f} % left"
     )
     assert found["accumulation"] > 1
     assert table(result)["peak"] == round(found["needed_mib"])
 
 
+def test_the_longest_sequence_is_the_last_that_predict_says_fits(models, small_gpu):
+    options = ("--technique", "checkpointing", "--gpu", small_gpu, "--json")
+    (found,) = answer(fit(models["t5"], "--search", "seq-len", *options, "--effective-batch", 2, seq_len=20_000))
+    assert (found["batch_size"], found["accumulation"], found["effective_batch"]) == (1, 2, 2)
+    assert found["refused_at"] == found["seq_len"] + 8 < 20_000
+
+    def whole(seq_len):
+        texts = "checkpointing,accumulation=2"
+        given = predict(models["t5"], "--technique", texts, *options[2:], batch=2, seq_len=seq_len)
+        return answer(given)["whole_gpu_mib"]
+
+    assert whole(found["seq_len"]) == found["needed_mib"] <= 1024 < whole(found["refused_at"])
+
+
+def test_the_longest_sequence_in_words(models):
+    result = fit(models["gpt2"], "--search", "seq-len", "--budget-mib", 900, seq_len=64)
+    (first, *_) = result.stdout.splitlines()
+    said = r"no technique: longest sequence 64 tokens, effective batch 1 \(predicted\), \d+\.\d % left"
+    assert re.fullmatch(said, first)
+
+
+@pytest.mark.parametrize(
+    ("keep", "last"), [("exact", "yes"), pytest.param("full", "no", marks=pytest.mark.slow), (None, "trains 8.9 %")]
+)
+def test_advice_keeps_what_it_must(keep, last, models):
+    options = () if keep is None else ("--keep", keep)
+    rows = answer(advise(models["gpt2"], "--budget-mib", 0.1, *options, "--json"))
+    assert rows[-1]["same_result"] == last
+
+
+def test_a_preset_stands_for_its_techniques(models):
+    given = answer(predict(models["gpt2"], "--technique", "sft, lora=4", "--json"))
+    assert given["run"]["techniques"] == ["convention=trl", "checkpointing", "lora=4"]
+
+
 @pytest.mark.parametrize("budget_mib", slow_but([700], [700, 2000]))
 def test_another_budget_than_the_whole_gpu(budget_mib, models, small_gpu):
     result = fit(models["large gpt2"], "--gpu", small_gpu, "--budget-mib", budget_mib)
-    assert re.match(r"no technique: largest batch \d+ \(predicted\), \d+\.\d % left\n", result.stdout)
+    assert re.match(
+        r"no technique: largest batch (\d+), effective batch \1 \(predicted\), \d+\.\d % left\n", result.stdout
+    )
     assert f"of {budget_mib / 1024:.1f} GiB" in result.stdout
     assert "does not fit" not in result.stdout
 
@@ -259,10 +296,10 @@ def there(text):
     return True
 
 
-def rungs(*, start=(), without=()):
+def rungs(*, start=(), without=(), **options):
     """The ladder of the installed techniques by the reference rows, without those in `without`."""
     offered = [text for text in advice.advised() if there(text) and text not in without]
-    found = advice.reference_ladder(advice.reference(), offered, start=start)
+    found = advice.climb(advice.reference(), offered, lambda rung: True, start=start, **options)
     assert len(found) > 3
     return found
 
@@ -342,29 +379,30 @@ def advise(model, *arguments, batch=4, seq_len=16):
 
 
 def test_the_ladder_is_climbed_until_the_batch_fits(models):
-    plan = rungs()
-    plan += advice.in_more_parts(plan[-1], 4)
-    ladder = Ladder(plan, models["gpt2"], batch=4)
+    plan = rungs(parts_of=16)
+    ladder = Ladder(plan, models["gpt2"], batch=16, seq_len=64)
     budget = ladder.budget()
-    rows = answer(advise(models["gpt2"], "--budget-mib", budget, "--json"))
+    rows = answer(advise(models["gpt2"], "--budget-mib", budget, "--json", batch=16, seq_len=64))
     places = [plan.index(tuple(row["techniques"])) for row in rows]
     assert places == sorted(set(places))
     assert places[-2:] == [places[-1] - 1, places[-1]]
     assert [row["needed_mib"] for row in rows[-2:]] == [ladder.needs(place) for place in places[-2:]]
     assert [row["fits"] for row in rows] == [False] * (len(rows) - 1) + [True]
     assert rows[0]["time"] == 1
-    assert rows[0]["exact"] is True
+    assert rows[0]["same_result"] == "yes"
+    assert {row["effective_batch"] for row in rows} == {16}
 
 
 @pytest.mark.slow
 def test_the_rung_that_fits_is_told_in_words(models):
-    plan = rungs()
-    plan += advice.in_more_parts(plan[-1], 4)
-    budget = Ladder(plan, models["gpt2"], batch=4).budget()
-    found = answer(advise(models["gpt2"], "--budget-mib", budget, "--json"))[-1]
-    result = advise(models["gpt2"], "--budget-mib", budget)
+    plan = rungs(parts_of=16)
+    budget = Ladder(plan, models["gpt2"], batch=16, seq_len=64).budget()
+    found = answer(advise(models["gpt2"], "--budget-mib", budget, "--json", batch=16, seq_len=64))[-1]
+    result = advise(models["gpt2"], "--budget-mib", budget, batch=16, seq_len=64)
     assert f"fits: --technique {','.join(found['techniques'])}" in result.stdout
     assert "measured on" in result.stdout
+    parts = found["accumulation"]
+    assert f"effective batch 16: {parts} × {16 // parts}" in result.stdout
 
 
 def test_what_fits_needs_no_advice(models, small_gpu):
@@ -440,10 +478,16 @@ def test_the_list_of_gpus_has_their_memory():
     ("command", "taught"),
     [
         ("predict", ["--gpu T4", "nothing is run", "memstudy list models", "config.json", ".yaml file", "--json"]),
-        ("advise", ["--batch 32", "reference rows", "Exit status 0"]),
+        ("advise", ["--batch 8", "reference rows", "Exit status 0", "--keep"]),
         (
             "fit",
-            ["--effective-batch 64 --advise", "needed without --gpu", "fastest step first", "Exit status 0"],
+            [
+                "--effective-batch 64 --advise",
+                "needed without --gpu",
+                "change least first",
+                "Exit status 0",
+                "--search",
+            ],
         ),
     ],
 )
@@ -464,6 +508,11 @@ ADVISE = ["advise", "--batch", 4, "--seq-len", 16, "--model"]
     ("arguments", "words"),
     [
         ([*PREDICT, "gpt3"], ["unknown model 'gpt3'", "similar: gpt2", "hub id", "config.json"]),
+        ([*PREDICT, "gpt2", "--technique", "lora=8:q_proj"], ["targets 'q_proj'", "GPT2LMHeadModel", "c_attn"]),
+        ([*PREDICT, "gpt2", "--technique", "lora=none"], ["technique 'lora=none': a number is needed"]),
+        ([*PREDICT, "bert-base-uncased", "--technique", "prompt"], ["virtual tokens are for decoders"]),
+        ([*PREDICT, "gpt2", "--technique", "sft"], ["a convention is for adapters", "lora=16"]),
+        ([*FIT, "gpt2", "--gpu", "T4", "--search", "seq-len", "--seq-len", 4], ["multiples of 8"]),
         ([*PREDICT, "gpt2", "--gpu", "T5"], ["unknown GPU 'T5'", *profiler.gpus(), ".yaml"]),
         ([*PREDICT, "gpt2", "--technique", "fp8"], ["unknown technique 'fp8'", *TECHNIQUES]),
         ([*PREDICT, "gpt2", "--technique", "tf32", "--gpu", "T4"], ["tf32 needs compute capability 8.0", "7.5"]),

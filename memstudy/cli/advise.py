@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import typer
 
 from memstudy.cli.answers import readable
-from memstudy.cli.asked import Asked, Batch, Budget, about_a_step
+from memstudy.cli.asked import Asked, Batch, Budget, Keep, about_a_step
 
 
 @about_a_step
-def advise(asked: Asked, batch: Batch, budget_mib: Budget = None) -> None:
-    """Find the techniques that make a batch fit, fastest first.
+def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = None) -> None:
+    """Find the techniques that make a batch fit, those that change least first.
 
-    memstudy advise --model gpt2-large --gpu RTX4090 --batch 32 --seq-len 1024
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048
 
-    Techniques are added one by one until the step is predicted to fit; gradient accumulation in more and more parts
-    comes last. The order and the step times are from the memory ablation's reference rows: another model on another
-    machine, so a hint for a GPU. "same result" says whether the arithmetic stays exact. Exit status 0 whether or not
-    anything fits.
+    Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
+    accumulation in more and more parts, techniques that change the arithmetic, and adapters, which train few weights.
+    Among those measured the fastest come first, by the memory ablation's reference rows: another model on another
+    machine, so a hint for a GPU. Exit status 0 whether or not anything fits.
     """
-    from memstudy import techniques
     from memstudy.profiler.search import check_budget
     from memstudy.studies.ablation import advice
 
@@ -31,8 +31,14 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None) -> None:
         check_budget(budget_mib)
     asked.run(batch, asked.techniques)  # refuses impossible choices before the search
     rows = advice.reference()
-    rungs = advice.reference_ladder(rows, asked.advised(batch), start=asked.techniques)
-    rungs += advice.in_more_parts(rungs[-1], batch)
+    rungs = advice.climb(
+        rows,
+        asked.advised(batch),
+        partial(asked.takes, batch),
+        start=asked.techniques,
+        parts_of=batch // asked.processes,
+        keep=keep,
+    )
     tried = {}
 
     def fits(rung: tuple[str, ...]) -> bool:
@@ -44,7 +50,9 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None) -> None:
             "needed_mib": needed,
             "fits": needed <= budget_mib if asked.gpu is None else report.out_of_memory is None,
             "time": row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"],
-            "exact": all(technique.exact for technique in techniques.parse(rung)),
+            "same_result": asked.result(rung),
+            "effective_batch": batch,
+            "accumulation": asked.run(batch, rung).accumulation,
         }
         return tried[rung]["fits"]
 
@@ -56,8 +64,9 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None) -> None:
     _show(climbed, asked.gpu or "this CPU", rows[frozenset()]["provenance"]["device"])
     if found is None:
         typer.echo("nothing fits: take a shorter sequence, a smaller model or a larger GPU")
-    else:
-        typer.echo(f"fits: --technique {','.join(rungs[found])}" if rungs[found] else "fits as it is")
+        return
+    typer.echo(f"fits: --technique {','.join(rungs[found])}" if rungs[found] else "fits as it is")
+    typer.echo(f"effective batch {batch}: {climbed[-1]['accumulation']} × {batch // climbed[-1]['accumulation']}")
 
 
 def _show(climbed: list[dict], where: str, device: str) -> None:
@@ -71,9 +80,7 @@ def _show(climbed: list[dict], where: str, device: str) -> None:
     for row in climbed:
         time = "" if row["time"] is None else f"{row['time']:.2f} ×"
         names = ", ".join(row["techniques"]) or "none"
-        table.add_row(
-            names, readable(row["needed_mib"]), time, "yes" if row["exact"] else "no", style="bold" * row["fits"]
-        )
+        table.add_row(names, readable(row["needed_mib"]), time, row["same_result"], style="bold" * row["fits"])
     console = Console(highlight=False)
     console.print(table)
     console.print(f"step time: relative to no technique, measured on {device} (ablation's model)", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,30 +27,55 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
     }
 
 
-def fit_row(techniques: tuple[str, ...], found: Fit) -> dict:
-    """One search for the largest batch as JSON values."""
-    return {
-        "techniques": techniques,
-        "device": found.report.device,
-        "batch_size": found.batch_size,
-        "accumulation": found.accumulation,
-        "budget_mib": found.budget_mib,
-        "needed_mib": found.needed_mib,
-        "headroom_percent": found.headroom_percent,
-        "refused_at": found.refused_at,
-        "tested": found.tested,
-    }
+@dataclass(frozen=True)
+class Answer:
+    """The largest batch, or the longest sequence, found with ``techniques``.
 
+    ``seq_len`` [tokens] and ``batch_size`` are 0 when nothing fits; ``refused_at`` is the smallest that was found not
+    to fit, in the unit of the search. ``result`` says what the techniques change, as `Asked.result`.
+    """
 
-def verdict(found: Fit) -> str:
-    """The result of a search in one line."""
-    said = "tested" if found.tested else "predicted"
-    if not found.batch_size:
-        return (
-            f"nothing fits: a batch of 1 needs {readable(found.needed_mib)}, the budget is {readable(found.budget_mib)}"
-        )
-    parts = f", {found.accumulation} batches per update" if found.accumulation > 1 else ""
-    return f"largest batch {found.batch_size}{parts} ({said}), {found.headroom_percent:.1f} % left"
+    techniques: tuple[str, ...]
+    result: str
+    batch_size: int
+    seq_len: int
+    accumulation: int
+    refused_at: int | None
+    found: Fit
+
+    @property
+    def fits(self) -> bool:
+        """Whether anything fits."""
+        return self.found.batch_size > 0
+
+    def row(self) -> dict:
+        """The answer as JSON values."""
+        numbers = ("budget_mib", "needed_mib", "headroom_percent", "tested")
+        return {
+            "techniques": self.techniques,
+            "same_result": self.result,
+            "device": self.found.report.device,
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+            "accumulation": self.accumulation,
+            "effective_batch": self.batch_size * self.accumulation,
+            "refused_at": self.refused_at,
+            **{name: getattr(self.found, name) for name in numbers},
+        }
+
+    def line(self, search: str) -> str:
+        """The result of a ``search`` for the largest ``batch`` or the longest ``seq-len``, in one line."""
+        found, names = self.found, ", ".join(self.techniques) or "no technique"
+        if not self.fits:
+            least = "a batch of 1" if search == "batch" else "the shortest sequence"
+            needed, budget = readable(found.needed_mib), readable(found.budget_mib)
+            return f"{names}: nothing fits: {least} needs {needed}, the budget is {budget}"
+        what = f"largest batch {self.batch_size}" if search == "batch" else f"longest sequence {self.seq_len:,} tokens"
+        parts = f"{self.accumulation} batches per update, " if self.accumulation > 1 else ""
+        said = "tested" if found.tested else "predicted"
+        changes = {"yes": "", "no": "; other arithmetic"}.get(self.result, f"; {self.result} of the weights")
+        effective = f"effective batch {self.batch_size * self.accumulation}"
+        return f"{names}: {what}, {parts}{effective} ({said}), {found.headroom_percent:.1f} % left{changes}"
 
 
 def readable(mib: float) -> str:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
 import typer
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from memstudy.trainers.hub_model import HubModelRun
 
 Batch = Annotated[int, typer.Option(help="Sequences per optimizer update.", min=1, max=2**31)]
+Keep = Annotated[
+    Literal["exact", "full"] | None,
+    typer.Option(help="Advise only what keeps the result (exact) or trains all weights (full)."),
+]
 Budget = Annotated[float | None, typer.Option(help="Budget [MiB] instead of the whole GPU; needed without --gpu.")]
 
 
@@ -35,7 +39,9 @@ class Asked:
     gpu: Annotated[
         str | None, typer.Option(help="A name from `memstudy list gpus`, or a .yaml file. Without it: this CPU.")
     ] = None
-    technique: Annotated[str, typer.Option(help="Names from `memstudy list techniques`, comma-separated.")] = ""
+    technique: Annotated[
+        str, typer.Option(help="Names from `memstudy list techniques`, or sft (TRL's defaults), comma-separated.")
+    ] = ""
     optimizer: Annotated[str, typer.Option(help="adamw (fused), adamw_torch (foreach), adafactor, sgd, ...")] = "adamw"
     task: Annotated[
         str, typer.Option(help="lm (the model's pretraining task), classification, or contrastive (CLIP).")
@@ -51,8 +57,11 @@ class Asked:
 
     @property
     def techniques(self) -> tuple[str, ...]:
-        """The names given to ``--technique``."""
-        return tuple(text.strip() for text in self.technique.split(",") if text.strip())
+        """The names given to ``--technique``, with those that a preset stands for."""
+        from memstudy.techniques import PRESETS
+
+        names = (text.strip() for text in self.technique.split(",") if text.strip())
+        return tuple(text for name in names for text in PRESETS.get(name, (name,)))
 
     def card(self) -> Gpu | None:
         """The GPU of ``--gpu``; None for this CPU."""
@@ -81,20 +90,33 @@ class Asked:
 
     def advised(self, batch_size: int) -> list[str]:
         """The techniques advised by the memory ablation that suit the model and are available here."""
-        from memstudy import techniques
-        from memstudy.attention import Unavailable
         from memstudy.studies.ablation import advice
 
-        card = self.card()
-        found = []
-        for text in advice.suited(advice.advised(), batch_size=batch_size, **self.sizes()):
-            try:
-                techniques.check_available(techniques.parse((text,)), capability=card and card.compute_capability)
-            except Unavailable as error:
-                typer.echo(f"not advised: {error}", err=True)
-            else:
-                found.append(text)
-        return found
+        suited = advice.suited(advice.advised(), batch_size=batch_size, **self.sizes())
+        return [text for text in suited if self.takes(batch_size, (text,))]
+
+    def takes(self, batch_size: int, techniques: tuple[str, ...]) -> bool:
+        """Whether the step can be predicted with ``techniques``; tells on stderr which package is missing."""
+        from memstudy.attention import Unavailable
+
+        try:
+            self.run(batch_size, techniques).build(gpu=self.card())
+        except Unavailable as error:
+            typer.echo(f"not advised: {error}", err=True)
+            return False
+        return True
+
+    def result(self, techniques: tuple[str, ...]) -> str:
+        """Whether ``techniques`` give the same result as none: ``yes``, ``no``, or the share of weights trained."""
+        from memstudy.studies.ablation import advice
+        from memstudy.techniques import parse
+
+        chosen = parse(techniques)
+        for text, technique in zip(techniques, chosen, strict=True):
+            if technique.group == "adapters":
+                share = advice.share_trained(text, batch_size=self.processes, **self.sizes())
+                return f"trains {100 * share:.2g} %"
+        return "yes" if all(technique.exact for technique in chosen) else "no"
 
 
 def about_a_step(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,124 +1,160 @@
-"""``memstudy fit``: the largest batch that fits, by prediction."""
+"""``memstudy fit``: the largest batch, or the longest sequence, that fits, by prediction."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from memstudy.cli.answers import fit_row, show, verdict
-from memstudy.cli.asked import Asked, Budget, about_a_step
+from memstudy.cli.answers import Answer, show
+from memstudy.cli.asked import Asked, Budget, Keep, about_a_step
 
-if TYPE_CHECKING:
-    from memstudy.profiler import Fit
+STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs multiply fastest
 
 
 @about_a_step
 def fit(
     asked: Asked,
     budget_mib: Budget = None,
+    search: Annotated[
+        Literal["batch", "seq-len"],
+        typer.Option(help="seq-len: the longest sequence up to --seq-len, one per batch, in multiples of 8 tokens."),
+    ] = "batch",
     effective_batch: Annotated[
         int | None,
         typer.Option(help="Sequences per update; the batch found divides it, by accumulation.", min=1, max=2**31),
     ] = None,
     advise: Annotated[bool, typer.Option("--advise", help="If nothing fits, find techniques to add.")] = False,
+    keep: Keep = None,
     verify: Annotated[bool, typer.Option("--verify", help="Run the batch found on this CPU, as a test.")] = False,
 ) -> None:
     """Find the largest batch that fits, by prediction.
 
     memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise
 
-    With --advise, techniques are added one by one, fastest step first, until a batch fits; for a batch of your own
-    choice, use `memstudy advise`. With --verify (only without --gpu), the batch found is run on this CPU and reported
-    as tested. Exit status 0 whether or not a batch fits.
+    With --advise, techniques are added one by one, those that change least first, until a batch fits; for a batch of
+    your own choice, use `memstudy advise`. With --verify (only without --gpu), the batch found is run on this CPU and
+    reported as tested. Exit status 0 whether or not a batch fits.
     """
     from memstudy.studies.ablation.advice import first_that_fits
 
+    _check(asked, budget_mib, search, verify)
+    sought = _Search(asked, budget_mib, search, effective_batch, verify)
+    tried: dict[tuple[str, ...], Answer] = {}
+
+    def fits(techniques: tuple[str, ...], *, smallest: bool = False) -> bool:
+        tried[techniques] = sought.answer(techniques, smallest=smallest)
+        return tried[techniques].fits
+
+    rungs = [asked.techniques]
+    if not fits(asked.techniques) and advise:
+        more = _additions(asked, effective_batch or asked.processes, keep)
+        place = first_that_fits(more, partial(fits, smallest=True)) if more else None
+        rungs += more if place is None else more[: place + 1]
+        if place is not None:
+            fits(more[place])
+    answers = [tried[rung] for rung in rungs if rung in tried]
+    if asked.as_json:
+        typer.echo(json.dumps([answer.row() for answer in answers], indent=2))
+        return
+    for answer in answers:
+        typer.echo(answer.line(search))
+    if answers[-1].fits:
+        show(answers[-1].found.report, asked.processes)
+    elif not advise:
+        typer.echo("add --advise to find techniques that make a batch fit")
+
+
+def _check(asked: Asked, budget_mib: float | None, search: str, verify: bool) -> None:
+    """Raise ValueError for options that exclude each other."""
     if verify and asked.gpu is not None:
         raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
     if verify and asked.processes > 1:
         raise ValueError("--verify runs in one process: leave --processes out")
     if asked.gpu is None and budget_mib is None:
         raise ValueError("fit needs a budget: give --gpu, or --budget-mib for this CPU")
-    chosen = asked.techniques
-    if any(text.partition("=")[0] == "accumulation" for text in chosen):
+    if any(text.partition("=")[0] == "accumulation" for text in asked.techniques):
         raise ValueError("accumulation follows from the batch that fits: give --effective-batch instead")
-    tried: dict[tuple[str, ...], Fit] = {}
-
-    def search(techniques: tuple[str, ...], **options) -> bool:
-        tried[techniques] = _search(asked, techniques, budget_mib, effective_batch, **options)
-        return tried[techniques].batch_size > 0
-
-    rungs = [chosen]
-    if not search(chosen, verify=verify) and advise:
-        more = _additions(asked, effective_batch or 1)
-        place = first_that_fits(more, partial(search, limit=asked.processes))  # the smallest batch
-        rungs += more if place is None else more[: place + 1]
-        if place is not None:
-            search(more[place], verify=verify)
-    steps = [(rung, tried[rung]) for rung in rungs if rung in tried]
-    if asked.as_json:
-        typer.echo(json.dumps([fit_row(techniques, found) for techniques, found in steps], indent=2))
-        return
-    for techniques, found in steps:
-        typer.echo(f"{', '.join(techniques) or 'no technique'}: {verdict(found)}")
-    if steps[-1][1].batch_size:
-        show(steps[-1][1].report, asked.processes)
-    elif not advise:
-        typer.echo("add --advise to find techniques that make a batch fit")
+    if search == "seq-len" and asked.seq_len < STEP_TOKENS:
+        raise ValueError(f"seq_len={asked.seq_len}: --search seq-len looks for multiples of {STEP_TOKENS} up to it")
 
 
-def _search(
-    asked: Asked,
-    techniques: tuple[str, ...],
-    budget_mib: float | None,
-    effective_batch: int | None,
-    *,
-    limit: int | None = None,
-    verify: bool = False,
-) -> Fit:
-    from rich.console import Console
+@dataclass(frozen=True)
+class _Search:
+    """A search for the largest batch, or for the longest sequence with one in each process's batch."""
 
-    from memstudy.profiler import fit as largest_fit
-    from memstudy.profiler import measure
-    from memstudy.profiler.search import LIMIT
+    asked: Asked
+    budget_mib: float | None
+    over: str
+    effective_batch: int | None
+    verify: bool
 
-    card = asked.card()
+    def answer(self, techniques: tuple[str, ...], *, smallest: bool) -> Answer:
+        """The largest that fits with ``techniques``; ``smallest`` tries the smallest size alone."""
+        from rich.console import Console
 
-    def build_for_batch(size: int):
-        whole = effective_batch or size
-        parts = (f"accumulation={whole // size}",) if whole > size else ()
-        status.update(f"{asked.model}: batch {size}, {', '.join(techniques) or 'no technique'}")
-        return asked.run(whole, (*techniques, *parts)).build(gpu=card, parts=2)
+        from memstudy.profiler import fit as largest_fit
+        from memstudy.profiler.search import LIMIT
 
-    def run_batch(size: int) -> float | None:
+        processes, over_batch = self.asked.processes, self.over == "batch"
+        limit = LIMIT if over_batch else processes * (self.asked.seq_len // STEP_TOKENS)
+        card = self.asked.card()
+        with Console(stderr=True).status("predicting") as status:
+
+            def build(size: int):
+                batch, seq_len = self._sizes(size)
+                status.update(f"{self.asked.model}: batch {batch}, {seq_len} tokens, {', '.join(techniques)}")
+                whole = max(self.effective_batch or batch, batch)
+                parts = (f"accumulation={whole // batch}",) if whole > batch else ()
+                return replace(self.asked, seq_len=seq_len).run(whole, (*techniques, *parts)).build(gpu=card, parts=2)
+
+            found = largest_fit(
+                build,
+                gpu=card,
+                budget_mib=self.budget_mib,
+                effective_batch=self.effective_batch if over_batch else None,
+                expandable_segments=self.asked.expandable_segments,
+                processes=processes,
+                limit=processes if smallest else limit,
+                run=partial(self._run, build) if self.verify else None,
+            )
+        batch, seq_len = self._sizes(found.batch_size)
+        refused = found.refused_at and self._sizes(found.refused_at)[0 if over_batch else 1]
+        parts = found.accumulation if over_batch else (self.effective_batch or processes) // processes
+        return Answer(techniques, self.asked.result(techniques), batch, seq_len, parts, refused, found)
+
+    def _sizes(self, size: int) -> tuple[int, int]:
+        """Batch and sequence length of a ``size`` of the search, which are multiples of the number of processes."""
+        if self.over == "batch":
+            return size, self.asked.seq_len
+        return self.asked.processes, size // self.asked.processes * STEP_TOKENS
+
+    def _run(self, build, size: int) -> float | None:
+        """The measured peak [MiB] of ``size``; None if the step does not fit."""
+        from memstudy.profiler import measure
+
         try:
-            peak = measure(build_for_batch(size)).peak_allocated_mib
+            peak = measure(build(size)).peak_allocated_mib
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
                 raise
             return None
-        return peak if peak <= budget_mib else None
-
-    with Console(stderr=True).status("predicting") as status:
-        return largest_fit(
-            build_for_batch,
-            gpu=card,
-            budget_mib=budget_mib,
-            effective_batch=effective_batch,
-            expandable_segments=asked.expandable_segments,
-            processes=asked.processes,
-            limit=limit or LIMIT,
-            run=run_batch if verify else None,
-        )
+        return peak if peak <= self.budget_mib else None
 
 
-def _additions(asked: Asked, batch: int) -> list[tuple[str, ...]]:
-    """Growing lists of techniques, fastest first, for a batch of 1 that is accumulated to ``batch``."""
+def _additions(asked: Asked, batch: int, keep: str | None) -> list[tuple[str, ...]]:
+    """Growing lists of techniques for the smallest batch, which is accumulated to ``batch``."""
     from memstudy.studies.ablation import advice
 
-    parts = (f"accumulation={batch}",) if batch > 1 else ()
-    rungs = advice.reference_ladder(advice.reference(), asked.advised(batch), start=(*asked.techniques, *parts))
+    parts = (f"accumulation={batch // asked.processes}",) if batch > asked.processes else ()
+    rungs = advice.climb(
+        advice.reference(),
+        asked.advised(batch),
+        partial(asked.takes, batch),
+        start=(*asked.techniques, *parts),
+        keep=keep,
+    )
     return [tuple(text for text in rung if text not in parts) for rung in rungs[1:]]

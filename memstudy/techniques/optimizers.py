@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from memstudy.techniques import torchao_rules
 from memstudy.techniques.base import Technique, check_rank
 
 
@@ -28,27 +30,35 @@ class AdamW8bit(Optimizer):
 
 
 @dataclass(frozen=True)
-class TorchaoAdamW8bit(Optimizer):
-    """AdamW with block-wise 8-bit states, also for embeddings, by torchao; one compiled kernel per parameter."""
+class TorchaoAdamW(Optimizer):
+    """Base of torchao's AdamW with states of few ``bits``."""
 
-    summary = "AdamW with 8-bit states (torchao); goes with bf16_weights"
+    bits: ClassVar[int]
     rounds_stochastically = True
     packages = ("torchao",)
+    predicted_by_rules = True
 
     def flags(self):
-        return {"optim": "adamw_torch_8bit"}
+        return {"optim": f"adamw_torch_{self.bits}bit"} if torchao_rules.INSTALLED else {}
+
+    def optimizer(self, model):
+        return None if torchao_rules.INSTALLED else (torchao_rules.AdamW, {"bits": self.bits})
 
 
 @dataclass(frozen=True)
-class TorchaoAdamW4bit(Optimizer):
+class TorchaoAdamW8bit(TorchaoAdamW):
+    """AdamW with block-wise 8-bit states, also for embeddings, by torchao; one compiled kernel per parameter."""
+
+    summary = "AdamW with 8-bit states (torchao); goes with bf16_weights"
+    bits = 8
+
+
+@dataclass(frozen=True)
+class TorchaoAdamW4bit(TorchaoAdamW):
     """AdamW with block-wise 4-bit states (Li et al. 2023, arXiv:2309.01507), by torchao."""
 
     summary = "AdamW with 4-bit states (torchao); goes with bf16_weights"
-    rounds_stochastically = True
-    packages = ("torchao",)
-
-    def flags(self):
-        return {"optim": "adamw_torch_4bit"}
+    bits = 4
 
 
 @dataclass(frozen=True)

@@ -205,9 +205,12 @@ def make_trainer(
             f"processes={run.processes}, but {arguments.world_size} were started: memstudy run starts as many, and a "
             "prediction needs one"
         )
-    for technique in sorted(chosen, key=lambda technique: technique.prepared_last):
-        technique.prepare(model)
-    found = None if "optim" in flags else next(filter(None, (technique.optimizer(model) for technique in chosen)), None)
+    for technique in sorted(chosen, key=lambda technique: technique.prepared):
+        model = technique.prepare(model) or model
+    # An optimizer comes before the one that bf16_weights brings.
+    by_group = sorted(chosen, key=lambda technique: technique.group != "optimizer")
+    optimizers = (technique.optimizer(model) for technique in by_group)
+    found = None if "optim" in flags else next(filter(None, optimizers), None)
     trainer = TechniqueTrainer(
         model,
         arguments,

@@ -1,6 +1,7 @@
-"""Which techniques to add, and in which order: the fastest first, by the reference rows of the memory ablation.
+"""Which techniques to add, and in which order, by the reference rows of the memory ablation.
 
-The study's decision table, ``memstudy advise`` and ``memstudy fit --advise`` use the same ladder.
+The study's decision table adds the fastest first. ``memstudy advise`` and ``memstudy fit --advise`` add them by what
+they change: nothing, the arithmetic, which weights are trained, and the weights; the fastest first among the measured.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
 
 from memstudy import machine, records, techniques
 from memstudy.project import read_parameters
@@ -16,6 +20,9 @@ from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.language_model import LanguageModelRun
 
 STUDIES = "memory_ablation", "memory_combinations"  # whose records have reference steps
+# Added after the techniques of the reference rows; their steps have no measured time.
+ARITHMETIC = ("pure_bf16",)
+ADAPTER = ("convention=uncast", "lora=16")
 
 
 def ladder(
@@ -45,6 +52,68 @@ def ladder(
         if all(other not in start and savings[text] > savings[other] for other in rivals):
             rungs.append((*(other for other in rungs[-1] if other not in rivals), text))
     return rungs
+
+
+def climb(
+    rows: Mapping[frozenset[str], dict],
+    texts: Sequence[str],
+    takes: Callable[[tuple[str, ...]], bool],
+    *,
+    start: tuple[str, ...] = (),
+    parts_of: int = 1,
+    keep: Literal["exact", "full"] | None = None,
+) -> list[tuple[str, ...]]:
+    """Successive lists of techniques that change more and more.
+
+    Exact techniques come first, then accumulation in more and more parts, techniques that change the arithmetic and
+    adapters. A technique that excludes earlier ones replaces them, and is left out if it excludes one of ``start``.
+
+    Parameters
+    ----------
+    rows : mapping
+        The `reference` rows, which order the techniques ``texts``.
+    texts : sequence of str
+        Measured techniques to choose from.
+    takes : callable
+        Whether a list of techniques suits the model and the machine.
+    start : tuple of str
+        Techniques that every list contains.
+    parts_of : int
+        Sequences that accumulation may divide; 1 for no accumulation.
+    keep : str, optional
+        ``exact`` for techniques that keep the loss up to rounding, ``full`` for those that train all weights.
+
+    Returns
+    -------
+    list of tuple of str
+        The first list is ``start``.
+    """
+    exact = [text for text in texts if techniques.parse((text,))[0].exact]
+    rungs = reference_ladder(rows, exact, start=start)
+    rungs += in_more_parts(rungs[-1], parts_of)
+    if keep == "exact":
+        return rungs
+    rungs += reference_ladder(rows, [text for text in texts if text not in exact], start=rungs[-1])[1:]
+    # bf16_weights takes the same memory as pure_bf16 and loses no small updates.
+    more = [] if "bf16_weights" in rungs[-1] else [ARITHMETIC]
+    if keep is None:  # a precision in ``start`` takes the place of the adapter's convention
+        more.append(ADAPTER[1:] if techniques.excluded((*start, *ADAPTER)) else ADAPTER)
+    for added in more:
+        left = (text for text in rungs[-1] if text in start or not techniques.excluded((text, *added)))
+        rung = (*left, *added)
+        if not techniques.excluded(rung) and takes(rung):
+            rungs.append(rung)
+    return rungs
+
+
+def share_trained(adapter: str, **choices: object) -> float:
+    """Share of the weights that the technique ``adapter`` trains; ``choices`` are fields of a `HubModelRun`."""
+    run = HubModelRun(experiment="advice", techniques=(adapter,), **choices)
+    with torch.device("meta"):  # sizes alone
+        network = run.make_model()
+        network = run.parsed_techniques()[0].prepare(network) or network
+    sizes = {weight: weight.numel() for weight in network.parameters()}
+    return sum(size for weight, size in sizes.items() if weight.requires_grad) / sum(sizes.values())
 
 
 def in_more_parts(rung: Sequence[str], batch_size: int) -> list[tuple[str, ...]]:
