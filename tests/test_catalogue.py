@@ -254,6 +254,16 @@ def test_of_a_multimodal_model_the_language_model_is_taken(family, models):
     assert not any("vision" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("florence2", "Florence2ForConditionalGeneration"), ("grounding-dino", "GroundingDinoForObjectDetection")],
+)
+def test_a_text_part_that_is_no_language_model_of_its_own_is_not_taken(family, architecture, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": family, "architectures": [architecture]}))
+    assert_one_line(invoke(*PREDICT, path), f"architectures=['{architecture}']: a language model's class is needed")
+
+
 # --- models that read images or sound
 
 READERS = {"vit": (17, "classification"), "clip": (16, "contrastive"), "whisper": (16, "lm")}  # tokens, task
