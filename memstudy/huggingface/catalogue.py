@@ -11,7 +11,10 @@ from pathlib import Path
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from memstudy.huggingface.hub import fetch_config
 
@@ -96,10 +99,10 @@ def _read_config(model: str, path: Path) -> transformers.PretrainedConfig:
 
 
 def _language_model(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
-    """The text part of a multimodal configuration, if transformers has a class for the part alone."""
+    """The decoder of a multimodal language model, if transformers has a class for it alone; else ``config``."""
     text = getattr(config, "text_config", None)
     family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(getattr(text, "model_type", None))
-    if family is None:
+    if family is None or config.is_encoder_decoder or config.model_type not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
         return config
     text.architectures = [family]
     return text
