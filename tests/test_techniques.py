@@ -562,6 +562,7 @@ def test_excluded_pairs_are_refused(pair):
         (["nf4_weights"], "quantised weights are frozen: add an adapter, as lora=16"),
         (["nf4_weights", "int8_weights", "lora"], "only one of kind 'weights'"),
         (["nf4_weights", "qlora"], "qlora quantises the weights and so excludes nf4_weights"),
+        (["qlora", "fsdp"], "quantised weights are not divided among processes and so exclude fsdp"),
         (["convention=trl"], "a convention is for adapters: add one, as lora=16"),
         (["convention=axolotl", "lora"], "convention 'axolotl': uncast, peft, trl-0.13 and trl are known"),
         (["convention=trl", "bf16", "lora"], "only one of kind 'precision'"),

@@ -107,6 +107,8 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
         raise ValueError(f"techniques {list(texts)}: quantised weights are frozen: add an adapter, as lora=16")
     if "weights" in groups and QLora in kinds:
         raise ValueError("qlora quantises the weights and so excludes nf4_weights and int8_weights: take lora")
+    if Fsdp in kinds and ("weights" in groups or QLora in kinds):
+        raise ValueError("quantised weights are not divided among processes and so exclude fsdp: take lora alone")
     if Convention in kinds and "adapters" not in groups:
         raise ValueError(f"techniques {list(texts)}: a convention is for adapters: add one, as lora=16")
     if Prefix in kinds and "checkpointing" in groups:
