@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from peft.tuners.lora import LoraLayer
 from support.tiny_models import config_file
 
@@ -22,6 +23,12 @@ def llama(tmp_path_factory):
         return HubModelRun(**given, techniques=techniques)
 
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _codes():
+    """Quantise once: bitsandbytes makes its table of 8-bit codes at the first use in a process, and keeps it."""
+    quantize_4bit(torch.zeros(64), compress_statistics=True, quant_type="nf4")
 
 
 def trainer_of(run, folder):
@@ -69,6 +76,10 @@ def dtypes(model):
         ("convention=peft", "lora=4"),
         ("convention=trl-0.13", "lora=4"),
         ("convention=trl", "lora=4", "adamw_8bit"),
+        ("qlora=4",),
+        ("convention=trl", "qlora=4", "checkpointing"),
+        ("nf4_weights=single:fp32", "dora=4"),
+        ("int8_weights", "lora=4"),
     ],
     ids="+".join,
 )

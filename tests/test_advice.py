@@ -60,8 +60,10 @@ TEXTS = ["bf16", "checkpointing", "chunked_loss", "adamw_8bit"]
 
 
 def changes(rung):
-    """How much the techniques of `rung` change: nothing, the arithmetic, or which weights are trained."""
+    """How much the techniques of `rung` change: nothing, the arithmetic, which weights are trained, or the weights."""
     parsed = techniques.parse(rung)
+    if any(t.group == "weights" for t in parsed):
+        return 3
     return 2 if any(t.group == "adapters" for t in parsed) else int(not all(t.exact for t in parsed))
 
 
@@ -73,14 +75,14 @@ def test_what_changes_more_comes_later():
     rungs = climb(parts_of=4)
     order = [changes(rung) for rung in rungs]
     assert order == sorted(order)
-    assert set(order) == {0, 1, 2}
+    assert set(order) == {0, 1, 2, 3}
     last_exact = rungs[order.index(1) - 1]
     assert set(last_exact) == {"checkpointing", "chunked_loss", "accumulation=4"}
-    assert set(rungs[-1]) == {*last_exact, "adamw_8bit", "convention=uncast", "lora=16"}
+    assert set(rungs[-1]) == {*last_exact, "adamw_8bit", "convention=uncast", "lora=16", "nf4_weights"}
     assert all("accumulation=4" in rung for rung in rungs[order.index(1) :])
 
 
-@pytest.mark.parametrize(("keep", "most"), [("exact", 0), ("full", 1), (None, 2)])
+@pytest.mark.parametrize(("keep", "most"), [("exact", 0), ("full", 1), (None, 3)])
 def test_what_must_be_kept_ends_the_ladder(keep, most):
     whole = climb()
     assert climb(keep=keep) == [rung for rung in whole if changes(rung) <= most]
@@ -97,7 +99,7 @@ def test_a_ladder_keeps_its_start(start):
 
 def test_a_ladder_leaves_out_what_a_model_does_not_take():
     rungs = advice.climb(advice.reference(), TEXTS, lambda rung: "lora=16" not in rung)
-    assert rungs == climb()[:-1]
+    assert rungs == climb()[:-2]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ IDENTICAL = {"checkpointing", "selective_checkpointing", "optimizer_in_backward"
 # Largest allowed distance of any of the 20 losses from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
 INEXACT = {
     "bf16": 0.003, "bf16_weights": 0.02, "pure_bf16": 0.02, "adamw_8bit": 0.001, "adamw_8bit_torchao": 0.01,
-    "adamw_4bit_torchao": 0.2,
+    "adamw_4bit_torchao": 0.2, "paged_adamw_8bit": 0.001,
 }  # fmt: skip
 # Other ways down: they must get there too, and need not stay close.
 OTHER = {
@@ -271,6 +271,16 @@ def test_adamw_8bit_has_a_smaller_state(plain):
     saved = plain.peak_by_category["optimizer"] - report.peak_by_category["optimizer"]
     assert saved == pytest.approx(2 * 3 * matrices, rel=0.05)
     assert report.peak_bytes < plain.peak_bytes
+
+
+def test_paged_states_are_not_the_allocators():
+    """On a GPU, the states of matrices from 100,000 elements on; the embedding has 320,000 and keeps 32-bit states."""
+    sizes = {"vocab_size": 5000, "hidden_size": 64}
+    whole, paged = (
+        predict(lm((text,), **sizes).build(gpu="A100-40GB"), gpu="A100-40GB").most_by_category["optimizer"]
+        for text in ("adamw_8bit", "paged_adamw_8bit")
+    )
+    assert whole - paged == pytest.approx(2 * 4 * 5000 * 64, rel=0.01)
 
 
 BLOCK = (64 * 192, 64 * 64, 64 * 128, 128 * 64)  # qkv, projection, feed-forward up and down
@@ -552,6 +562,7 @@ def test_excluded_pairs_are_refused(pair):
         (["nf4_weights"], "quantised weights are frozen: add an adapter, as lora=16"),
         (["nf4_weights", "int8_weights", "lora"], "only one of kind 'weights'"),
         (["nf4_weights", "qlora"], "qlora quantises the weights and so excludes nf4_weights"),
+        (["qlora", "fsdp"], "quantised weights are not divided among processes and so exclude fsdp"),
         (["convention=trl"], "a convention is for adapters: add one, as lora=16"),
         (["convention=axolotl", "lora"], "convention 'axolotl': uncast, peft, trl-0.13 and trl are known"),
         (["convention=trl", "bf16", "lora"], "only one of kind 'precision'"),

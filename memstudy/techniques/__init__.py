@@ -28,6 +28,7 @@ from memstudy.techniques.optimizers import (
     Apollo,
     GaLore,
     Muon,
+    PagedAdamW8bit,
     Sgd,
     TorchaoAdamW4bit,
     TorchaoAdamW8bit,
@@ -50,6 +51,7 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "accumulation": Accumulation,
     "chunked_loss": ChunkedLoss,
     "adamw_8bit": AdamW8bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
     "adamw_8bit_torchao": TorchaoAdamW8bit,
     "adamw_4bit_torchao": TorchaoAdamW4bit,
     "adafactor": Adafactor,
@@ -105,6 +107,8 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
         raise ValueError(f"techniques {list(texts)}: quantised weights are frozen: add an adapter, as lora=16")
     if "weights" in groups and QLora in kinds:
         raise ValueError("qlora quantises the weights and so excludes nf4_weights and int8_weights: take lora")
+    if Fsdp in kinds and ("weights" in groups or QLora in kinds):
+        raise ValueError("quantised weights are not divided among processes and so exclude fsdp: take lora alone")
     if Convention in kinds and "adapters" not in groups:
         raise ValueError(f"techniques {list(texts)}: a convention is for adapters: add one, as lora=16")
     if Prefix in kinds and "checkpointing" in groups:

@@ -89,6 +89,9 @@ class Technique:
         """A function that runs ``model`` on ``batch`` at inference; None for eager PyTorch."""
         return None
 
+    def as_on_a_gpu(self, optimizer: torch.optim.Optimizer) -> None:
+        """Change the new optimizer, for a prediction, where it behaves on a GPU as it does not on a CPU."""
+
     def attach(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Connect the new optimizer to the model."""
 

@@ -29,6 +29,30 @@ class AdamW8bit(Optimizer):
         return {"optim": "adamw_bnb_8bit"}
 
 
+_PAGED_FROM = 100_000  # elements (bitsandbytes/optim/optimizer.py, ``get_state_buffer``)
+
+
+@dataclass(frozen=True)
+class PagedAdamW8bit(Optimizer):
+    """``adamw_8bit`` with large states in managed memory, which the driver moves to the host when the GPU is full.
+
+    PyTorch's allocator does not serve that memory, and a prediction does not count it. On a CPU nothing is paged.
+    """
+
+    summary = "AdamW with 8-bit states that the driver pages between GPU and host (bitsandbytes); they are not counted"
+
+    def flags(self):
+        return {"optim": "paged_adamw_8bit"}
+
+    def as_on_a_gpu(self, optimizer):
+        def buffer(parameter, dtype=torch.float32):
+            if parameter.numel() < _PAGED_FROM:
+                return torch.zeros_like(parameter, dtype=dtype)
+            return torch.zeros(1, dtype=dtype).expand(parameter.shape)  # one element for all
+
+        optimizer.get_state_buffer = buffer
+
+
 @dataclass(frozen=True)
 class TorchaoAdamW(Optimizer):
     """Base of torchao's AdamW with states of few ``bits``."""

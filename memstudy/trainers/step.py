@@ -116,7 +116,10 @@ class StepRun(Run):
         card = find_gpu(gpu) if isinstance(gpu, str) else gpu
         techniques.check_available(chosen, capability=card and card.compute_capability)
         if card and str(self.flags().get("optim", "")).startswith("paged_"):
-            raise Unavailable("a paged optimizer is not predicted: the GPU driver decides where its state is kept")
+            raise Unavailable(
+                "a paged optimizer is not predicted: the GPU driver decides where its state is kept; technique "
+                "paged_adamw_8bit is predicted without that state"
+            )
 
         def make() -> Step:
             set_seed(self.seed)

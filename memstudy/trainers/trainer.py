@@ -65,8 +65,8 @@ class Clock(TrainerCallback):
 class TechniqueTrainer(Trainer):
     """Hugging Face's Trainer with the techniques that have no flag."""
 
-    def __init__(self, *args, techniques, **kwargs):
-        self._techniques = techniques
+    def __init__(self, *args, techniques, predicted, **kwargs):
+        self._techniques, self._predicted = techniques, predicted
         self.clock = Clock()
         super().__init__(*args, **kwargs)
         self.add_callback(self.clock)
@@ -122,6 +122,8 @@ class TechniqueTrainer(Trainer):
             sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()
         optimizer = super().create_optimizer(model)
         for technique in self._techniques:
+            if self._predicted:
+                technique.as_on_a_gpu(optimizer)
             technique.attach(self.model, optimizer)
         return optimizer
 
@@ -161,7 +163,7 @@ def make_trainer(
     validation : Dataset, optional
         Rows whose loss is computed ``validations`` times in training.
     predicted : bool
-        True for a prediction, which always runs on the CPU.
+        True for a prediction for a GPU, which runs on the CPU.
 
     Raises
     ------
@@ -219,6 +221,7 @@ def make_trainer(
         eval_dataset=validation,
         optimizer_cls_and_kwargs=found and (found[0], {"lr": run.learning_rate, **found[1]}),
         techniques=chosen,
+        predicted=predicted,
     )
     trainer.remove_callback(PrinterCallback)
     if scaled:

@@ -23,6 +23,7 @@ STUDIES = "memory_ablation", "memory_combinations"  # whose records have referen
 # Added after the techniques of the reference rows; their steps have no measured time.
 ARITHMETIC = ("pure_bf16",)
 ADAPTER = ("convention=uncast", "lora=16")
+FOUR_BITS = "nf4_weights"
 
 
 def ladder(
@@ -65,8 +66,9 @@ def climb(
 ) -> list[tuple[str, ...]]:
     """Successive lists of techniques that change more and more.
 
-    Exact techniques come first, then accumulation in more and more parts, techniques that change the arithmetic and
-    adapters. A technique that excludes earlier ones replaces them, and is left out if it excludes one of ``start``.
+    Exact techniques come first, then accumulation in more and more parts, techniques that change the arithmetic,
+    adapters, and 4-bit weights beside them. A technique that excludes earlier ones replaces them, and is left out if it
+    excludes one of ``start``.
 
     Parameters
     ----------
@@ -100,10 +102,13 @@ def climb(
         more.append(ADAPTER[1:] if techniques.excluded((*start, *ADAPTER)) else ADAPTER)
     for added in more:
         left = (text for text in rungs[-1] if text in start or not techniques.excluded((text, *added)))
-        rung = (*left, *added)
-        if not techniques.excluded(rung) and takes(rung):
-            rungs.append(rung)
-    return rungs
+        rungs += _taken((*left, *added), takes)
+    return rungs if keep else rungs + _taken((*rungs[-1], FOUR_BITS), takes)
+
+
+def _taken(rung: tuple[str, ...], takes: Callable[[tuple[str, ...]], bool]) -> list[tuple[str, ...]]:
+    """``rung`` alone in a list, if its techniques go together and suit; an empty list otherwise."""
+    return [rung] if not techniques.excluded(rung) and takes(rung) else []
 
 
 def share_trained(adapter: str, **choices: object) -> float:
