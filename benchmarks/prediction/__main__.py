@@ -1,8 +1,9 @@
-"""Predict three published tables of GPU memory, and print the error of each number.
+"""Predict published tables of GPU memory, and print the error of each number.
 
-python benchmarks/prediction [ops|bert|inference]... [--json FILE]
+python benchmarks/prediction [ops|bert|inference|modern]... [--rows TEXT] [--json FILE]
 
-All three take two minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
+``modern`` is fine-tuning of 2025 and 2026: fms-acceleration's runs and PEFT's comparison of methods. All tables take
+five minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
 """
 
 from __future__ import annotations
@@ -13,32 +14,52 @@ from pathlib import Path
 
 import pandas as pd
 
+from memstudy.studies.published import modern as fms
+from memstudy.studies.published import peft
 from memstudy.studies.published.bert import savings
 from memstudy.studies.published.inference import length_differences
-from memstudy.studies.published.rows import predicted_rows
+from memstudy.studies.published.rows import predicted_rows, published
 
 
-def ops() -> list[pd.DataFrame]:
-    return [predicted_rows("ops")]
+def ops(text: str) -> list[pd.DataFrame]:
+    return [predicted_rows("ops", named("ops", text))]
 
 
-def bert() -> list[pd.DataFrame]:
+def bert(text: str) -> list[pd.DataFrame]:
     """Predicted with the PyTorch rules of the table's time, and beside them with today's rules."""
-    rows, today = predicted_rows("bert"), predicted_rows("bert", era=False)
+    only = named("bert", text)
+    rows, today = predicted_rows("bert", only), predicted_rows("bert", only, era=False)
     both = [rows, savings(rows)], [today, savings(today)]
     columns = {"predicted_mib": "today_mib", "error_percent": "today_error_percent"}
     return [old.join(new.rename(columns=columns)[[*columns.values()]]) for old, new in zip(*both, strict=True)]
 
 
-def inference() -> list[pd.DataFrame]:
-    rows = predicted_rows("inference")
+def inference(text: str) -> list[pd.DataFrame]:
+    rows = predicted_rows("inference", named("inference", text))
     return [rows, length_differences(rows)]
 
 
-TABLES = {"ops": ops, "bert": bert, "inference": inference}
+def modern(text: str) -> list[pd.DataFrame]:
+    """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted."""
+    print(f"fms: allocated memory; {fms.SOFTWARE}\npeft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
+    for query, cause in fms.OUTSIDE.items():
+        print(f"  {' '.join(fms.published().query(query).id)}: {cause}")
+    for row, cause in peft.OUTSIDE.items():
+        print(f"  {row}: {cause}")
+    return [predicted_rows(table, named(table, text)) for table in ("fms", "peft")]
+
+
+def named(table: str, text: str) -> list[str]:
+    """The rows of ``table`` whose names have ``text`` in them."""
+    return [row for row in published(table).index if text in row]
+
+
+TABLES = {"ops": ops, "bert": bert, "inference": inference, "modern": modern}
 
 
 def show(frame: pd.DataFrame) -> None:
+    if frame.empty:  # no name has the text of --rows
+        return
     frame = frame.copy()
     frame.insert(4, "difference_mib", frame.predicted_mib - frame.published_mib)
     print(f"\n{frame.table[0]}\n{frame.drop(columns='table').to_string(index=False, float_format='{:,.3f}'.format)}")
@@ -50,11 +71,12 @@ def show(frame: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, "all"], default="all", help="default: all")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose names have TEXT in them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
     chosen = parser.parse_args()
     frames = []
     for name in TABLES if "all" in chosen.tables else chosen.tables:
-        frames += (made := TABLES[name]())
+        frames += (made := TABLES[name](chosen.rows))
         for frame in made:
             show(frame)
     if chosen.json:

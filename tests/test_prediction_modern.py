@@ -1,0 +1,59 @@
+"""The prediction for GPUs against fine-tuning that others measured in 2025 and 2026 (`memstudy.studies.published`).
+
+The bounds are the errors of the day on which they were written, rounded up; they hold what was reached.
+"""
+
+import pytest
+
+from memstudy.studies.published import modern, peft
+from memstudy.studies.published.rows import predicted_rows, published
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MISTRAL = ["Mistral-7B-v0.1, full, 4 × 4096, peak", "Mistral-7B-v0.1, full, 4 × 4096, at rest"]
+OFF = {"full-finetuning/llama-3.2-3B-lr_0.00001", "adalora/llama-3.2-3B-rank32", "psoft/llama-3.2-3B-default"}
+
+
+def errors(rows):
+    """Absolute errors, by row [%]."""
+    return rows.set_index("row").error_percent.abs()
+
+
+def test_mistral_in_full_takes_what_an_a100_allocated():
+    """Hand arithmetic: 10 bytes a parameter at the peak and 6 at rest, two workspaces, three tensors of indices."""
+    rows = predicted_rows("fms", only=MISTRAL)
+    assert len(rows) == 2
+    assert errors(rows).max() < 0.0005
+
+
+def test_lora_of_pefts_comparison():
+    rows = predicted_rows("peft", only=["lora/llama-3.2-3B-rank32"])
+    assert len(rows) == 1
+    assert errors(rows).max() < 0.4
+
+
+def test_each_published_row_is_predicted_or_outside_with_a_cause():
+    rows = modern.published()
+    outside = set().union(*(set(rows.query(query).id) for query in modern.OUTSIDE))
+    assert all(len(rows.query(query)) for query in modern.OUTSIDE)
+    assert len(rows) == len(outside) + len(published("fms"))
+    assert set(peft.CONFIGS) | {"full-finetuning/llama-3.2-3B-lr_0.00001"} == {*published("peft").index, *peft.OUTSIDE}
+
+
+@pytest.mark.slow
+def test_all_of_fms_acceleration_on_one_gpu():
+    error = errors(predicted_rows("fms"))
+    assert len(error) == 12
+    assert error.median() < 0.001
+    assert set(error[error > 0.05].index) == {"gpt_bigcode-santacoder, full, 8 × 2048, peak"}
+    assert error.max() < 1.3
+    assert error[error.index.str.startswith("Mistral")].max() < 0.001
+
+
+@pytest.mark.slow
+def test_all_of_pefts_comparison():
+    error = errors(predicted_rows("peft"))
+    assert len(error) == 25
+    assert error.median() < 0.9
+    assert error.drop(list(OFF)).max() < 2.9
+    assert error.max() < 6.7
