@@ -138,8 +138,10 @@ class _Search:
 
         try:
             peak = measure(build(size)).peak_allocated_mib
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        except MemoryError:
+            return None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
                 raise
             return None
         return peak if peak <= self.budget_mib else None
