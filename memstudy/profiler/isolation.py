@@ -8,17 +8,22 @@ from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from unittest.mock import patch
 
+import torch
+
 from memstudy.profiler.internals import _disable_current_modes
 
 
 def modules_on_real_tensors():
-    """A patch: a module that is imported within its block makes its own tensors without the prediction's modes."""
-    execute = SourceFileLoader.exec_module
+    """A patch: a module that is imported within its block makes its own tensors without the prediction's modes.
+
+    To be entered before ``torch.compile`` is replaced, which decorates functions of modules.
+    """
+    execute, compiled = SourceFileLoader.exec_module, torch.compile
     with _disable_current_modes():  # imports what it needs at its first use
         pass
 
     def exec_module(self, module):
-        with _disable_current_modes():
+        with _disable_current_modes(), patch("torch.compile", compiled):
             execute(self, module)
 
     return patch.object(SourceFileLoader, "exec_module", exec_module)

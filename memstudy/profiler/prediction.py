@@ -82,7 +82,7 @@ def predict(
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     recorder, events = _follow(build, iterations, card, processes, semantics)
     if card is None:
-        return account(events, device="cpu", kind="predicted")
+        return account(events, device="cpu", kind="predicted", unverified=tuple(sorted(recorder.assumed)))
     replayed = replay(events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
     return account(
         replayed.events,
@@ -93,7 +93,10 @@ def predict(
         context_bytes=int(card.context_mib * MIB),
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
-        unverified=(*sorted(recorder.below.unverified), *["NCCL's buffers (not counted)"] * (processes > 1)),
+        unverified=(
+            *sorted(recorder.below.unverified | recorder.assumed),
+            *["NCCL's buffers (not counted)"] * (processes > 1),
+        ),
     )
 
 
@@ -119,6 +122,7 @@ def _follow(
         stack.enter_context(roles.watch())
         stack.enter_context(recorder.watch_optimizer())
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
+        stack.enter_context(modules_on_real_tensors())
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
         stack.enter_context(patch("torch.compile", recorder.compiled))
         # Without this, torch's foreach path rejects FakeTensor parameters.
@@ -133,7 +137,6 @@ def _follow(
         stack.enter_context(patch("torch.utils.swap_tensors", _swap))
         stack.enter_context(making_fake_subclasses())
         stack.enter_context(copying_fake_tensors())
-        stack.enter_context(modules_on_real_tensors())
         stack.enter_context(tables_of_bitsandbytes(anew=card is not None))
         stack.enter_context(fake)
         stack.enter_context(recorder)

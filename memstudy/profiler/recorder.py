@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from memstudy.profiler import cpu, cuda
+from memstudy.profiler import by_shape, cpu, cuda
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.events import Event
 from memstudy.profiler.internals import (
@@ -34,6 +34,7 @@ from memstudy.profiler.internals import (
 from memstudy.profiler.results import Results, tensors
 from memstudy.profiler.values import Values
 
+_EAGER = "compiled modules (followed as they run without compilation)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
 
 
@@ -86,9 +87,11 @@ class Recorder(TorchDispatchMode):
         self._in_optimizer = self._in_one_kernel = False
         if card is None:
             self.below = cpu.BelowDispatch(self._tell)
+            self._in_python = by_shape.kernels(cuda=False)
         else:
             self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
-        self._in_python = {} if card is None else cuda.kernels(semantics.gemm_4bit)
+            self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
+        self.assumed: set[str] = set()  # what only the data or the device can say
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -157,11 +160,15 @@ class Recorder(TorchDispatchMode):
     def compiled(self, function: Callable | None = None, **options) -> Callable:
         """Replaces ``torch.compile``, which does not support fake tensors: only the results of ``function`` count.
 
+        A module, or ``Module.compile``, is followed as it runs without compilation.
         Compiled elementwise kernels, as of an optimizer, hold intermediate values in registers. The buffer of a
         reduction between them is not counted.
         """
         if function is None:
             return partial(self.compiled, **options)
+        if isinstance(function, torch.nn.Module) or isinstance(getattr(function, "__self__", None), torch.nn.Module):
+            self.assumed.add(_EAGER)
+            return function
 
         @wraps(function)
         def run(*args, **kwargs):
@@ -206,9 +213,11 @@ class Recorder(TorchDispatchMode):
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)
         if kernel := self._in_python.get(op.name):
-            self.below.replaced(kernel, args)
             with self:
-                return kernel(*args, **kwargs)
+                result = kernel(*args, **kwargs)
+            if result is not NotImplemented:
+                self.assumed |= by_shape.assumed(kernel) | cuda.assumed(kernel, args)
+                return result
         if self._card is None and op.name in cpu.IN_PYTHON:
             on_cpu = func.has_kernel_for_dispatch_key(DispatchKey.CPU)
             with self:

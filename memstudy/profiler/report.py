@@ -45,7 +45,8 @@ class MemoryReport:
     out_of_memory : OutOfMemory or None
         On a predicted GPU: the request that would fail there; None when the step fits.
     unverified : tuple of str
-        On a predicted GPU: ops that no rule covers, predicted as their CPU kernels, and memory not counted.
+        Of a prediction: what had to be assumed; for a GPU also ops that no rule covers, predicted as their CPU kernels,
+        and memory not counted.
     """
 
     device: str

@@ -55,13 +55,13 @@ def _linear(x, weight, bias):
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
-def assumed(kernel: Callable, args: tuple) -> str | None:
+def assumed(kernel: Callable, args: tuple) -> set[str]:
     """What ``kernel`` assumes of ``args`` that only the GPU or the data can say."""
     if kernel is gemm_4bit and _FUSED_UP_TO < _tokens(args[0]) <= _DEQUANTISED_BEYOND:
-        return "bitsandbytes::gemm_4bit of 5 to 1,536 tokens (counted with the whole weight)"
+        return {"bitsandbytes::gemm_4bit of 5 to 1,536 tokens (counted with the whole weight)"}
     if kernel is _int8_vectorwise_quant and len(args) > 1 and args[1] > 0:
-        return "outliers in bitsandbytes' 8-bit products (none assumed)"
-    return None
+        return {"outliers in bitsandbytes' 8-bit products (none assumed)"}
+    return set()
 
 
 def _tokens(x: torch.Tensor) -> int:
