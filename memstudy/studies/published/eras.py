@@ -17,9 +17,10 @@ BERT: GELU in fp32 under autocast             AFTER: on "batch 4, fp16", 530 MB 
                                               other fp16 rows change by 12 MB at most: no evidence either way
 cuBLAS's workspace                            BEFORE: PyTorch's code of the time
 fms: losses of January 2025                   BEFORE: code of transformers 4.48.1
-fms: nothing is autocast                      AFTER: on "Mistral-7B-v0.1, LoRA, 4 × 4096, peak", 27 MB high with it
-fms: logits alive in backward                 AFTER: on "gpt_bigcode-santacoder, full, 8 × 2048, peak", 11.8 % low
-                                              without them. Mistral's rows, held out, do not change
+fms: nothing is autocast                      AFTER: on "Mistral-7B-v0.1, LoRA, 4 × 4096, 1 GPU, peak": with
+                                              autocast, 27 MB high
+fms: logits alive in backward                 AFTER: on "gpt_bigcode-santacoder, full, 8 × 2048, 1 GPU, peak":
+                                              without them, 11.8 % low. Mistral's rows, held out, do not change
 ============================================  =====================================================================
 """
 
