@@ -276,7 +276,7 @@ def allocated(step):
 
 
 def test_a_process_lives_on_after_predictions():
-    """Reals steps are profiled before and after; then the process collects garbage and exits."""
+    """Real steps are profiled before and after; then the process collects garbage and exits."""
     run = subprocess.run([sys.executable, "-c", AFTERWARDS], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.split()[-1:]) == (0, ["alive"]), run.stderr[-2000:]
 
