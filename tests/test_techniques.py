@@ -35,12 +35,13 @@ STEPS = 20
 IDENTICAL = {"checkpointing", "selective_checkpointing", "optimizer_in_backward"}
 # Largest allowed distance of any of the 20 losses from the baseline's (5.60 falling to 4.82); seen: 0.0003 and 0.0001.
 INEXACT = {
-    "bf16": 0.003, "bf16_weights": 0.02, "adamw_8bit": 0.001, "adamw_8bit_torchao": 0.01, "adamw_4bit_torchao": 0.2,
+    "bf16": 0.003, "bf16_weights": 0.02, "pure_bf16": 0.02, "adamw_8bit": 0.001, "adamw_8bit_torchao": 0.01,
+    "adamw_4bit_torchao": 0.2,
 }  # fmt: skip
 # Other ways down: they must get there too, and need not stay close.
 OTHER = {
     "adafactor": 0.3, "sgd": 0.1, "muon": 0.1, "galore=8": 0.1, "apollo=8": 0.1, "lora": 0.01,
-    "masks=0.5": 0.3, "pruned=0.5": 0.3, "narrow=0.5": 0.3, "fewer_heads=0.5": 0.3,
+    "masks=0.5": 0.3, "pruned=0.5": 0.3, "narrow=0.5": 0.3, "fewer_heads=0.5": 0.3, "dora": 0.01,
 }  # fmt: skip
 
 
@@ -317,8 +318,9 @@ def test_low_bit_states_are_their_closed_form(text, bits):
     )  # the tolerance is for tables
 
 
-def test_bf16_weights_halve_everything_kept(plain):
-    report = with_technique("bf16_weights")
+@pytest.mark.parametrize("text", ["bf16_weights", "pure_bf16"])
+def test_bf16_weights_halve_everything_kept(text, plain):
+    report = with_technique(text)
     for category in ("parameters", "optimizer"):
         assert report.peak_by_category[category] == pytest.approx(plain.peak_by_category[category] / 2, rel=0.01)
     assert gradients(report) == pytest.approx(gradients(plain) / 2, rel=0.01)
@@ -500,7 +502,7 @@ TOGETHER = [pair for pair in PAIRS if not go_apart(pair)]
 )
 def test_pairs_train(pair, baseline, tmp_path):
     curve, validation = train(pair, tmp_path, steps=2, eval_blocks=1)
-    of_another_kind = {text.partition("=")[0] for text in OTHER} | {"bf16_weights", "adamw_4bit_torchao"}
+    of_another_kind = {text.partition("=")[0] for text in OTHER} | {"bf16_weights", "pure_bf16", "adamw_4bit_torchao"}
     assert curve == pytest.approx(baseline[0][:2], abs=0.2 if of_another_kind & set(pair) else 0.01)
     assert validation == pytest.approx(validation, abs=1)  # not NaN
 
@@ -520,6 +522,21 @@ def test_excluded_pairs_are_refused(pair):
         ([""], "unknown technique ''"),
         (["Bf16"], "unknown technique 'Bf16'"),
         (["bf16=1"], "'bf16' has no setting, but got '1'"),
+        (["galore=8:2"], "'galore' has rank for settings, but got '8:2'"),
+        (["lora=8:attention:bf16:1"], "'lora' has rank:targets:dtype for settings"),
+        (["lora=attention"], "a number is needed"),
+        (["dora=0"], "rank 0.0: a whole number from 1 is needed"),
+        (["lora=8:attention:fp8"], "number format 'fp8': fp32, bf16, fp16 are known"),
+        (["prompt=1.5"], "1.5 tokens: a whole number from 1 is needed"),
+        (["lora", "dora"], "only one of kind 'adapters'"),
+        (["nf4_weights=triple", "lora"], "scales 'triple': double or single is needed"),
+        (["nf4_weights"], "quantised weights are frozen: add an adapter, as lora=16"),
+        (["nf4_weights", "int8_weights", "lora"], "only one of kind 'weights'"),
+        (["nf4_weights", "qlora"], "qlora quantises the weights and so excludes nf4_weights"),
+        (["convention=trl"], "a convention is for adapters: add one, as lora=16"),
+        (["convention=axolotl", "lora"], "convention 'axolotl': uncast, peft, trl-0.13 and trl are known"),
+        (["convention=trl", "bf16", "lora"], "only one of kind 'precision'"),
+        (["prefix", "checkpointing"], "prefix hands keys and values to the blocks and so excludes checkpointing"),
         (["accumulation=two"], "'accumulation=two': a number is needed"),
         (["accumulation="], "a number is needed"),
         (["accumulation=0"], "a whole number from 1"),

@@ -45,7 +45,8 @@ def test_a_step_takes_what_is_predicted(name, model, tmp_path):
         return
     run = MODELS[model](tmp_path, techniques=(name,))
     measured, predicted = measure(run.build()), predict(run.build())
-    if TECHNIQUES[name].packages and name != "lora":  # the scratch of their kernels is not predicted
+    # The scratch of these packages' kernels is not predicted, nor oneDNN's for products of bfloat16 weights.
+    if TECHNIQUES[name].packages not in ((), ("peft",)) or name == "pure_bf16":
         for category in ("parameters", "optimizer"):
             assert predicted.most_by_category[category] == pytest.approx(measured.most_by_category[category], abs=64)
         assert predicted.peak_bytes <= measured.peak_bytes

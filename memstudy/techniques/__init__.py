@@ -4,12 +4,13 @@ A :class:`Technique` consists of flags of Hugging Face's ``TrainingArguments``, 
 training, an optimizer, a context around the forward pass, or several of these. ``trainers`` uses one set of
 techniques for training, measuring and predicting.
 
-A run names its techniques as text, with an optional setting after ``=``: ``"bf16"``, ``"accumulation=4"``.
-:func:`parse` turns the text into techniques.
+A run names its techniques as text, with optional settings after ``=``, divided by ``:``: ``"bf16"``,
+``"accumulation=4"``, ``"lora=16:q_proj+v_proj:bf16"``. :func:`parse` turns the text into techniques.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from memstudy.attention.base import Unavailable
-from memstudy.techniques.adapters import Lora
+from memstudy.techniques.adapters import IA3, Dora, Lora, Prefix, Prompt, QLora
 from memstudy.techniques.base import Technique
 from memstudy.techniques.checkpointing import Checkpointing, SelectiveCheckpointing
 from memstudy.techniques.engines import Compile, Int8, OnnxRuntime, TensorRT
@@ -31,14 +32,17 @@ from memstudy.techniques.optimizers import (
     TorchaoAdamW4bit,
     TorchaoAdamW8bit,
 )
-from memstudy.techniques.precision import Bf16, Bf16Weights, Fp16, Tf32
+from memstudy.techniques.precision import Bf16, Bf16Weights, Convention, Fp16, PureBf16, Tf32
 from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, Pruned, SemiStructured, Sparse
 from memstudy.techniques.sharding import Fsdp
 from memstudy.techniques.step import Accumulation, ChunkedLoss, OffloadActivations, OptimizerInBackward
+from memstudy.techniques.weights import Int8Weights, Nf4Weights
 
 TECHNIQUES: dict[str, type[Technique]] = {
     "bf16": Bf16,
     "bf16_weights": Bf16Weights,
+    "pure_bf16": PureBf16,
+    "convention": Convention,
     "fp16": Fp16,
     "tf32": Tf32,
     "checkpointing": Checkpointing,
@@ -57,6 +61,13 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "optimizer_in_backward": OptimizerInBackward,
     "fsdp": Fsdp,
     "lora": Lora,
+    "dora": Dora,
+    "qlora": QLora,
+    "ia3": IA3,
+    "prefix": Prefix,
+    "prompt": Prompt,
+    "nf4_weights": Nf4Weights,
+    "int8_weights": Int8Weights,
     "masks": Masks,
     "pruned": Pruned,
     "narrow": Narrow,
@@ -86,6 +97,15 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
     kinds = {type(technique) for technique in techniques}
     if {OptimizerInBackward, Accumulation} <= kinds:
         raise ValueError("optimizer_in_backward drops each gradient at once and so excludes accumulation")
+    groups = {technique.group for technique in techniques}
+    if "weights" in groups and "adapters" not in groups:
+        raise ValueError(f"techniques {list(texts)}: quantised weights are frozen: add an adapter, as lora=16")
+    if "weights" in groups and QLora in kinds:
+        raise ValueError("qlora quantises the weights and so excludes nf4_weights and int8_weights: take lora")
+    if Convention in kinds and "adapters" not in groups:
+        raise ValueError(f"techniques {list(texts)}: a convention is for adapters: add one, as lora=16")
+    if Prefix in kinds and "checkpointing" in groups:
+        raise ValueError("prefix hands keys and values to the blocks and so excludes checkpointing")
     for name, technique in zip(texts, techniques, strict=True):
         if technique.one_count_of_steps and OptimizerInBackward in kinds:
             raise ValueError(f"{name} counts steps for all parameters together and so excludes optimizer_in_backward")
@@ -134,10 +154,14 @@ def _parse_one(text: str) -> Technique:
         raise ValueError(f"unknown technique {name!r}; known: {', '.join(TECHNIQUES)}")
     if not has_setting:
         return TECHNIQUES[name]()
+    known, parts = dataclasses.fields(TECHNIQUES[name]), setting.split(":")
+    if len(parts) > len(known):
+        has = "no setting" if not known else ":".join(field.name for field in known) + " for settings"
+        raise ValueError(f"technique {name!r} has {has}, but got {setting!r}")
     try:
-        return TECHNIQUES[name](float(setting))
-    except TypeError:
-        raise ValueError(f"technique {name!r} has no setting, but got {setting!r}") from None
+        return TECHNIQUES[name](
+            *(part if field.type == "str" else float(part) for field, part in zip(known, parts, strict=False))
+        )
     except ValueError as error:
         reason = "a number is needed" if "could not convert" in str(error) else str(error)
         raise ValueError(f"technique {text!r}: {reason}") from None

@@ -33,14 +33,18 @@ class Technique:
         For an optimizer: whether it counts steps for all parameters together, so that it can't update them one by one.
     takes_shards : bool
         For an optimizer: whether parameters may be divided among processes.
-    prepared_last : bool
-        Whether `prepare` must run after the other techniques'.
+    prepared : int
+        When `prepare` runs: techniques of lower numbers are prepared first.
+    weights_dtype : torch.dtype or None
+        The format that the model's weights are made in; None for fp32.
     several_processes : bool
         Whether the technique is only for runs in several processes.
     in_bf16 : bool
         Whether products are computed in bfloat16, which some machines emulate.
     in_pytorch : bool
         Whether PyTorch's allocator serves all memory of the technique.
+    more_tokens : int
+        Number of tokens that the technique adds to each sequence.
     packages : tuple of str
         Packages to install besides memstudy's own dependencies.
     """
@@ -55,18 +59,20 @@ class Technique:
     rounds_stochastically = False
     one_count_of_steps = False
     takes_shards = False
-    prepared_last = False
+    prepared = 0
+    weights_dtype = None
     several_processes = False
     in_bf16 = False
     in_pytorch = True
+    more_tokens = 0
     packages = ()
 
     def flags(self) -> dict[str, object]:
         """Flags for ``transformers.TrainingArguments``."""
         return {}
 
-    def prepare(self, model: torch.nn.Module) -> None:
-        """Change ``model`` in place, before its optimizer is made."""
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module | None:
+        """Change ``model`` in place, before its optimizer is made; return the model to train if it is another."""
 
     def optimizer(self, model: torch.nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, object]] | None:
         """Class and keywords, except the learning rate, of an optimizer that no flag selects; None otherwise."""
@@ -88,3 +94,13 @@ def check_rank(rank: float) -> None:
     """Raise ValueError unless ``rank`` is a whole number from 1."""
     if rank < 1 or not float(rank).is_integer():
         raise ValueError(f"rank {rank}: a whole number from 1 is needed")
+
+
+_DTYPES = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_dtype(name: str) -> torch.dtype | None:
+    """The number format ``name``, None for an empty one; ValueError for an unknown one."""
+    if name not in _DTYPES:
+        raise ValueError(f"number format {name!r}: {', '.join(filter(None, _DTYPES))} are known")
+    return _DTYPES[name]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memstudy.techniques.adapters import cast_trained
 from memstudy.techniques.base import Technique
 
 
@@ -76,3 +77,67 @@ class Bf16Weights(Technique):
         from torchao.optim import _AdamW
 
         return _AdamW, {"bf16_stochastic_round": True}
+
+
+@dataclass(frozen=True)
+class PureBf16(Technique):
+    """Weights, gradients and optimizer state in bfloat16, updated with rounding to nearest: "bf16 weights" to most.
+
+    An update below half a weight's last bit is lost (Zamirai et al. 2020, arXiv:2010.06192); see ``bf16_weights``.
+    """
+
+    summary = "weights, gradients and the optimizer's state in bfloat16; small updates are lost in rounding"
+    exact = False
+    group = "precision"
+    in_bf16 = True
+    weights_dtype = torch.bfloat16
+
+    def prepare(self, model):
+        model.to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Convention(Technique):
+    """The number formats of a model with adapters, by the library that prepares it; products in bfloat16 autocast.
+
+    All load the weights in bfloat16. ``uncast``: the new weights fp32, as peft's ``get_peft_model`` makes them.
+    ``peft``: besides, all weights that are not quantised in fp32 (``prepare_model_for_kbit_training``). ``trl-0.13``:
+    the same with embeddings and head in bfloat16 (``peft_module_casting_to_bf16``, trl/trainer/utils.py up to 0.13).
+    ``trl``: as ``uncast``, but beside quantised weights the new ones in bfloat16 (trl/trainer/sft_trainer.py).
+    """
+
+    name: str = "uncast"
+    summary = "number formats beside adapters: uncast, peft, trl-0.13 or trl; bfloat16 weights and autocast"
+    exact = False
+    group = "precision"
+    in_bf16 = True
+    prepared = 3
+    weights_dtype = torch.bfloat16
+
+    def __post_init__(self):
+        if self.name not in ("uncast", "peft", "trl-0.13", "trl"):
+            raise ValueError(f"convention {self.name!r}: uncast, peft, trl-0.13 and trl are known")
+
+    def flags(self):
+        return {"bf16": True}
+
+    def prepare(self, model):
+        quantised = any(parameter.dtype in (torch.uint8, torch.int8) for parameter in model.parameters())
+        if self.name in ("peft", "trl-0.13"):
+            self._prepare_as_peft(model)
+        else:
+            model.to(torch.bfloat16)
+            cast_trained(model, torch.bfloat16 if quantised and self.name == "trl" else torch.float32)
+
+    def _prepare_as_peft(self, model):
+        from peft import prepare_model_for_kbit_training
+
+        model.to(torch.bfloat16)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # freezes all
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if self.name == "trl-0.13":
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if table is not None:
+                    table.weight.data = table.weight.data.to(torch.bfloat16)

@@ -23,7 +23,7 @@ class Fsdp(Technique):
     """
 
     summary = "several processes divide parameters, gradients and optimizer state among themselves"
-    prepared_last = True
+    prepared = 4
     several_processes = True
 
     def flags(self):

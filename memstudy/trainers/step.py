@@ -16,7 +16,8 @@ from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
+from transformers.modeling_utils import local_torch_dtype
 
 from memstudy import machine, techniques
 from memstudy.attention import Unavailable
@@ -120,7 +121,10 @@ class StepRun(Run):
         def make() -> Step:
             set_seed(self.seed)
             unused = Path(tempfile.gettempdir(), "memstudy-unused")  # the Trainer wants a folder
-            trainer = make_trainer(self, self.make_model(), unused, train_steps=1, predicted=card is not None)
+            with local_torch_dtype(next(filter(None, (t.weights_dtype for t in chosen)), torch.float32)):
+                model = self.make_model()
+            self._check_positions(model)
+            trainer = make_trainer(self, model, unused, train_steps=1, predicted=card is not None)
             try:
                 trainer.create_optimizer()
             except ImportError as error:
@@ -154,6 +158,15 @@ class StepRun(Run):
             return step
 
         return make
+
+    def _check_positions(self, model: PreTrainedModel) -> None:
+        more = sum(technique.more_tokens for technique in self.parsed_techniques())
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if more and positions and self.seq_len + more > positions:
+            raise ValueError(
+                f"seq_len={self.seq_len} and {more} virtual tokens are more than the model's {positions} positions: "
+                f"take seq_len={positions - more}"
+            )
 
     def steps_to_settle(self) -> int:
         """Number of steps after which memory no longer changes."""

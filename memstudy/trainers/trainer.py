@@ -205,8 +205,8 @@ def make_trainer(
             f"processes={run.processes}, but {arguments.world_size} were started: memstudy run starts as many, and a "
             "prediction needs one"
         )
-    for technique in sorted(chosen, key=lambda technique: technique.prepared_last):
-        technique.prepare(model)
+    for technique in sorted(chosen, key=lambda technique: technique.prepared):
+        model = technique.prepare(model) or model
     found = None if "optim" in flags else next(filter(None, (technique.optimizer(model) for technique in chosen)), None)
     trainer = TechniqueTrainer(
         model,

@@ -1,0 +1,91 @@
+"""Frozen weights in 4 and 8 bits, beside which adapters are trained; by bitsandbytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from memstudy.techniques.base import Technique, check_dtype
+
+
+@dataclass(frozen=True)
+class QuantizedWeights(Technique):
+    """Base of the formats: the matrices of the blocks are quantised, the rest is loaded in bfloat16.
+
+    As transformers' ``BitsAndBytesConfig`` does, except that the weights are quantised where they are made.
+    """
+
+    exact = False
+    group = "weights"
+    prepared = 1
+    in_bf16 = True
+    weights_dtype = torch.bfloat16
+
+    def prepare(self, model):
+        model.to(torch.bfloat16)
+        for name, layer in list(model.base_model.named_modules()):
+            if isinstance(layer, Conv1D) or type(layer) is nn.Linear:
+                weight = layer.weight.detach()
+                quantised = self.layer(weight.T.contiguous() if isinstance(layer, Conv1D) else weight)
+                quantised.bias = layer.bias
+                model.base_model.set_submodule(name, quantised)
+        model.requires_grad_(False)
+
+    def layer(self, weight: torch.Tensor) -> nn.Linear:
+        """A linear layer without bias that computes with a quantised ``weight`` (out, in)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Nf4Weights(QuantizedWeights):
+    """4-bit normal floats in blocks of 64 (Dettmers et al. 2023, arXiv:2305.14314).
+
+    ``scales`` is ``double`` (the blocks' scales in 8 bits) or ``single`` (in fp32); ``compute`` is the format of the
+    products.
+    """
+
+    scales: str = "double"
+    compute: str = "bf16"
+    summary = "frozen weights in 4 bits (=double or single quantisation), beside an adapter (bitsandbytes)"
+
+    def __post_init__(self):
+        check_dtype(self.compute)
+        if self.scales not in ("double", "single"):
+            raise ValueError(f"scales {self.scales!r}: double or single is needed")
+
+    def prepare(self, model):
+        super().prepare(model)
+        model.is_loaded_in_4bit = True  # peft asks
+
+    def layer(self, weight):
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        settings = {"compress_statistics": self.scales == "double", "quant_type": "nf4"}
+        compute = check_dtype(self.compute)
+        layer = Linear4bit(*weight.shape[::-1], bias=False, compute_dtype=compute, device="meta", **settings)
+        layer.weight = Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
+        return layer
+
+
+@dataclass(frozen=True)
+class Int8Weights(QuantizedWeights):
+    """8-bit integers with a scale for each neuron; outlying inputs are multiplied in 16 bits (Dettmers et al. 2022).
+
+    LLM.int8(), arXiv:2208.07339, with the paper's threshold of 6 as transformers sets it.
+    """
+
+    summary = "frozen weights in 8 bits, beside an adapter (bitsandbytes)"
+
+    def prepare(self, model):
+        super().prepare(model)
+        model.is_loaded_in_8bit = True  # peft asks
+
+    def layer(self, weight):
+        from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+        layer = Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        return layer
