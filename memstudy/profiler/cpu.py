@@ -22,6 +22,16 @@ _BINARY = {
     *(_ATEN.add, _ATEN.sub, _ATEN.rsub, _ATEN.mul, _ATEN.div, _ATEN.maximum, _ATEN.minimum, *_COMPARISONS),
     *(_ATEN.add_, _ATEN.sub_, _ATEN.mul_, _ATEN.div_),
 }
+# Kernels of bitsandbytes for the CPU that are written in Python (backends/default/ops.py and backends/cpu/ops.py): what
+# they allocate is seen. The others are written in C++ and allocate only their results.
+IN_PYTHON = {
+    "bitsandbytes::" + name
+    for name in (
+        "gemm_4bit", "quantize_4bit", "int8_vectorwise_quant", "int8_vectorwise_dequant", "int8_scaled_mm",
+        "int8_mixed_scaled_mm", "int8_linear_matmul", "int8_mm_dequant", "optimizer_update_32bit",
+        "optimizer_update_8bit_blockwise",
+    )
+}  # fmt: skip
 _QUOTIENTS = (_ATEN.div, _ATEN.div_)
 # Ops whose second operand is saved for backward (tools/autograd/derivatives.yaml).
 _SAVING = {_ATEN.mul, _ATEN.div, _ATEN.mul_, _ATEN.div_}
@@ -174,6 +184,11 @@ def _sort(args: Sequence, result: Sequence[torch.Tensor]) -> int:
     return 8 * values.shape[-1] if values.dim() else 0
 
 
+def _index(args: Sequence, result: torch.Tensor) -> int:
+    """Indices of int32 as int64 (native/IndexingUtils.h, ``expandTensors``)."""
+    return sum(8 * index.numel() for index in args[1] if index is not None and index.dtype is torch.int32)
+
+
 def _layer_norm_backward(args: Sequence, result: Sequence[torch.Tensor]) -> int:
     """Each thread's sums for the gradients of weight and bias (native/cpu/layer_norm_kernel.cpp)."""
     if result[1] is None and result[2] is None:
@@ -227,6 +242,7 @@ _RULES = {
     _ATEN._safe_softmax: _safe_softmax,
     _ATEN.logsumexp: _logsumexp,
     _ATEN.sort: _sort,
+    _ATEN.index: _index,
     _ATEN.native_layer_norm_backward: _layer_norm_backward,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,

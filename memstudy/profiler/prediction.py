@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -23,11 +22,13 @@ from memstudy.profiler import cuda
 from memstudy.profiler.accounting import account
 from memstudy.profiler.allocator import replay
 from memstudy.profiler.catalogue import Gpu, find_gpu
-from memstudy.profiler.events import MIB
+from memstudy.profiler.events import MIB, Event
 from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMode
+from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
 from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules
+from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
 
 # Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
 _NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
@@ -79,11 +80,10 @@ def predict(
     if processes < 1:
         raise ValueError(f"processes={processes}: at least 1 process must run the step")
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    # Dropping the step would add the release of its tensors to the events.
-    recorder, _step = _follow(build, iterations, card, processes, semantics)
+    recorder, events = _follow(build, iterations, card, processes, semantics)
     if card is None:
-        return account(recorder.events, device="cpu", kind="predicted")
-    replayed = replay(recorder.events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
+        return account(events, device="cpu", kind="predicted")
+    replayed = replay(events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
     return account(
         replayed.events,
         device=card.name,
@@ -99,8 +99,8 @@ def predict(
 
 def _follow(
     build: Callable[[], Step], iterations: int, card: Gpu | None, processes: int, semantics: cuda.Semantics
-) -> tuple[Recorder, Step]:
-    """Run ``build`` and the steps on fake tensors; return the recorder and the step."""
+) -> tuple[Recorder, list[Event]]:
+    """Run ``build`` and the steps on fake tensors; return the recorder and its events."""
     if "transformers" in sys.modules:
         # transformers imports lazily, and must not detect flash-attn while our stand-in is installed.
         import transformers.modeling_utils  # noqa: F401
@@ -130,7 +130,11 @@ def _follow(
         else:
             # The state's tensor is made below dispatch; checkpointing keeps one per block.
             stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))
-        stack.enter_context(patch("torch.utils.swap_tensors", partial(_swap, fake)))
+        stack.enter_context(patch("torch.utils.swap_tensors", _swap))
+        stack.enter_context(making_fake_subclasses())
+        stack.enter_context(copying_fake_tensors())
+        stack.enter_context(modules_on_real_tensors())
+        stack.enter_context(tables_of_bitsandbytes(anew=card is not None))
         stack.enter_context(fake)
         stack.enter_context(recorder)
         if processes > 1:
@@ -152,16 +156,20 @@ def _follow(
                 recorder.begin_step()
                 roles.tell_parameters()
                 step()
+            events = recorder.events.copy()  # without the releases of what the step and the libraries hold
         except (AssertionError, RuntimeError) as error:
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
             raise ValueError(ON_CUDA) from error
-    return recorder, step
+    return recorder, events
 
 
-def _swap(fake: FakeTensorMode, one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
-    """Swap as ``Module.to`` does; the mode's weak references to the tensors, which forbid swapping, are dropped."""
-    memo = fake.fake_tensor_converter.meta_converter.tensor_memo
-    for key in [key for key, made in memo.items() if made is one or made is other]:
-        del memo[key]
-    swap(one, other)
+def _swap(one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
+    """Give ``one`` the data of ``other``, as ``Module._apply`` does with tensors that are not fake.
+
+    For fake tensors it would swap them, which other references forbid.
+    """
+    if isinstance(one, FakeTensor) and isinstance(other, FakeTensor):
+        one.data = other.data
+    else:
+        swap(one, other)

@@ -88,6 +88,7 @@ class Recorder(TorchDispatchMode):
             self.below = cpu.BelowDispatch(self._tell)
         else:
             self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
+        self._in_python = {} if card is None else cuda.kernels(semantics.gemm_4bit)
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -204,9 +205,16 @@ class Recorder(TorchDispatchMode):
         if op.name in OPDEFS:  # a kernel written in Python: its allocations are visible
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)
-        if self._card is None and op.name.startswith("bitsandbytes::optimizer_update"):  # Python kernels too
+        if kernel := self._in_python.get(op.name):
+            self.below.replaced(kernel, args)
             with self:
-                return func._op_dk(DispatchKey.CPU, *args, **kwargs)
+                return kernel(*args, **kwargs)
+        if self._card is None and op.name in cpu.IN_PYTHON:
+            on_cpu = func.has_kernel_for_dispatch_key(DispatchKey.CPU)
+            with self:
+                return func._op_dk(
+                    DispatchKey.CPU if on_cpu else DispatchKey.CompositeExplicitAutograd, *args, **kwargs
+                )
         known, result = self._results.recall(key, args) if key else (False, None)
         if not known:
             result = self._corrected(func, args, func(*args, **kwargs))
@@ -219,6 +227,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if not known and tensor.is_cuda:
                 raise ValueError(ON_CUDA)
+            if not known and tensor.device.type == "meta":  # has no memory on a real device either
+                continue
             if self._in_one_kernel:
                 self._ignore_new(tensor)
             else:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from memstudy.profiler.catalogue import Gpu
+from memstudy.profiler.cuda.bitsandbytes import assumed
 from memstudy.profiler.cuda.verified import is_verified
 from memstudy.profiler.events import WORKSPACE
 from memstudy.profiler.internals import OpOverload, _current_autograd_node
@@ -31,6 +32,11 @@ class BelowDispatch:
 
     def before(self, func: OpOverload) -> None:
         """To be called before ``func``; does nothing on CUDA."""
+
+    def replaced(self, kernel: Callable, args: tuple) -> None:
+        """To be called before ``kernel``, one of `bitsandbytes`, runs in the place of an op's own."""
+        if assumption := assumed(kernel, args):
+            self.unverified.add(assumption)
 
     def after(self, func: OpOverload, args: tuple, result: object) -> None:
         """To be called after ``func`` has returned and its results have been recorded."""

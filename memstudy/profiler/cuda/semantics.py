@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from memstudy.profiler.catalogue import Gpu
-from memstudy.profiler.cuda import autocast, scratch
+from memstudy.profiler.cuda import autocast, bitsandbytes, scratch
 from memstudy.profiler.cuda.attention import attention_on, flash_attn
 from memstudy.profiler.internals import FOREACH_DEVICES, OpOverload, _scoped_library
 
@@ -47,11 +47,14 @@ class Semantics:
         Ops that autocast runs in fp32.
     workspace_bytes : callable
         Bytes that cuBLAS keeps in the caching allocator's memory for each multiplying thread, from the `Gpu`.
+    gemm_4bit : callable
+        The kernel of bitsandbytes' ``gemm_4bit``.
     """
 
     softmax: Callable = softmax
     fp32: tuple[str, ...] = autocast.FP32
     workspace_bytes: Callable[[Gpu], int] = scratch.workspace_bytes
+    gemm_4bit: Callable = bitsandbytes.gemm_4bit
 
 
 TODAY = Semantics()
@@ -71,7 +74,7 @@ def as_on(gpu: Gpu, semantics: Semantics) -> Iterator[None]:
             warnings.filterwarnings("ignore", "Warning only once|.*Overriding a previously registered kernel")
             for name, kernel in autocast.kernels(semantics.fp32).items():
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
-        for change in (_foreach_optimizers(), *_amp(), _offload(), flash_attn()):
+        for change in (_foreach_optimizers(), *_amp(), _offload(), flash_attn(), bitsandbytes.layers_as_on_cuda()):
             stack.enter_context(change)
         yield
 

@@ -23,7 +23,7 @@ _VERIFIED = {
     "select_backward", "slice_backward", "stack", "sum", "tril", "uniform_", "zero_", "zeros", "zeros_like",
     # Ops that allocate only their results, on any device.
     "addmm_", "amax", "dot", "empty_like", "empty_strided", "index_add_", "index_select", "linspace", "new_empty",
-    "promote_types", "softmax", "where",
+    "promote_types", "softmax", "where", "dequantize_4bit", "dequantize_blockwise", "int8_linear_matmul",
 }  # fmt: skip
 
 
