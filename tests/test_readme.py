@@ -59,9 +59,10 @@ def test_the_headline_table_is_that_of_the_committed_rows():
     assert "\n".join(headline()) in README
 
 
-MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b")
+MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
 METHODS = {
-    "full": "full, bf16", "full 8-bit": "full, bf16, AdamW in 8 bits", "LoRA": "LoRA, rank 16", "DoRA": "DoRA, rank 16",
+    "full": "full, bf16", "full 8-bit": "full, AdamW in 8 bits", "LoRA": "LoRA, rank 16", "DoRA": "DoRA, rank 16",
+    "QLoRA": "QLoRA, rank 16",
 }  # fmt: skip
 
 
