@@ -131,6 +131,20 @@ def test_rows_longer_than_the_sequence_are_cut_and_counted(run, tmp_path):
     assert chosen.execute(tmp_path)["metrics"]["cut_rows"] == longer > 0
 
 
+@pytest.mark.parametrize(
+    ("techniques", "adapters"),
+    [
+        (("ia3=query+value",), 2 * 2 * 64),
+        (("lora=4:query+value",), 2 * 2 * 2 * 4 * 64),
+        (("qlora=4:query+value:fp32", "bf16"), 2 * 2 * 2 * 4 * 64),  # the head is cast from bf16
+    ],
+)
+def test_the_new_head_is_trained_beside_adapters(run, folder, tmp_path, techniques, adapters):
+    model = save_tiny(folder / "wide", hidden_size=64)  # a row is no shorter than a block of 4-bit weights
+    result = run(model=model, train_rows=16, techniques=techniques).execute(tmp_path)
+    assert result["metrics"]["n_trained"] == adapters + 2 * 64 + 2
+
+
 def test_the_seed_decides_everything(run, tmp_path):
     first, again, other = (run(seed=seed, train_rows=60).execute(tmp_path / str(seed)) for seed in (3, 3, 4))
     assert without_times(first) == without_times(again)

@@ -67,8 +67,8 @@ def one_layer_at_a_time(layers: Iterable[int], rank: int, seeds: Iterable[int], 
     return runs + fine_tunings({"all_layers": factors}, seeds, **choices)
 
 
-def differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each model's score minus that of ``unchanged``, paired over held-out rows and seeds, from rows of `FineTuneRun`.
+def differences(rows: pd.DataFrame, baseline: str = "unchanged") -> pd.DataFrame:
+    """Each model's score minus that of ``baseline``, paired over held-out rows and seeds, from rows of `FineTuneRun`.
 
     Index ``task``, ``experiment``; columns ``significant`` and the fields of `significance.Difference`.
     """
@@ -78,9 +78,9 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
             name: np.stack([curves["predictions"] for curves in runs.sort_values("seed")["curves"]])
             for name, runs in of_task.groupby("experiment", sort=False)
         }
-        labels, unchanged = of_task["curves"].iloc[0]["labels"], predictions.pop("unchanged")
+        labels, theirs = of_task["curves"].iloc[0]["labels"], predictions.pop(baseline)
         for name, ours in predictions.items():
-            found[task, name] = compare(ours, unchanged, labels, TASKS[task].metrics[0])
+            found[task, name] = compare(ours, theirs, labels, TASKS[task].metrics[0])
     index = pd.MultiIndex.from_tuples(found, names=["task", "experiment"])
     return pd.DataFrame([asdict(one) | {"significant": one.significant} for one in found.values()], index=index)
 

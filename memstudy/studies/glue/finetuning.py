@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -116,10 +117,13 @@ def _trained(run: FineTuneRun, model, train, collate, checkpoints: Path) -> tupl
     """Train ``model``; return the Trainer, metrics and curves."""
     steps = run.epochs * math.ceil(len(train) / run.batch_size)
     trainer = make_trainer(run, model, checkpoints, train_steps=max(1, steps), train=train, collate=collate)
+    if run.task == "classification":
+        _train_head(model)
     metrics: dict = {
         "train_rows": len(train),
         "train_steps": steps,
         "n_parameters": sum(p.numel() for p in model.parameters()),
+        "n_trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     if not steps:
         return trainer, metrics, {}
@@ -127,6 +131,18 @@ def _trained(run: FineTuneRun, model, train, collate, checkpoints: Path) -> tupl
     curve = trainer.curve("loss")
     metrics |= {"train_time_s": seconds, "epoch_time_s": seconds / run.epochs, "train_loss": curve[-1][1]}
     return trainer, metrics, {"train_loss": curve}
+
+
+def _train_head(model: PreTrainedModel) -> None:
+    """Train the new head of ``model`` also beside adapters, which freeze it; in their number format.
+
+    As peft's ``modules_to_save`` does for classifiers of sequences (peft/peft_model.py).
+    """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{model.base_model_prefix}."):
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Ways of fine-tuning: what each holds in memory, which cards it fits, what it costs in quality."""

@@ -1,0 +1,54 @@
+"""The study of ways of fine-tuning: training steps to predict, trainings to compare, and what a 4-bit layer stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from memstudy.studies.glue.run import FineTuneRun
+from memstudy.trainers.hub_model import HubModelRun
+
+
+def steps(models: Iterable[str], methods: Mapping[str, Sequence[str]], **choices: object) -> list[HubModelRun]:
+    """A training step of each of ``models`` by each of ``methods`` (techniques by name), with ``choices`` for all."""
+    return [
+        HubModelRun(experiment=name, model=model, techniques=tuple(texts), **choices)
+        for model in models
+        for name, texts in methods.items()
+    ]
+
+
+def fine_tunings(
+    tasks: Iterable[dict], methods: Mapping[str, dict], seeds: Iterable[int], *, precision: Sequence[str], **choices
+) -> list[FineTuneRun]:
+    """A fine-tuning on each of ``tasks`` by each of ``methods`` from each seed, with ``choices`` for all.
+
+    A task has fields of the run; a method has ``techniques``, to which ``precision`` is added, and a
+    ``learning_rate``.
+    """
+    return [
+        FineTuneRun(
+            experiment=name,
+            techniques=(*method["techniques"], *precision),
+            learning_rate=method["learning_rate"],
+            seed=seed,
+            **task,
+            **choices,
+        )
+        for task in tasks
+        for name, method in methods.items()
+        for seed in seeds
+    ]
+
+
+def stored_bytes(layer: torch.nn.Module) -> int:
+    """Bytes that a 4-bit ``layer`` of bitsandbytes stores for its weight, with the codes of the number formats.
+
+    The tensors are those of ``QuantState`` (bitsandbytes/functional.py).
+    """
+    state = layer.weight.quant_state
+    tensors = [layer.weight, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return sum(tensor.nbytes for tensor in tensors)
