@@ -30,11 +30,11 @@ CONFIGS = json.loads((HERE / "peft_configs.json").read_bytes())  # adapter_confi
 def fine_tune(method: str, settings: dict) -> Callable[[], None]:
     """One step on four rows of 768 tokens, by ``method_comparison/MetaMathQA/run.py`` but for its live outputs.
 
-    Two differences from the source cancel. It cuts at 768 tokens, but its rows have at most 1,300 characters, so that
-    its longest batch is shorter; and its loop keeps the logits alive during the backward pass, which are 788 MB at 768
-    are dropped here. With live logits, LoRA, DeLoRA, VeRA, LoKr, MiSS, TinyLoRA, PSOFT (fast), prefix tuning,
-    trained tokens and Lily on the MLP each give 4.2 to 4.7 % fewer tokens, some 735. So a method that saves little for
-    each token comes out low at 768 tokens without logits (-1 %), and one that saves much, as on the MLP, higher.
+    The source's loop keeps the logits alive in the backward pass, 788 MB at 768 tokens; here they are dropped. Its rows
+    have at most 1,300 characters, so its longest batch may be shorter than 768 tokens; its lengths are not recorded.
+    Reserved memory depends on both through fragmentation: with live logits at 735 tokens, the allocated peaks of LoRA
+    and of Lily on the MLP change by less than 1 %, but the reserved ones from -0.3 and -0.1 % to +4.3 and -2.9 %. So an
+    error of 1 % of a single method, low or high, has no cause in the method's own memory that these figures could show.
     """
     with local_torch_dtype(torch.bfloat16):
         model = AutoModelForCausalLM.from_config(model_config("meta-llama/Llama-3.2-3B"))
