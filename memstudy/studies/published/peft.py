@@ -30,11 +30,11 @@ CONFIGS = json.loads((HERE / "peft_configs.json").read_bytes())  # adapter_confi
 def fine_tune(method: str, settings: dict) -> Callable[[], None]:
     """One step on four rows of 768 tokens, by ``method_comparison/MetaMathQA/run.py`` but for its live outputs.
 
-    The source's loop keeps the logits alive in the backward pass, 788 MB at 768 tokens; here they are dropped. Its rows
-    have at most 1,300 characters, so its longest batch may be shorter than 768 tokens; its lengths are not recorded.
-    Reserved memory depends on both through fragmentation: with live logits at 735 tokens, the allocated peaks of LoRA
-    and of Lily on the MLP change by less than 1 %, but the reserved ones from -0.3 and -0.1 % to +4.3 and -2.9 %. So an
-    error of 1 % of a single method, low or high, has no cause in the method's own memory that these figures could show.
+    The source's loop keeps the logits alive in the backward pass, 788 MB at 768 tokens, and the outputs of the step
+    before; so followed, reserved memory comes out 5 to 8 % too high. Here the outputs are dropped, which was chosen
+    after both errors were seen: **these rows are not held out**. Why the loop as written reserves less is not
+    known. The source's rows have at most 1,300 characters, so its longest batch may be shorter than 768 tokens; its
+    lengths are not recorded, and reserved memory moves by some percent with them through fragmentation.
     """
     with local_torch_dtype(torch.bfloat16):
         model = AutoModelForCausalLM.from_config(model_config("meta-llama/Llama-3.2-3B"))
