@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from memstudy.techniques.base import Technique, check_dtype
+
+# On a CPU with bf16 instructions it warns at its import of an optional kernel, which would be fetched from a hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

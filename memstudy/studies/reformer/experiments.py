@@ -8,10 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from transformers import AutoConfig
 
 from memstudy.figures import small_multiples
-from memstudy.huggingface.catalogue import hub_models
+from memstudy.huggingface.catalogue import model_config
 from memstudy.profiler import MIB
 from memstudy.studies.reformer.run import ReformerRun
 from memstudy.trainers.hub_model import HubModelRun
@@ -103,7 +102,7 @@ def training_steps(lengths: Lengths, models: Mapping[str, str], *, batch_size: i
 
 def published_positions(models: Mapping[str, str]) -> dict[str, object]:
     """Values for the report on the positions of the published ``models``, the hub's by system: weights and spread."""
-    configs = {system: AutoConfig.for_model(**hub_models()[model]) for system, model in models.items()}
+    configs = {system: model_config(model) for system, model in models.items()}
     axial, learned = configs["Reformer C/P, axial"], configs["Reformer C/P, no axial"]
     sides = zip(axial.axial_pos_shape, axial.axial_pos_embds_dim, strict=True)
     return {
