@@ -11,6 +11,8 @@ from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.trainer import make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
+# As in tests/test_four_bits.py: the products of 4-bit weights on the CPU may end the process.
+FOUR_BITS = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,9 @@ def dtypes(model):
         ("convention=peft", "lora=4"),
         ("convention=trl-0.13", "lora=4"),
         ("convention=trl", "lora=4", "adamw_8bit"),
-        ("qlora=4",),
-        ("convention=trl", "qlora=4", "checkpointing"),
-        ("nf4_weights=single:fp32", "dora=4"),
+        pytest.param(("qlora=4",), marks=FOUR_BITS),
+        pytest.param(("convention=trl", "qlora=4", "checkpointing"), marks=FOUR_BITS),
+        pytest.param(("nf4_weights=single:fp32", "dora=4"), marks=FOUR_BITS),
         ("int8_weights", "lora=4"),
     ],
     ids="+".join,
@@ -121,7 +123,7 @@ def test_an_adapter_has_its_published_number_of_weights(text, elements, llama, t
         ("lora=4", "checkpointing"),
         ("dora=4", "checkpointing=2"),
         ("prompt=4", "checkpointing"),
-        ("qlora=4", "checkpointing"),
+        pytest.param(("qlora=4", "checkpointing"), marks=FOUR_BITS),
     ],
     ids="+".join,
 )
@@ -177,7 +179,12 @@ def test_4_bit_weights_are_stored_in_their_published_bytes(scales, llama, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "techniques", [("qlora=4",), ("nf4_weights=single:fp32", "dora=4"), ("int8_weights", "lora=4")]
+    "techniques",
+    [
+        pytest.param(("qlora=4",), marks=FOUR_BITS),
+        pytest.param(("nf4_weights=single:fp32", "dora=4"), marks=FOUR_BITS),
+        ("int8_weights", "lora=4"),
+    ],
 )
 def test_adapters_train_beside_quantised_weights(techniques, llama, tmp_path):
     run = llama(*techniques, learning_rate=1e-2)

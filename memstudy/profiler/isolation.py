@@ -12,6 +12,8 @@ import torch
 
 from memstudy.profiler.internals import _disable_current_modes
 
+_BOUNDS = "bitsandbytes.backends.default.ops"
+
 
 def modules_on_real_tensors():
     """A patch: a module that is imported within its block makes its own tensors without the prediction's modes.
@@ -36,12 +38,24 @@ def tables_of_bitsandbytes(*, anew: bool) -> Iterator[None]:
     functional.py, ``name2qmap``; backends/default/ops.py, ``_get_4bit_quantize_bounds``. With ``anew``, the block
     begins without tables, as on a device that has none yet.
     """
-    if "bitsandbytes" not in sys.modules:
+    kept = dict(_tables())
+    if anew:
+        _tables().clear()
+    known = _bounds_known()
+    try:
         yield
-        return
-    bounds = sys.modules["bitsandbytes.backends.default.ops"]._get_4bit_quantize_bounds
-    known = bounds.cache_info().currsize
-    with patch.dict("bitsandbytes.functional.name2qmap", clear=anew):
-        yield
-    if bounds.cache_info().currsize > known:
-        bounds.cache_clear()
+    finally:  # bitsandbytes may have been imported within the block
+        _tables().clear()
+        _tables().update(kept)
+        if _bounds_known() > known:
+            sys.modules[_BOUNDS]._get_4bit_quantize_bounds.cache_clear()
+
+
+def _tables() -> dict[str, torch.Tensor]:
+    """bitsandbytes' tables of number formats; empty before bitsandbytes is imported."""
+    functional = sys.modules.get("bitsandbytes.functional")
+    return {} if functional is None else functional.name2qmap
+
+
+def _bounds_known() -> int:
+    return sys.modules[_BOUNDS]._get_4bit_quantize_bounds.cache_info().currsize if _BOUNDS in sys.modules else 0
