@@ -119,8 +119,8 @@ LOOPS = {
 }
 
 
-# Slow: bitsandbytes' 4-bit kernel (backends/cpu/ops.py, ``cdequantize_blockwise_cpu_nf4_fp32``) twice ended a process of
-# many tests in a segmentation fault. Alone these tests pass; the cause is not known.
+# Slow: bitsandbytes' 4-bit kernel (backends/cpu/ops.py, ``cdequantize_blockwise_cpu_nf4_fp32``) twice ended a process
+# of many tests in a segmentation fault. Alone these tests pass; the cause is not known.
 @pytest.mark.slow
 @pytest.mark.parametrize("build", LOOPS.values(), ids=LOOPS)
 def test_the_predicted_peaks_are_the_measured_to_the_byte(build):

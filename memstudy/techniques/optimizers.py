@@ -39,7 +39,7 @@ class PagedAdamW8bit(Optimizer):
     PyTorch's allocator does not serve that memory, and a prediction does not count it. On a CPU nothing is paged.
     """
 
-    summary = "AdamW with 8-bit states that the driver pages between GPU and host (bitsandbytes); they are not counted"
+    summary = "AdamW with 8-bit states that the driver pages to the host (bitsandbytes); not counted on a GPU"
 
     def flags(self):
         return {"optim": "paged_adamw_8bit"}
