@@ -15,7 +15,10 @@ from memstudy.profiler.cuda import Semantics
 from memstudy.profiler.cuda.bitsandbytes import gemm_4bit_until_0_49
 from memstudy.profiler.internals import FakeTensor
 
+# Slow: bitsandbytes' 4-bit kernel (backends/cpu/ops.py, ``cdequantize_blockwise_cpu_nf4_fp32``) ended a process of many
+# tests in a segmentation fault, three times. Alone these tests pass; the cause is not known.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread", "young_garbage_only"),
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant:UserWarning"),
@@ -119,9 +122,6 @@ LOOPS = {
 }
 
 
-# Slow: bitsandbytes' 4-bit kernel (backends/cpu/ops.py, ``cdequantize_blockwise_cpu_nf4_fp32``) twice ended a process
-# of many tests in a segmentation fault. Alone these tests pass; the cause is not known.
-@pytest.mark.slow
 @pytest.mark.parametrize("build", LOOPS.values(), ids=LOOPS)
 def test_the_predicted_peaks_are_the_measured_to_the_byte(build):
     measured, predicted = measure(build), predict(build)
