@@ -11,8 +11,8 @@ the values makes both sums one product. The sequence runs in segments (see `scan
 memory holds one segment's features and the state before each segment.
 
 Features are at least float32. A query's features are divided by their largest, which cancels. A key's features are
-not: their exponents are bounded (w·k - |k|²/2 <= |w|²/2), and a division by the largest of all keys would leak later
-keys into earlier outputs. A key so long that all its features underflow is not seen.
+not: their exponents are bounded (``w·k - |k|²/2 <= |w|²/2``), and a division by the largest of all keys would leak
+later keys into earlier outputs. A key so long that all its features underflow is not seen.
 
 Not implemented: redrawing the features in training, kernels other than the softmax.
 """
