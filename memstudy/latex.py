@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import pandas as pd
 
@@ -17,7 +16,6 @@ _BY_UNIT = {
     "MiB": ",.0f", "MB": ",.0f", "GiB": ",.2f", "GB": ",.1f", "ms": ",.0f", "s": ",.1f", "tokens/s": ",.0f",
     "%": ",.0f", "×": ",.2f",
 }  # fmt: skip
-BY_HEADER: Mapping = MappingProxyType({})
 MISSING = "–"
 
 
@@ -57,7 +55,7 @@ def printed(name: str, value: object) -> str:
     return format(value, spec or ",.0f")
 
 
-def formats(frame: pd.DataFrame, digits: int | str | Mapping = BY_HEADER) -> dict[object, str]:
+def formats(frame: pd.DataFrame, digits: int | str | Mapping | None = None) -> dict[object, str]:
     """Format of each numeric column of ``frame``: by ``digits``, or by the unit in brackets in the column's header.
 
     Parameters
@@ -77,7 +75,7 @@ def formats(frame: pd.DataFrame, digits: int | str | Mapping = BY_HEADER) -> dic
     }
 
 
-def _spec(column: object, values: pd.Series, digits: int | str | Mapping) -> str:
+def _spec(column: object, values: pd.Series, digits: int | str | Mapping | None) -> str:
     headers = column if isinstance(column, tuple) else (column,)
     if isinstance(digits, Mapping):
         digits = digits.get(column, digits.get(headers[-1]))

@@ -157,7 +157,7 @@ class Study:
         return trial
 
     def table(
-        self, frame: pd.DataFrame, label: str, digits: int | str | Mapping = latex.BY_HEADER, *, wrap: str = ""
+        self, frame: pd.DataFrame, label: str, digits: int | str | Mapping | None = None, *, wrap: str = ""
     ) -> Styler:
         """Write ``frame`` as ``report/tables/<stem>_<label>.tex`` and return it styled, for display.
 

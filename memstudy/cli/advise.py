@@ -18,9 +18,9 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
     memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048
 
     Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
-    accumulation in more and more parts, techniques that change the arithmetic, and adapters, which train few weights.
-    Among those measured the fastest come first, by the memory ablation's reference rows: another model on another
-    machine, so a hint for a GPU. Exit status 0 whether or not anything fits.
+    accumulation in more and more parts, techniques that change the arithmetic, adapters, which train few weights, and
+    4-bit weights beside them. The techniques measured by the memory ablation come fastest first; its model and machine
+    are others, so for a GPU this order is a hint. Exit status 0 whether or not anything fits.
     """
     from memstudy.profiler.search import check_budget
     from memstudy.studies.ablation import advice

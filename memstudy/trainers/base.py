@@ -93,9 +93,9 @@ def megabytes(mib: float) -> int:
 
 
 class ForetellingRun(Run):
-    """A run that follows steps on tensors without bytes: no times, and little memory but for the following itself."""
+    """A run that only predicts: it takes no times, and its process holds objects but no tensors' bytes."""
 
     timed: ClassVar[bool] = False
 
     def needs(self, gpu=""):
-        return {"mem_mb": megabytes(2 * PROCESS_MIB)}  # millions of small objects
+        return {"mem_mb": megabytes(2 * PROCESS_MIB)}  # the trace of a step has millions of objects
