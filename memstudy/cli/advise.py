@@ -19,8 +19,8 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
 
     Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
     accumulation in more and more parts, techniques that change the arithmetic, adapters, which train few weights, and
-    4-bit weights beside them. The techniques measured by the memory ablation come fastest first; its model and machine
-    are others, so for a GPU this order is a hint. Exit status 0 whether or not anything fits.
+    4-bit weights beside them. Techniques with a measured time come fastest first, by the memory ablation's reference
+    rows: another model on another machine, so a hint for a GPU. Exit status 0 whether or not anything fits.
     """
     from memstudy.profiler.search import check_budget
     from memstudy.studies.ablation import advice
