@@ -29,6 +29,7 @@ from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
+from memstudy.profiler.time import step_time
 
 # Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
 _NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
@@ -93,6 +94,7 @@ def predict(
         context_bytes=int(card.context_mib * MIB),
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
+        time=step_time(recorder.issued, card) if card.speed else None,
         unverified=(
             *sorted(recorder.below.unverified | recorder.assumed),
             *["NCCL's buffers (not counted)"] * (processes > 1),

@@ -32,6 +32,7 @@ from memstudy.profiler.internals import (
     tree_map_only,
 )  # fmt: skip
 from memstudy.profiler.results import Results, tensors
+from memstudy.profiler.time import Work, work_of
 from memstudy.profiler.values import Values
 
 _EAGER = "compiled modules (followed as they run without compilation)"
@@ -92,6 +93,8 @@ class Recorder(TorchDispatchMode):
             self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
+        self.issued: list[tuple[str, Work]] = []  # ops of the last step, each with its phase
+        self._works: dict[tuple, Work] = {}
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -110,6 +113,7 @@ class Recorder(TorchDispatchMode):
         self._tell("empty_cache")
 
     def begin_step(self) -> None:
+        self.issued.clear()
         self._enter("forward")
         self._tell("iteration")
 
@@ -206,8 +210,10 @@ class Recorder(TorchDispatchMode):
             if real and func is not torch.ops.aten.lift_fresh.default:  # torch.tensor has just made its argument
                 args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
+            self._issue(func, args, kwargs, None)
             return self._values.answer(args[0])
         if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
+            self._issue(torch.ops.aten.add_.Tensor, args, kwargs, args[0])
             return args[0]
         if op.name in OPDEFS:  # a kernel written in Python: its allocations are visible
             with self:
@@ -230,6 +236,7 @@ class Recorder(TorchDispatchMode):
             if key:
                 self._results.remember(key, func, args, kwargs, result)
         self._values.follow(func, args, kwargs, result)
+        self._issue(func, args, kwargs, result, key)
         if self._card is not None and self._in_optimizer and func is torch.ops.aten.lift_fresh.default:
             self._ignore(result)  # the optimizer's step count stays on the host
             return result
@@ -247,6 +254,17 @@ class Recorder(TorchDispatchMode):
         if self._card is None or self._phase != "build":  # for a GPU, building happens on the host
             self.below.after(func, args, result)
         return result
+
+    def _issue(self, func: OpOverload, args: tuple, kwargs: dict, result: object, key: tuple | None = None) -> None:
+        """Note the work of an op; ops of equal ``key`` have equal work."""
+        if self._phase == "build" or self._in_one_kernel or self._card is None:
+            return
+        work = self._works.get(key) if key else None
+        if work is None:
+            work = work_of(func, args, kwargs, result)
+            if key:
+                self._works[key] = work
+        self.issued.append((self._phase, work))
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
