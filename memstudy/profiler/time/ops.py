@@ -62,7 +62,7 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
     if func.is_view or packet in _NOTHING or (not made and not func._schema.is_mutable):
         return VIEW
-    given = [tensor for tensor in tensors((*args, *kwargs.values()))]
+    given = list(tensors((*args, *kwargs.values())))
     if rule := _PRODUCTS.get(packet):
         shapes = rule(args, made)
         unit = _unit(made[0].dtype)
@@ -153,12 +153,12 @@ def _grouped(args: tuple, made: tuple) -> tuple[int, ...]:
 
 def _convolution(args: tuple, made: tuple) -> tuple[int, ...]:
     """A convolution as the product that an implicit GEMM takes."""
-    image, weight = args[:2]
+    weight = args[1]
     return 1, made[0].numel() // made[0].shape[1], weight.shape[0], weight[0].numel()
 
 
 def _convolution_backward(args: tuple, made: tuple) -> tuple[int, ...]:
-    grad, image, weight = args[:3]
+    grad, _, weight = args[:3]
     gradients = sum(args[-1][:2])
     return gradients, grad.numel() // grad.shape[1], weight.shape[0], weight[0].numel()
 
