@@ -70,6 +70,8 @@ class StepTime:
         The GPU's time by kind of op, and its wait for the host; adds up to ``step_time_ms``.
     share_of_peak : float
         Floating-point operations of products and attention, over what the tensor cores could do meanwhile.
+    untimed : tuple of str
+        What the time leaves out or only bounds.
     """
 
     step_time_ms: float
@@ -79,9 +81,10 @@ class StepTime:
     by_phase_ms: dict[str, float]
     by_kind_ms: dict[str, float]
     share_of_peak: float
+    untimed: tuple[str, ...] = ()
 
 
-def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu) -> StepTime:
+def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
     us = {id(work): kernel_us(work, gpu) for _, work in issued}
     fast, typical, slow = (_run(issued, us, host) for host in HOSTS)
@@ -101,6 +104,7 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu) -> StepTime:
         by_phase_ms={phase: us / 1e3 for phase, us in typical.items()},
         by_kind_ms={kind: us / 1e3 for kind, us in by_kind.items()},
         share_of_peak=flops / (total * gpu.speed.tensor_tflops * 1e6) if total else 0.0,
+        untimed=untimed,
     )
 
 
