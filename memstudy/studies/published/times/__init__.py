@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from memstudy.profiler import predict
 from memstudy.profiler.cuda import TODAY, Semantics
 from memstudy.profiler.roles import Step
+
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Row:
     build: Callable[[], Step]
     kind: str
     semantics: Semantics = TODAY
+
+
+def in_tf32(step: Step) -> Step:
+    """``step`` with products of fp32 tensors in TF32 where the GPU has it, as in NVIDIA's containers."""
+
+    def with_tf32():
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            step()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return with_tf32
 
 
 def predicted(rows: Iterable[Row]) -> pd.DataFrame:

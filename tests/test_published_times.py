@@ -1,0 +1,20 @@
+"""Published times: each table predicts on its cheapest row, and names a row once."""
+
+import pytest
+
+from memstudy.studies.published.times import mli, predicted
+
+CHEAPEST = {mli: "V100-16GB: BertLayer, fwd+bwd, 4 × 128"}
+
+
+@pytest.mark.parametrize("table", CHEAPEST, ids=lambda table: table.__name__.rpartition(".")[2])
+def test_a_row_is_predicted_with_its_band(table):
+    row = next(row for row in table.rows() if row.row == CHEAPEST[table])
+    line = predicted([row]).iloc[0]
+    assert 0 < line.low_ms < line.predicted_ms < line.high_ms
+    assert line.error_percent == pytest.approx(100 * (line.predicted_ms - row.published_ms) / row.published_ms)
+
+
+def test_a_row_has_one_name():
+    names = [(row.table, row.row) for table in CHEAPEST for row in table.rows()]
+    assert len(set(names)) == len(names)
