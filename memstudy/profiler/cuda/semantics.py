@@ -80,7 +80,7 @@ def as_on(gpu: Gpu, semantics: Semantics, transfer: Callable) -> Iterator[None]:
             *_amp(),
             _offload(transfer),
             flash_attn(),
-            bitsandbytes.layers_as_on_cuda(),
+            layers_as_on_cuda(),
         ):
             stack.enter_context(change)
         yield

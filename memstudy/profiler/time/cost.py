@@ -17,8 +17,13 @@ from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.time.ops import KINDS, Work
 
 CONSTANTS = Path(__file__).with_name("constants.yaml")
-# Tiles (rows, columns) of the libraries' matrix products, and their speed relative to the largest.
-TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+# Tiles (rows, columns) of the libraries' products, and their speed relative to the largest: of tensor cores, and of
+# fp32 arithmetic, by the kernels that neusight_ops_fp32 names.
+TENSOR_TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+FP32_TILES = {
+    (128, 128): 1.0, (128, 64): 1.0, (64, 128): 1.0, (64, 64): 0.97, (128, 32): 0.86, (32, 128): 0.86, (64, 32): 0.8,
+    (32, 64): 0.8, (32, 32): 0.62,
+}  # fmt: skip
 SPLITS = (1, 2, 4, 8, 16)  # parts of the inner dimension, whose sums are added up
 HOSTS = ("fast", "typical", "slow")
 
@@ -152,7 +157,7 @@ def _peak(arithmetic: str, gpu: Gpu) -> float:
 
 
 def _product_us(work: Work, gpu: Gpu) -> float:
-    """Time of a product: its tiles in waves over the multiprocessors, by the best of `TILES` and `SPLITS`."""
+    """Time of a product: its tiles in waves over the multiprocessors, by the best tile and the best of `SPLITS`."""
     batch, rows, columns, inner = work.product
     speed, known = gpu.speed, constants()
     unit = work.arithmetic if work.arithmetic != "tf32" or speed.tf32_tflops else "fp32"
@@ -160,7 +165,9 @@ def _product_us(work: Work, gpu: Gpu) -> float:
     flops_per_us = _peak(unit, gpu) * 1e6 * share / speed.sms  # of one multiprocessor
     bandwidth = speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3
     best = float("inf")
-    for ((height, width), efficiency), parts in product(TILES.items(), SPLITS):
+    for ((height, width), efficiency), parts in product(
+        (FP32_TILES if unit == "fp32" else TENSOR_TILES).items(), SPLITS
+    ):
         if parts > 1 and inner < 256 * parts:
             break
         tiles = batch * ceil(rows / height) * ceil(columns / width)
