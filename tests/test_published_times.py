@@ -2,9 +2,9 @@
 
 import pytest
 
-from memstudy.studies.published.times import mli, predicted
+from memstudy.studies.published.times import hf_v100, mli, peft_l40s, predicted
 
-CHEAPEST = {mli: "V100-16GB: BertLayer, fwd+bwd, 4 × 128"}
+CHEAPEST = {mli: "V100-16GB: BertLayer, fwd+bwd, 4 × 128", hf_v100: "batch 4", peft_l40s: peft_l40s.LORA}
 
 
 @pytest.mark.parametrize("table", CHEAPEST, ids=lambda table: table.__name__.rpartition(".")[2])
