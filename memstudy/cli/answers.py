@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memstudy.profiler import Fit, MemoryReport
+    from memstudy.profiler.time import StepTime
     from memstudy.trainers.hub_model import HubModelRun
 
 
@@ -24,7 +25,13 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
         "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
         "unverified": list(report.unverified),
+        "time": report.time and asdict(report.time) | {"tokens_per_s": tokens_per_s(report.time, run)},
     }
+
+
+def tokens_per_s(time: StepTime, run: HubModelRun) -> float:
+    """Tokens of all processes per second of predicted step time."""
+    return 1e3 * run.batch_size * run.seq_len / time.step_time_ms
 
 
 @dataclass(frozen=True)
@@ -83,14 +90,14 @@ def readable(mib: float) -> str:
     return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
-def show(report: MemoryReport, processes: int) -> None:
-    """Print where the memory of a predicted step goes, and whether it fits."""
+def show(report: MemoryReport, run: HubModelRun) -> None:
+    """Print where the memory of a predicted step goes, whether it fits, and how long it takes."""
     from rich.console import Console
     from rich.table import Table
 
     parts = report.waterfall_mib()
     whole = sum(parts.values())
-    where = report.device if processes == 1 else f"each of {processes} × {report.device}"
+    where = report.device if run.processes == 1 else f"each of {run.processes} × {report.device}"
     table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {where}, predicted")
     for column in (1, 2):
         table.columns[column].justify = "right"
@@ -110,3 +117,28 @@ def show(report: MemoryReport, processes: int) -> None:
         console.print(
             f"not checked against CUDA, ops taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True
         )
+    if report.time:
+        show_time(report.time, run)
+
+
+def milliseconds(time: StepTime) -> str:
+    """A predicted step time with its band, as text."""
+    digits = 0 if time.high_ms >= 100 else 1
+    return f"{time.step_time_ms:,.{digits}f} ms ({time.low_ms:,.{digits}f} to {time.high_ms:,.{digits}f})"
+
+
+def show_time(time: StepTime, run: HubModelRun) -> None:
+    """Print a predicted step time, its band, and where the time goes."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    parts = sorted(((ms / time.step_time_ms, kind) for kind, ms in time.by_kind_ms.items()), reverse=True)
+    shares = ", ".join(f"{kind} {100 * share:.0f} %" for share, kind in parts if share >= 0.005)
+    console.print(
+        f"step time: {milliseconds(time)}, predicted; {tokens_per_s(time, run):,.0f} tokens/s, "
+        f"{100 * time.share_of_peak:.0f} % of the tensor cores' peak; bound by the {time.bound_by}\n"
+        f"where the time goes: {shares}",
+        soft_wrap=True,
+    )
+    if time.untimed:
+        console.print(f"not in the time: {', '.join(time.untimed)}", soft_wrap=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from memstudy.cli.answers import Answer, show
 from memstudy.cli.asked import Asked, Budget, Keep, about_a_step
+
+if TYPE_CHECKING:
+    from memstudy.trainers.hub_model import HubModelRun
 
 STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs multiply fastest
 
@@ -63,7 +66,7 @@ def fit(
     for answer in answers:
         typer.echo(answer.line(search))
     if answers[-1].fits:
-        show(answers[-1].found.report, asked.processes)
+        show(answers[-1].found.report, sought.run(answers[-1]))
     elif not advise:
         typer.echo("add --advise to find techniques that make a batch fit")
 
@@ -107,9 +110,7 @@ class _Search:
             def build(size: int):
                 batch, seq_len = self._sizes(size)
                 status.update(f"{self.asked.model}: batch {batch}, {seq_len} tokens, {', '.join(techniques)}")
-                whole = max(self.effective_batch or batch, batch)
-                parts = (f"accumulation={whole // batch}",) if whole > batch else ()
-                return replace(self.asked, seq_len=seq_len).run(whole, (*techniques, *parts)).build(gpu=card, parts=2)
+                return self._sized(batch, seq_len, techniques).build(gpu=card, parts=2)
 
             found = largest_fit(
                 build,
@@ -125,6 +126,15 @@ class _Search:
         refused = found.refused_at and self._sizes(found.refused_at)[0 if over_batch else 1]
         parts = found.accumulation if over_batch else (self.effective_batch or processes) // processes
         return Answer(techniques, self.asked.result(techniques), batch, seq_len, parts, refused, found)
+
+    def run(self, answer: Answer) -> HubModelRun:
+        """The run that takes the step of ``answer``."""
+        return self._sized(answer.batch_size, answer.seq_len, answer.techniques)
+
+    def _sized(self, batch: int, seq_len: int, techniques: tuple[str, ...]) -> HubModelRun:
+        whole = max(self.effective_batch or batch, batch)
+        parts = (f"accumulation={whole // batch}",) if whole > batch else ()
+        return replace(self.asked, seq_len=seq_len).run(whole, (*techniques, *parts))
 
     def _sizes(self, size: int) -> tuple[int, int]:
         """Batch and sequence length of a ``size`` of the search, which are multiples of the number of processes."""

@@ -32,7 +32,7 @@ from memstudy.profiler.internals import (
     tree_map_only,
 )  # fmt: skip
 from memstudy.profiler.results import Results, tensors
-from memstudy.profiler.time import Work, work_of
+from memstudy.profiler.time import WAIT, Work, is_untimed, one_kernel, work_of
 from memstudy.profiler.values import Values
 
 _EAGER = "compiled modules (followed as they run without compilation)"
@@ -94,6 +94,7 @@ class Recorder(TorchDispatchMode):
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
         self.issued: list[tuple[str, Work]] = []  # ops of the last step, each with its phase
+        self.untimed: set[str] = set()  # what the step's time leaves out or only bounds
         self._works: dict[tuple, Work] = {}
         self._values = Values()
         self._results = Results(fake)
@@ -181,12 +182,21 @@ class Recorder(TorchDispatchMode):
                 result = function(*args, **kwargs)
             finally:
                 self._in_one_kernel = outer
-            for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
+            for tensor in made:
                 self._alive.pop(key_of(tensor), None)
                 self._note(tensor.untyped_storage())
+            self.issued.append((self._phase, one_kernel(tensors((*args, *kwargs.values())), made)))
+            self.untimed.add("compiled functions (each counted as one kernel)")
             return result
 
         return run
+
+    def transfer(self, tensor: torch.Tensor, *, to_host: bool) -> None:
+        """Note a copy between the GPU and the host's pinned memory; the host waits for one to itself."""
+        self.issued.append((self._phase, Work("transfers", moved_bytes=tensor.numel() * tensor.element_size())))
+        if to_host:
+            self.issued.append((self._phase, WAIT))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -219,9 +229,12 @@ class Recorder(TorchDispatchMode):
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)
         if kernel := self._in_python.get(op.name):
+            before = len(self.issued)
             with self:
                 result = kernel(*args, **kwargs)
             if result is not NotImplemented:
+                if not any(work.kernels for _, work in self.issued[before:]):  # it only made the result
+                    self._issue(func, args, kwargs, result)
                 self.assumed |= by_shape.assumed(kernel) | cuda.assumed(kernel, args)
                 return result
         if self._card is None and op.name in cpu.IN_PYTHON:
@@ -262,6 +275,8 @@ class Recorder(TorchDispatchMode):
         work = self._works.get(key) if key else None
         if work is None:
             work = work_of(func, args, kwargs, result)
+            if is_untimed(func):
+                self.untimed.add(func._schema.name)
             if key:
                 self._works[key] = work
         self.issued.append((self._phase, work))

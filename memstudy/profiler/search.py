@@ -127,6 +127,7 @@ def fit(
                 iterations=steps_to_settle(processes),
                 expandable_segments=expandable_segments,
                 processes=processes,
+                repeats=max(0, (effective_batch or 0) // size - 2),
             )
         report = reports[size]
         return report.peak_allocated_mib if card is None else report.whole_gpu_mib

@@ -17,8 +17,13 @@ from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.time.ops import KINDS, Work
 
 CONSTANTS = Path(__file__).with_name("constants.yaml")
-# Tiles (rows, columns) of the libraries' matrix products, and their speed relative to the largest.
-TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+# Tiles (rows, columns) of the libraries' products, and their speed relative to the largest: of tensor cores, and of
+# fp32 arithmetic, by the kernels that neusight_ops_fp32 names.
+TENSOR_TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+FP32_TILES = {
+    (128, 128): 1.0, (128, 64): 1.0, (64, 128): 1.0, (64, 64): 0.97, (128, 32): 0.86, (32, 128): 0.86, (64, 32): 0.8,
+    (32, 64): 0.8, (32, 32): 0.62,
+}  # fmt: skip
 SPLITS = (1, 2, 4, 8, 16)  # parts of the inner dimension, whose sums are added up
 HOSTS = ("fast", "typical", "slow")
 
@@ -70,6 +75,8 @@ class StepTime:
         The GPU's time by kind of op, and its wait for the host; adds up to ``step_time_ms``.
     share_of_peak : float
         Floating-point operations of products and attention, over what the tensor cores could do meanwhile.
+    untimed : tuple of str
+        What the time leaves out or only bounds.
     """
 
     step_time_ms: float
@@ -79,9 +86,10 @@ class StepTime:
     by_phase_ms: dict[str, float]
     by_kind_ms: dict[str, float]
     share_of_peak: float
+    untimed: tuple[str, ...] = ()
 
 
-def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu) -> StepTime:
+def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
     us = {id(work): kernel_us(work, gpu) for _, work in issued}
     fast, typical, slow = (_run(issued, us, host) for host in HOSTS)
@@ -101,6 +109,7 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu) -> StepTime:
         by_phase_ms={phase: us / 1e3 for phase, us in typical.items()},
         by_kind_ms={kind: us / 1e3 for kind, us in by_kind.items()},
         share_of_peak=flops / (total * gpu.speed.tensor_tflops * 1e6) if total else 0.0,
+        untimed=untimed,
     )
 
 
@@ -148,7 +157,7 @@ def _peak(arithmetic: str, gpu: Gpu) -> float:
 
 
 def _product_us(work: Work, gpu: Gpu) -> float:
-    """Time of a product: its tiles in waves over the multiprocessors, by the best of `TILES` and `SPLITS`."""
+    """Time of a product: its tiles in waves over the multiprocessors, by the best tile and the best of `SPLITS`."""
     batch, rows, columns, inner = work.product
     speed, known = gpu.speed, constants()
     unit = work.arithmetic if work.arithmetic != "tf32" or speed.tf32_tflops else "fp32"
@@ -156,7 +165,9 @@ def _product_us(work: Work, gpu: Gpu) -> float:
     flops_per_us = _peak(unit, gpu) * 1e6 * share / speed.sms  # of one multiprocessor
     bandwidth = speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3
     best = float("inf")
-    for ((height, width), efficiency), parts in product(TILES.items(), SPLITS):
+    for ((height, width), efficiency), parts in product(
+        (FP32_TILES if unit == "fp32" else TENSOR_TILES).items(), SPLITS
+    ):
         if parts > 1 and inner < 256 * parts:
             break
         tiles = batch * ceil(rows / height) * ceil(columns / width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -88,11 +88,22 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
         read = largest + sum(_size(tensor) for tensor in given if not tensor.is_floating_point())
     if packet in _FUSED:
         written -= sum(map(_size, args[1]))  # the schema calls gradients written; the kernel reads them
-    passes, kernels = _PASSES.get(packet, (0, 1))
+    few, many, kernels = _PASSES.get(packet, (0, 0, 1))
+    passes = few if given and given[0].shape[-1:].numel() <= 1024 else many
     moved = read + written + int(passes * _size(given[0]) if given else 0)
     if packet in _CHUNKED or func._schema.name.startswith("aten::_foreach"):
         kernels = _launches(args, len(list(filter(None, map(_is_list, args)))))
     return Work("elementwise and norms", kernels, moved)
+
+
+def one_kernel(given: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> Work:
+    """The work of a compiled function: one kernel, which reads ``given``, writes it back, and writes ``made``."""
+    return Work("elementwise and norms", moved_bytes=2 * sum(map(_size, given)) + sum(map(_size, made)))
+
+
+def is_untimed(func: OpOverload) -> bool:
+    """Whether the time of ``func`` is not that of its bytes, and no rule knows another."""
+    return func._schema.name.startswith(_UNTIMED)
 
 
 def _missing(func: OpOverload, args: tuple) -> list[str]:
@@ -177,6 +188,10 @@ _ATTENTION = {
     _ATEN._scaled_dot_product_cudnn_attention: ("cudnn", False),
     _ATEN._scaled_dot_product_cudnn_attention_backward: ("cudnn", True),
 }
+_UNTIMED = (
+    "aten::linalg_", "aten::_linalg", "aten::_fft", "aten::sort", "aten::topk", "aten::_scaled_mm", "c10d::", "_c10d",
+    "bitsandbytes::int8_linear_matmul",
+)  # fmt: skip
 _WAITS = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.equal, _ATEN.is_nonzero}
 _NOTHING = {
     _ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.lift_fresh,
@@ -186,5 +201,19 @@ _READS_RESULT = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select,
 _OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_, _ATEN._foreach_copy_, _ATEN._foreach_zero_, _ATEN.index_put_}
 _FUSED = {_ATEN._fused_adamw_, _ATEN._fused_adam_, _ATEN._fused_sgd_}
 _CHUNKED = _FUSED | {_ATEN._amp_foreach_non_finite_check_and_unscale_}
-# By how many passes over its first argument an op moves more than its arguments and results, and its kernels.
-_PASSES: dict[object, tuple[float, int]] = {}
+# How many more passes an op makes over its first argument, for rows of up to 1,024 elements and longer ones, and its
+# kernels. aten/src/ATen/native/cuda/PersistentSoftmax.cuh holds a short row in registers; longer rows are read again,
+# in part from the cache. layer_norm_kernel.cu, backward: one kernel for the input, two for weight and bias.
+_PASSES: dict[object, tuple[float, float, int]] = {
+    _ATEN._softmax: (0, 0.8, 1),
+    _ATEN._log_softmax: (0, 0.8, 1),
+    _ATEN._softmax_backward_data: (0, 1.6, 1),
+    _ATEN._log_softmax_backward_data: (0, 1.6, 1),
+    _ATEN.native_layer_norm: (0.4, 0.9, 1),
+    _ATEN.native_layer_norm_backward: (2.4, 3, 3),
+    _ATEN.embedding_dense_backward: (0, 0, 10),
+    _ATEN.nll_loss_backward: (0, 0, 2),
+    _ATEN.index_put_: (0, 0, 10),
+    _ATEN._index_put_impl_: (0, 0, 10),
+    _ATEN._foreach_norm: (0, 0, 2),
+}
