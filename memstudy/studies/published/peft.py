@@ -27,8 +27,8 @@ OUTSIDE = {
 CONFIGS = json.loads((HERE / "peft_configs.json").read_bytes())  # adapter_config.json of each method
 
 
-def fine_tune(method: str, settings: dict) -> Callable[[], None]:
-    """One step on four rows of 768 tokens, by ``method_comparison/MetaMathQA/run.py`` but for its live outputs.
+def fine_tune(method: str, settings: dict, seq_len: int = 768) -> Callable[[], None]:
+    """One step on four rows of ``seq_len`` tokens, by ``method_comparison/MetaMathQA/run.py`` but for its live outputs.
 
     The source's loop keeps the logits alive in the backward pass, 788 MB at 768 tokens, and the outputs of the step
     before; so followed, reserved memory comes out 5 to 8 % too high. Here the outputs are dropped, which was chosen
@@ -45,7 +45,7 @@ def fine_tune(method: str, settings: dict) -> Callable[[], None]:
         model = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[given["peft_type"]].from_peft_type(**given))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    tokens = torch.randint(model.config.vocab_size, (4, 768))
+    tokens = torch.randint(model.config.vocab_size, (4, seq_len))
     mask = torch.ones_like(tokens)
     mask[0, -1] = 0  # a shorter row, so that attention gets a mask
 

@@ -80,3 +80,20 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
         )
     frame = pd.DataFrame(lines)
     return frame.assign(error_percent=100 * (frame.predicted_ms / frame.published_ms - 1))
+
+
+def compared(table: str, times: pd.DataFrame, pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """The ratios of time that ``pairs`` of rows make, second over first, published and predicted.
+
+    ``times`` are rows of ``table`` as `predicted` has them; a pair that is not in them is left out.
+    """
+    of = times.set_index("row")[["published_ms", "predicted_ms"]]
+    found = {
+        name: of.loc[after] / of.loc[before]
+        for name, (before, after) in pairs.items()
+        if {before, after} <= {*of.index}
+    }
+    frame = pd.DataFrame(found).T.rename_axis("row").reset_index()
+    frame.columns = ["row", "published_ratio", "predicted_ratio"]
+    frame.insert(0, "table", table)
+    return frame.assign(error_percent=100 * (frame.predicted_ratio / frame.published_ratio - 1))
