@@ -468,10 +468,9 @@ def test_a_list_has_every_name_that_the_commands_know(what, names):
     assert [line.split()[0] for line in lines] == list(names)
 
 
-def test_the_list_of_gpus_has_their_memory():
-    (line,) = [line for line in invoke("list", "gpus").stdout.splitlines() if line.split()[0] == "T4"]
-    assert f"{profiler.find_gpu('T4').memory_mib / 1024:.2f}" in line
-    assert "7.5" in line
+def test_the_list_of_gpus_has_their_memory_and_speed():
+    (line,) = [line for line in invoke("list", "gpus").stdout.splitlines() if line.split()[0] == "B200"]
+    assert line.split()[1:6] == ["178.36", "712", "8,000", "2,250", "10.0"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,9 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
     elif work.kind == "attention":
         share = known[f"{work.kernel}_{'backward' if work.backward else 'forward'}_share"].of(gpu)
         us = max(work.flops / (_peak(work.arithmetic, gpu) * share * known["sustained"].of(gpu) * 1e6), us)
+    elif work.unvectorised:
+        each = speed.sms * known["element_gb_s"].value * min(work.unvectorised, 4) * 1e3
+        us = max(us, work.moved_bytes / each)
     elif work.moved_bytes <= speed.l2_mib * 2**20:
         us /= known["l2_speed"].value
     return work.kernels * known["kernel_us"].value + us

@@ -38,6 +38,8 @@ class Work:
         The attention kernel: ``flash``, ``efficient`` or ``cudnn``.
     backward : bool
         Whether an attention kernel makes gradients.
+    unvectorised : int
+        Bytes of the smallest element, where the kernel loads elements one by one; otherwise 0.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Work:
     arithmetic: str = "fp32"
     kernel: str = ""
     backward: bool = False
+    unvectorised: int = 0
 
 
 VIEW = Work("elementwise and norms", kernels=0)
@@ -83,17 +86,48 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     for argument, value in zip(func._schema.arguments, (*args, *map(kwargs.get, _missing(func, args))), strict=False):
         size = sum(map(_size, tensors((value,))))
         written += size if (writes := argument.alias_info is not None and argument.alias_info.is_write) else 0
-        read += 0 if packet in _READS_RESULT or (writes and packet in _OVERWRITES) else size
+        read += 0 if packet in _READS_RESULT or argument.is_out or (writes and packet in _OVERWRITES) else size
     if packet in _READS_RESULT:  # only the rows that are asked for are read
         read = largest + sum(_size(tensor) for tensor in given if not tensor.is_floating_point())
+    if packet in _PUTS:  # only the elements that are given are written
+        read, written = 2 * sum(map(_size, given[1:])), 0
     if packet in _FUSED:
         written -= sum(map(_size, args[1]))  # the schema calls gradients written; the kernel reads them
-    few, many, kernels = _PASSES.get(packet, (0, 0, 1))
-    passes = few if given and given[0].shape[-1:].numel() <= 1024 else many
-    moved = read + written + int(passes * _size(given[0]) if given else 0)
+    *passes, kernels = _PASSES.get(packet, (0, 0, 0, 1))
+    moved = read + written + int(passes[_row(given[0])] * _size(given[0]) if given else 0)
     if packet in _CHUNKED or func._schema.name.startswith("aten::_foreach"):
         kernels = _launches(args, len(list(filter(None, map(_is_list, args)))))
-    return Work("elementwise and norms", kernels, moved)
+    return Work("elementwise and norms", kernels, moved, unvectorised=_element(func, given, made))
+
+
+def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tensor, ...]) -> int:
+    """Bytes of the smallest element, if the op is elementwise and its tensors differ in layout or type; otherwise 0.
+
+    aten/src/ATen/native/cuda/CUDALoops.cuh: only contiguous tensors of one type are loaded as vectors.
+    """
+    if torch.Tag.pointwise not in func.tags and func.overloadpacket not in _COPIES:
+        return 0
+    whole = [tensor for tensor in (*given, *made) if tensor.dim()]
+    layouts = {(t.shape, t.stride(), t.dtype) for t in whole}
+    joined = func.overloadpacket is _ATEN.cat and len({t.dtype for t in whole}) == 1
+    dense = all(map(_is_dense, whole)) and (joined or len(layouts) == 1)
+    return 0 if dense else min((t.element_size() for t in whole), default=0)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == _span(tensor)
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+
+
+def _row(tensor: torch.Tensor) -> int:
+    """0 for rows of up to 1,024 elements, 1 for rows of up to 64 KiB, 2 for longer ones."""
+    elements = tensor.shape[-1] if tensor.dim() else 1
+    return (elements > 1024) + (elements * tensor.element_size() > 65536)
 
 
 def one_kernel(given: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> Work:
@@ -198,22 +232,24 @@ _NOTHING = {
     _ATEN.resize_, _ATEN.set_, _ATEN.detach_, _ATEN.t_, _ATEN.transpose_, _ATEN.squeeze_, _ATEN.unsqueeze_,
 }  # fmt: skip
 _READS_RESULT = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select, _ATEN.nll_loss_forward}
-_OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_, _ATEN._foreach_copy_, _ATEN._foreach_zero_, _ATEN.index_put_}
+_PUTS = {_ATEN.index_put_, _ATEN._index_put_impl_, _ATEN.scatter_, _ATEN.index_copy_}
+_OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_, _ATEN._foreach_copy_, _ATEN._foreach_zero_}
 _FUSED = {_ATEN._fused_adamw_, _ATEN._fused_adam_, _ATEN._fused_sgd_}
 _CHUNKED = _FUSED | {_ATEN._amp_foreach_non_finite_check_and_unscale_}
-# How many more passes an op makes over its first argument, for rows of up to 1,024 elements and longer ones, and its
-# kernels. aten/src/ATen/native/cuda/PersistentSoftmax.cuh holds a short row in registers; longer rows are read again,
-# in part from the cache. layer_norm_kernel.cu, backward: one kernel for the input, two for weight and bias.
-_PASSES: dict[object, tuple[float, float, int]] = {
-    _ATEN._softmax: (0, 0.8, 1),
-    _ATEN._log_softmax: (0, 0.8, 1),
-    _ATEN._softmax_backward_data: (0, 1.6, 1),
-    _ATEN._log_softmax_backward_data: (0, 1.6, 1),
-    _ATEN.native_layer_norm: (0.4, 0.9, 1),
-    _ATEN.native_layer_norm_backward: (2.4, 3, 3),
-    _ATEN.embedding_dense_backward: (0, 0, 10),
-    _ATEN.nll_loss_backward: (0, 0, 2),
-    _ATEN.index_put_: (0, 0, 10),
-    _ATEN._index_put_impl_: (0, 0, 10),
-    _ATEN._foreach_norm: (0, 0, 2),
+_COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.clone, _ATEN.cat}
+# How many more passes an op makes over its first argument, for rows of up to 1,024 elements, of up to 64 KiB and longer
+# ones, and its kernels. aten/src/ATen/native/cuda/PersistentSoftmax.cuh holds a short row in registers; longer rows are
+# read again, at first from a cache. layer_norm_kernel.cu, backward: one kernel for the input, two for weight and bias.
+_PASSES: dict[object, tuple[float, float, float, int]] = {
+    _ATEN._softmax: (0, 0.6, 2.4, 1),
+    _ATEN._log_softmax: (0, 0.6, 2.4, 1),
+    _ATEN._softmax_backward_data: (0, 1.5, 1.5, 1),
+    _ATEN._log_softmax_backward_data: (0, 1.5, 1.5, 1),
+    _ATEN.native_layer_norm: (0.4, 1.1, 1.1, 1),
+    _ATEN.native_layer_norm_backward: (2.4, 3.7, 3.7, 3),
+    _ATEN.embedding_dense_backward: (2, 2, 2, 10),
+    _ATEN.nll_loss_backward: (0, 0, 0, 2),
+    _ATEN.index_put_: (0, 0, 0, 10),
+    _ATEN._index_put_impl_: (0, 0, 0, 10),
+    _ATEN._foreach_norm: (0, 0, 0, 2),
 }
