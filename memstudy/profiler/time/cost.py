@@ -67,6 +67,8 @@ class StepTime:
         With a typical host.
     low_ms, high_ms : float
         The band: with a fast host and a slow one, wider by the error of the GPU's calibration.
+    kernels_ms : float
+        The kernels alone, one after the other, at the clock of a short benchmark.
     bound_by : str
         ``GPU`` or ``host``: which of the two has more to do.
     by_phase_ms : dict
@@ -82,6 +84,7 @@ class StepTime:
     step_time_ms: float
     low_ms: float
     high_ms: float
+    kernels_ms: float
     bound_by: str
     by_phase_ms: dict[str, float]
     by_kind_ms: dict[str, float]
@@ -91,7 +94,8 @@ class StepTime:
 
 def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
-    us = {id(work): kernel_us(work, gpu) for _, work in issued}
+    alone = {id(work): kernel_us(work, gpu) for _, work in issued}
+    us = {id(work): step_us(work, gpu) for _, work in issued}
     fast, typical, slow = (_run(issued, us, host) for host in HOSTS)
     total = sum(typical.values())
     by_kind = dict.fromkeys(KINDS, 0.0)
@@ -100,12 +104,14 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, 
     busy = sum(by_kind.values())
     by_kind["host waits"] += total - busy
     wrong = constants()["calibration_error"].of(gpu)
-    flops = sum(work.flops or 2 * prod(work.product) for _, work in issued if work.flops or work.product)
+    host = sum(_host_us(phase, "typical") for phase, _ in issued)
+    flops = sum(_flops(work) for _, work in issued)
     return StepTime(
         step_time_ms=total / 1e3,
         low_ms=sum(fast.values()) * (1 - wrong) / 1e3,
         high_ms=sum(slow.values()) * (1 + wrong) / 1e3,
-        bound_by="GPU" if busy > 0.5 * total else "host",
+        kernels_ms=sum(alone[id(work)] for _, work in issued) / 1e3,
+        bound_by="host" if host > busy else "GPU",
         by_phase_ms={phase: us / 1e3 for phase, us in typical.items()},
         by_kind_ms={kind: us / 1e3 for kind, us in by_kind.items()},
         share_of_peak=flops / (total * gpu.speed.tensor_tflops * 1e6) if total else 0.0,
@@ -115,13 +121,12 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, 
 
 def _run(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> dict[str, float]:
     """Time by phase [µs]: the host issues each op, and the GPU begins it when it is issued and the GPU is free."""
-    speed = constants()[f"{host}_host"].value
-    per_op = {phase: constants()[f"host_{phase}_us"].value / speed for phase in ("forward", "backward", "optimizer")}
     issued_at = free_at = before = 0.0
     times: dict[str, float] = {}
     for phase, ops in groupby(issued, key=itemgetter(0)):
+        per_op = _host_us(phase, host)
         for _, work in ops:
-            issued_at += per_op[phase]
+            issued_at += per_op
             if work.kernels:
                 free_at = max(free_at, issued_at) + us[id(work)]
             if work.kind == "host waits":
@@ -130,6 +135,11 @@ def _run(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) ->
         times[phase] = times.get(phase, 0.0) + now - before
         before = now
     return times
+
+
+def _host_us(phase: str, host: str) -> float:
+    """Time in which the ``host`` issues an op [µs]."""
+    return constants()[f"host_{phase}_us"].value / constants()[f"{host}_host"].value
 
 
 def kernel_us(work: Work, gpu: Gpu) -> float:
@@ -154,16 +164,27 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
 
 
 def _rate(arithmetic: str, gpu: Gpu) -> float:
-    """What the unit that multiplies sustains in products [TFLOP/s]; without that unit, ordinary fp32 arithmetic.
-
-    On tensor cores the board's power limit may allow less than the share of the peak; TF32 takes twice the energy.
-    """
+    """What the unit that multiplies reaches in products [TFLOP/s]; without that unit, ordinary fp32 arithmetic."""
     known, speed = constants(), gpu.speed
     if arithmetic == "fp32" or (arithmetic == "tf32" and not speed.tf32_tflops):
         return speed.fp32_tflops * known["fp32_share"].of(gpu)
-    peak, energy = (speed.tensor_tflops, 1) if arithmetic == "half" else (speed.tf32_tflops, 2)
-    limit = speed.watts * known["tflops_per_watt"].of(gpu) / energy
-    return min(peak * known["tensor_share"].of(gpu), limit) * known["sustained"].of(gpu)
+    return (speed.tensor_tflops if arithmetic == "half" else speed.tf32_tflops) * known["tensor_share"].of(gpu)
+
+
+def step_us(work: Work, gpu: Gpu) -> float:
+    """As `kernel_us`, within a training step, where the board's power and heat lower the tensor cores' clock.
+
+    A kernel's FLOP take watts, of TF32 twice as many, and the board has so many.
+    """
+    us, known = kernel_us(work, gpu), constants()
+    if work.arithmetic == "fp32" or work.kind not in ("products", "attention"):
+        return us
+    limit = gpu.speed.watts * known["tflops_per_watt"].of(gpu) / (1 if work.arithmetic == "half" else 2)
+    return max(us / known["sustained"].of(gpu), _flops(work) / (limit * 1e6))
+
+
+def _flops(work: Work) -> int:
+    return work.flops or 2 * prod(work.product or (0,))
 
 
 def _product_us(work: Work, gpu: Gpu) -> float:

@@ -16,7 +16,7 @@ from memstudy.studies.published.times import HERE, Row, in_tf32
 GPUS = {
     "LambdaCloud V100 16GB": "V100-16GB",
     "RTX 3090": "RTX3090",
-    "LambdaCloud A100 40GB PCIe": "A100-40GB",
+    "LambdaCloud A100 40GB PCIe": "A100-PCIe-40GB",
     "RTX 6000 Ada": "RTX6000Ada",
 }
 SIZES = {

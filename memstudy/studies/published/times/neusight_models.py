@@ -25,7 +25,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from memstudy.studies.published import eras  # noqa: F401  registers the attention of its time
 from memstudy.studies.published.times import HERE, Row
 
-GPUS = {"Tesla_V100-PCIE-32GB": "V100-PCIe-16GB", "NVIDIA_A100-PCIE-40GB": "A100-40GB"}
+GPUS = {"Tesla_V100-PCIE-32GB": "V100-PCIe-16GB", "NVIDIA_A100-PCIE-40GB": "A100-PCIe-40GB"}
 OUTSIDE = {
     "option == 'fusion'": "compiled by torch.compile",
     "option in ('dp4', 'pp4_1', 'tp4')": "four GPUs that communicate",

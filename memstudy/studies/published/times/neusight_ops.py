@@ -1,4 +1,4 @@
-"""Single fp32 ops that NeuSight's authors timed (sitar-lab/NeuSight @6945927) on an A100-40GB and a V100 PCIe.
+"""Single fp32 ops that NeuSight's authors timed (sitar-lab/NeuSight @6945927) on an A100-PCIe-40GB and a V100 PCIe.
 
 PyTorch 2.1, no TF32, no gradients. Between two CUDA events around one call on an idle GPU: the host's issue of the op
 and the events are in the time, some 20 µs. The mean of the best 5 of 25 calls, all on the same input: small tensors
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from memstudy.profiler.roles import Step
 from memstudy.studies.published.times import HERE, Row
 
-GPUS = {"NVIDIA A100-PCIE-40GB": "A100-40GB", "Tesla V100-PCIE-32GB": "V100-PCIe-16GB"}
+GPUS = {"NVIDIA A100-PCIE-40GB": "A100-PCIe-40GB", "Tesla V100-PCIE-32GB": "V100-PCIe-16GB"}
 BINARY = {"add": torch.add, "mul": torch.mul, "div": torch.div, "pow": torch.pow}
 UNARY = {f"{name}u": partial(lambda op, x: op(x, 0.5), op) for name, op in BINARY.items()}  # with a number
 UNARY |= {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "softmax": partial(torch.softmax, dim=-1)}
