@@ -1,7 +1,10 @@
 """Published times: each table predicts on its cheapest row, and names a row once."""
 
+from unittest.mock import patch
+
 import pytest
 
+from memstudy.profiler.time.cost import Constant, constants
 from memstudy.studies.published.times import (
     fms,
     hf_v100,
@@ -37,3 +40,33 @@ def test_a_row_is_predicted_with_its_band(table):
 def test_a_row_has_one_name():
     names = [(row.table, row.row) for table in CHEAPEST for row in table.rows()]
     assert len(set(names)) == len(names)
+
+
+def test_an_unseen_generation_has_the_constants_of_all_others():
+    others = {
+        name: constant.model_copy(update={"value": constant.value["other"]})
+        if isinstance(constant.value, dict)
+        else constant
+        for name, constant in constants().items()
+    }
+    rows = [row for row in mli.rows() if row.row == "V100-16GB: matmul 8192, float16"]
+    line = predicted(rows).iloc[0]
+    assert line.unseen_ms != line.predicted_ms
+    with patch("memstudy.profiler.time.cost.constants", lambda: others):
+        assert predicted(rows).iloc[0].predicted_ms == line.unseen_ms
+
+
+def test_a_constant_names_the_rows_that_chose_it():
+    def chosen(**entries):
+        return Constant(value=1, unit="µs", means="a time", source="a fit", **({"fitted_on": ()} | entries))
+
+    rows = [row for row in mli.rows() if row.row.startswith(("V100-16GB: matmul 128,", "V100-16GB: a × 1.2, 16384"))]
+    known = {
+        "all": chosen(fitted_on=("mli",)),
+        "products": chosen(fitted_on=("mli: matmul", "vision: patch16"), seen=("mli: float32",)),
+        "elsewhere": chosen(fitted_on=("vision",)),
+    }
+    with patch("memstudy.studies.published.times.constants", lambda: known):
+        lines = predicted(rows)
+    assert list(lines.fitted) == ["all, products", "all, products", "all"]
+    assert list(lines.seen) == ["products", "", ""]

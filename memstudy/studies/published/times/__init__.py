@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from memstudy.profiler import predict
 from memstudy.profiler.cuda import TODAY, Semantics
 from memstudy.profiler.roles import Step
+from memstudy.profiler.time import step_time
+from memstudy.profiler.time.cost import constants
 
 HERE = Path(__file__).parent
+UNNAMED = (0, 0)  # a compute capability that no constant names
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,22 @@ class Row:
     semantics: Semantics = TODAY
 
 
-def in_tf32(step: Step) -> Step:
-    """``step`` with products of fp32 tensors in TF32 where the GPU has it, as in NVIDIA's containers."""
-
-    def with_tf32():
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
-        try:
-            step()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return with_tf32
-
-
 def predicted(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows with what is predicted for them, one line each."""
+    """The rows with what is predicted for them, one line each.
+
+    ``unseen_ms`` is the same with every constant of the GPU's generation left out: what holds for generations that the
+    constants do not name stands in. ``fitted`` and ``seen`` name the constants whose choice the row was part of.
+    """
     lines = []
     for row in tqdm(list(rows), leave=False):
-        time = predict(row.build, gpu=row.gpu, semantics=row.semantics).time
+        unseen = []
+
+        def times(issued, gpu, *, unseen=unseen, **options):
+            unseen.append(step_time(issued, gpu.model_copy(update={"compute_capability": UNNAMED})).step_time_ms)
+            return step_time(issued, gpu, **options)
+
+        with patch("memstudy.profiler.prediction.step_time", times):
+            time = predict(row.build, gpu=row.gpu, semantics=row.semantics).time
         lines.append(
             {
                 "table": row.table,
@@ -76,10 +76,26 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
                 "low_ms": time.low_ms,
                 "high_ms": time.high_ms,
                 "bound_by": time.bound_by,
+                "unseen_ms": unseen[0],
+                "fitted": _chosen_by(row, "fitted_on"),
+                "seen": _chosen_by(row, "seen"),
             }
         )
     frame = pd.DataFrame(lines)
-    return frame.assign(error_percent=100 * (frame.predicted_ms / frame.published_ms - 1))
+    return frame.assign(
+        error_percent=100 * (frame.predicted_ms / frame.published_ms - 1),
+        unseen_error_percent=100 * (frame.unseen_ms / frame.published_ms - 1),
+    )
+
+
+def _chosen_by(row: Row, how: str) -> str:
+    """The constants whose ``fitted_on`` or ``seen`` names the row: its table, or ``table: text`` in the row's name."""
+    chosen = []
+    for name, constant in constants().items():
+        named = (entry.partition(": ") for entry in getattr(constant, how))
+        if any(table == row.table and text in row.row for table, _, text in named):
+            chosen.append(name)
+    return ", ".join(chosen)
 
 
 def compared(table: str, times: pd.DataFrame, pairs: dict[str, tuple[str, str]]) -> pd.DataFrame:

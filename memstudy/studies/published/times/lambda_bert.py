@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertForQuestionAnswering
 
 from memstudy.studies.published import eras
-from memstudy.studies.published.times import HERE, Row, in_tf32
+from memstudy.studies.published.times import HERE, Row
 
 GPUS = {
     "LambdaCloud V100 16GB": "V100-16GB",
@@ -62,7 +62,8 @@ def train(size: str, batch: int, seq_len: int, precision: str) -> Callable[[], N
         "token_type_ids": torch.zeros_like(tokens),
     }
     loss_of = partial(model, **inputs, start_positions=answers, end_positions=answers)
-    return _half(model, loss_of) if precision == "fp16" else in_tf32(_single(model, loss_of))
+    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
+    return (_half if precision == "fp16" else _single)(model, loss_of)
 
 
 def _single(model: BertForQuestionAnswering, loss_of: Callable) -> Callable[[], None]:

@@ -125,3 +125,13 @@ def rows() -> list[Row]:
         )
         for row in published().itertuples()
     ]  # fmt: skip
+
+
+def theirs() -> pd.DataFrame:
+    """Errors [%] of NeuSight, Habitat and a roofline on the rows, as NeuSight published their predictions."""
+    read = published().set_index("row")
+    names = ("neusight", "habitat", "roofline")
+    errors = {
+        f"their_{name}_error_percent": 100 * (read[f"their_{name}_ms"] / read.e2e_latency_ms - 1) for name in names
+    }
+    return pd.DataFrame(errors)
