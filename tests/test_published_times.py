@@ -2,13 +2,27 @@
 
 import pytest
 
-from memstudy.studies.published.times import hf_v100, lambda_bert, mli, peft_l40s, predicted
+from memstudy.studies.published.times import (
+    fms,
+    hf_v100,
+    lambda_bert,
+    mli,
+    mosaic,
+    neusight_models,
+    peft_l40s,
+    predicted,
+    vision,
+)
 
 CHEAPEST = {
     mli: "V100-16GB: BertLayer, fwd+bwd, 4 × 128",
     hf_v100: "batch 4",
+    fms: "gpt_bigcode-santacoder, full, 4 × 2048",
     peft_l40s: peft_l40s.LORA,
     lambda_bert: "V100-16GB: base, fp16, 48 × 384",
+    neusight_models: "A100-40GB: bert_large, inf, 8 × 512",
+    mosaic: "A100-80GB: 1b, 14 × 2048",
+    vision: "deit_tiny_distilled_patch16_224",
 }
 
 

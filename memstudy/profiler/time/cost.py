@@ -144,32 +144,37 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
         us = max(_product_us(work, gpu), us * known["memory_share"].of(gpu) / known["product_memory_share"].value)
     elif work.kind == "attention":
         share = known[f"{work.kernel}_{'backward' if work.backward else 'forward'}_share"].of(gpu)
-        us = max(work.flops / (_peak(work.arithmetic, gpu) * share * known["sustained"].of(gpu) * 1e6), us)
+        us = max(work.flops / (_rate(work.arithmetic, gpu) * share * 1e6), us)
     elif work.unvectorised:
-        each = speed.sms * known["element_gb_s"].value * min(work.unvectorised, 4) * 1e3
+        each = speed.sms * known["element_gb_s"].of(gpu) * min(work.unvectorised, 4) * 1e3
         us = max(us, work.moved_bytes / each)
     elif work.moved_bytes <= speed.l2_mib * 2**20:
         us /= known["l2_speed"].value
     return work.kernels * known["kernel_us"].value + us
 
 
-def _peak(arithmetic: str, gpu: Gpu) -> float:
-    """Peak of the unit that multiplies [TFLOP/s]; where it is missing, ordinary fp32 arithmetic."""
-    peaks = {"half": gpu.speed.tensor_tflops, "tf32": gpu.speed.tf32_tflops, "fp32": gpu.speed.fp32_tflops}
-    return peaks[arithmetic] or gpu.speed.fp32_tflops
+def _rate(arithmetic: str, gpu: Gpu) -> float:
+    """What the unit that multiplies sustains in products [TFLOP/s]; without that unit, ordinary fp32 arithmetic.
+
+    On tensor cores the board's power limit may allow less than the share of the peak; TF32 takes twice the energy.
+    """
+    known, speed = constants(), gpu.speed
+    if arithmetic == "fp32" or (arithmetic == "tf32" and not speed.tf32_tflops):
+        return speed.fp32_tflops * known["fp32_share"].of(gpu)
+    peak, energy = (speed.tensor_tflops, 1) if arithmetic == "half" else (speed.tf32_tflops, 2)
+    limit = speed.watts * known["tflops_per_watt"].of(gpu) / energy
+    return min(peak * known["tensor_share"].of(gpu), limit) * known["sustained"].of(gpu)
 
 
 def _product_us(work: Work, gpu: Gpu) -> float:
     """Time of a product: its tiles in waves over the multiprocessors, by the best tile and the best of `SPLITS`."""
     batch, rows, columns, inner = work.product
     speed, known = gpu.speed, constants()
-    unit = work.arithmetic if work.arithmetic != "tf32" or speed.tf32_tflops else "fp32"
-    share = known[f"{unit}_share"].of(gpu) * (known["sustained"].of(gpu) if unit != "fp32" else 1)
-    flops_per_us = _peak(unit, gpu) * 1e6 * share / speed.sms  # of one multiprocessor
+    flops_per_us = _rate(work.arithmetic, gpu) * 1e6 / speed.sms  # of one multiprocessor
     bandwidth = speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3
     best = float("inf")
     for ((height, width), efficiency), parts in product(
-        (FP32_TILES if unit == "fp32" else TENSOR_TILES).items(), SPLITS
+        (FP32_TILES if work.arithmetic == "fp32" else TENSOR_TILES).items(), SPLITS
     ):
         if parts > 1 and inner < 256 * parts:
             break
