@@ -5,7 +5,8 @@ its own. Each setup below does what the script of the row's date did: what it cl
 never clear a weight's gradient, so autograd adds to it in the time, and several make a random gradient in ``full``.
 
 Left out: compiled and fused code (``torch_compile``, ``megatron``'s SwiGLU), the experts' loop of ``fused_moe``, whose
-tokens an expert are data, and the sparse multi-token attention, a sort of small rows.
+tokens an expert are data, the sparse multi-token attention, a sort of small rows, and ORPO's loss with T=4096: logits
+in fp32, as the repository's code has them, would not fit the card at the largest batch, so other code was timed.
 """
 
 from __future__ import annotations
