@@ -4,17 +4,16 @@
 its own. Each setup below does what the script of the row's date did: what it clears, what gradients it makes. Many
 never clear a weight's gradient, so autograd adds to it in the time, and several make a random gradient in ``full``.
 
-Left out: compiled and fused code (``torch_compile``, ``megatron``'s SwiGLU), the H100 PCIe, which the catalogue does
-not have, and the sparse multi-token attention, a sort of small rows.
+Left out: compiled and fused code (``torch_compile``, ``megatron``'s SwiGLU), the experts' loop of ``fused_moe``, whose
+tokens an expert are data, the sparse multi-token attention, a sort of small rows, and ORPO's loss with T=4096: logits
+in fp32, as the repository's code has them, would not fit the card at the largest batch, so other code was timed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -24,67 +23,17 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from memstudy.profiler.roles import Step
-from memstudy.studies.published.times import Row
+from memstudy.studies.published.times import HERE, Row
+from memstudy.studies.published.times.liger_losses import LOSSES, jsd_of_vocab
+from memstudy.studies.published.times.timed import Timed
 
 GPUS = {
     "NVIDIA A100-SXM4-80GB": "A100-80GB",
     "NVIDIA B200": "B200",
     "NVIDIA GeForce RTX 4090": "RTX4090",
     "NVIDIA H100 80GB HBM3": "H100-80GB",
+    "NVIDIA H100 PCIe": "H100-PCIe",
 }
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What a script times.
-
-    Attributes
-    ----------
-    forward : callable
-        Returns the outputs.
-    cleared : tuple of Tensor
-        The tensors whose gradients it clears before each call.
-    gradients : list of Tensor, optional
-        The outputs' gradients; None: random ones, which ``full`` makes anew, or of losses 1.
-    wanted : tuple of Tensor
-        The tensors whose gradients `torch.autograd.grad` returns; none: the gradients of leaves are added up.
-    """
-
-    forward: Callable[[], Tensor | tuple[Tensor, ...]]
-    cleared: tuple[Tensor, ...] = ()
-    gradients: list[Tensor] | None = None
-    wanted: tuple[Tensor, ...] = ()
-
-    def step(self, mode: str) -> Step:
-        """A call in ``mode``."""
-        made = self._made(self.forward()) if mode == "backward" else None
-
-        def step() -> None:
-            for tensor in self.cleared:
-                tensor.grad = None
-            outputs, gradients = made or self._made(self.forward())
-            if self.wanted:
-                torch.autograd.grad(outputs, self.wanted, gradients, retain_graph=True)
-            else:
-                torch.autograd.backward(outputs, gradients, retain_graph=True)
-
-        return self.forward if mode == "forward" else step
-
-    def _made(self, outputs: Tensor | tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        fresh = (torch.randn_like(output) if output.dim() else None for output in outputs)
-        return outputs, self.gradients or list(fresh)
-
-
-def cross_entropy(vocab: int, B: int, T: int) -> Timed:
-    logits, target = torch.randn(B * T, vocab, requires_grad=True), torch.randint(vocab, (B * T,))
-    return Timed(lambda: F.cross_entropy(logits, target))
-
-
-def fused_linear_cross_entropy(tokens: int, H: int, V: int, dtype: torch.dtype, mode: str) -> Timed:
-    head = nn.Linear(H, V, bias=False, dtype=dtype)
-    hidden, target = torch.randn(tokens, H, dtype=dtype, requires_grad=True), torch.randint(V, (tokens,))
-    return Timed(lambda: F.cross_entropy(head(hidden), target))
 
 
 def embedding(vocab: int, B: int, T: int, D: int, dtype: torch.dtype) -> Timed:
@@ -165,30 +114,6 @@ def mlp_of_batch(tokens: int, bsz: int, **sizes) -> Timed:
     return mlp(tokens, bsz, **sizes)
 
 
-def kl_div(tokens: int, vocab_size: int, reduction: str, **unused) -> Timed:
-    """Like the two losses below, of probabilities that a softmax makes: its backward is in the time."""
-    given, target = _logits(tokens, vocab_size).log_softmax(-1), torch.randn(tokens, vocab_size).softmax(-1)
-    return Timed(lambda: F.kl_div(given, target, reduction=reduction))
-
-
-def jsd(tokens: int, vocab_size: int, **unused) -> Timed:
-    given, target = _logits(tokens, vocab_size).log_softmax(-1), torch.randn(tokens, vocab_size).log_softmax(-1)
-
-    def forward() -> Tensor:
-        mean = torch.lerp(torch.exp(given), torch.exp(target), 0.5)
-        one, other = (
-            F.kl_div(torch.log(mean), log, reduction="none", log_target=True).sum(-1) for log in (target, given)
-        )
-        return ((0.5 * one + 0.5 * other) / tokens).sum()
-
-    return Timed(forward)
-
-
-def tvd(vocab: int, B: int, T: int) -> Timed:
-    given, target = _logits(B * T, vocab).softmax(-1), torch.randn(B * T, vocab).softmax(-1)
-    return Timed(lambda: torch.sum(torch.abs(given - target) / 2.0) / given.size(0))
-
-
 def relu_squared(width: int, M: int, dtype: torch.dtype) -> Timed:
     hidden = _hidden(M, width, dtype)
     return Timed(lambda: torch.square(F.relu(hidden)), (hidden,), [torch.randn(M, width, dtype=dtype)])
@@ -204,46 +129,8 @@ def megatron_swiglu(width: int, S: int, B: int) -> Timed:
     return Timed(forward, (hidden,))
 
 
-def megatron_cross_entropy(vocab: int, S: int, B: int, TP: int) -> Timed:
-    logits = torch.randn(S, B, vocab, dtype=torch.bfloat16, requires_grad=True)
-    target = torch.randint(vocab, (S, B))
-    return Timed(lambda: VocabParallelCrossEntropy.apply(logits, target), (logits,))
-
-
-class VocabParallelCrossEntropy(torch.autograd.Function):
-    """Megatron's loss on one GPU, unfused (megatron/core/tensor_parallel/cross_entropy.py), in place where it is."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
-        logits = logits.float()
-        logits -= torch.max(logits, dim=-1)[0].unsqueeze(-1)
-        outside = (target < 0) | (target >= logits.shape[-1])
-        ids = target.clone() - 0
-        ids[outside] = 0
-        rows, ids = torch.arange(target.numel()), ids.view(-1)
-        predicted = logits.view(-1, logits.shape[-1])[rows, ids].clone().view_as(target)
-        predicted[outside] = 0.0
-        torch.exp(logits, out=logits)
-        total = logits.sum(dim=-1)
-        loss = torch.log(total) - predicted
-        logits.div_(total.unsqueeze(-1))
-        ctx.save_for_backward(logits, outside, ids)
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        softmax, outside, ids = ctx.saved_tensors
-        flat, rows = softmax.view(-1, softmax.shape[-1]), torch.arange(ids.numel())
-        flat[rows, ids] -= 1.0 - outside.view(-1).float()
-        return softmax.mul_(gradient.unsqueeze(-1)), None
-
-
 def _hidden(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(tokens, width, dtype=dtype, requires_grad=True)
-
-
-def _logits(tokens: int, vocab: int) -> Tensor:
-    return torch.randn(tokens, vocab, requires_grad=True)
 
 
 def _rotary(tokens: int, width: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -256,11 +143,11 @@ def _rotary(tokens: int, width: int, heads: int, kv_heads: int, dtype: torch.dty
 
 
 OPS = {op.__name__: op for op in (
-    cross_entropy, fused_linear_cross_entropy, embedding, layer_norm, rms_norm, fused_add_rms_norm, rope, qwen2vl_mrope,
-    kl_div, jsd, tvd, relu_squared, megatron_swiglu, megatron_cross_entropy,
+    embedding, layer_norm, rms_norm, fused_add_rms_norm, rope, qwen2vl_mrope, relu_squared, megatron_swiglu,
 )}  # fmt: skip
-OPS |= {"geglu": mlp_of_batch, "tiled_geglu": mlp_of_batch, "tiled_swiglu": mlp_of_batch, "swiglu": mlp}
-BY_TOKENS = {"layer_norm": layer_norm_of_tokens, "rope": rope_of_tokens}  # ops that a second sweep takes by tokens
+OPS |= {"geglu": mlp_of_batch, "tiled_geglu": mlp_of_batch, "tiled_swiglu": mlp_of_batch, "swiglu": mlp} | LOSSES
+# Ops whose scripts, of different dates, vary different sizes.
+BY = {("layer_norm", "T"): layer_norm_of_tokens, ("rope", "T"): rope_of_tokens, ("jsd", "V"): jsd_of_vocab}
 
 
 def build(op: str, x_name: str, x: int, mode: str, config: str) -> Step:
@@ -268,7 +155,7 @@ def build(op: str, x_name: str, x: int, mode: str, config: str) -> Step:
     sizes = json.loads(config)
     if "dtype" in sizes:
         sizes["dtype"] = getattr(torch, sizes["dtype"].removeprefix("torch."))
-    timed = (BY_TOKENS[op] if x_name == "T" and op in BY_TOKENS else OPS[op])(x, **sizes)
+    timed = BY.get((op, x_name), OPS[op])(x, **sizes)
     if op.startswith("megatron") and mode != "forward":  # its backward runs the forward too
         return replace(timed, forward=lambda: timed.forward().sum()).step("full")
     return timed.step(mode)
@@ -285,5 +172,5 @@ def rows() -> list[Row]:
             build=partial(build, row.op, row.x_name, row.x, row.mode, row.config),
             kind="op",
         )
-        for row in pd.read_csv(Path(__file__).with_suffix(".csv")).itertuples()
+        for row in pd.read_csv(HERE / "liger.csv").itertuples()
     ]
