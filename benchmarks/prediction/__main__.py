@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from memstudy.studies.published import modern as fms
+from memstudy.studies.published import modern as fine_tuning
 from memstudy.studies.published import peft
 from memstudy.studies.published.bert import savings
 from memstudy.studies.published.inference import length_differences
+from memstudy.studies.published.modern import fms
 from memstudy.studies.published.rows import predicted_rows, published
 
 
@@ -42,11 +43,12 @@ def inference(text: str) -> list[pd.DataFrame]:
 def modern(text: str) -> list[pd.DataFrame]:
     """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted."""
     print(f"fms: allocated memory; {fms.SOFTWARE}\npeft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
-    for query, cause in fms.OUTSIDE.items():
-        print(f"  {' '.join(fms.published().query(query).id)}: {cause}")
+    for query, cause in fine_tuning.OUTSIDE.items():
+        print(f"  {' '.join(fine_tuning.published().query(query).id)}: {cause}")
     for row, cause in peft.OUTSIDE.items():
         print(f"  {row}: {cause}")
-    return [predicted_rows(table, named(table, text)) for table in ("fms", "peft")]
+    rows, of_peft = (predicted_rows(table, named(table, text)) for table in ("fms", "peft"))
+    return [rows.assign(chosen_on=[fms.chosen_on(row) for row in rows.row]), of_peft]
 
 
 def named(table: str, text: str) -> list[str]:

@@ -19,8 +19,13 @@ cuBLAS's workspace                            BEFORE: PyTorch's code of the time
 fms: losses of January 2025                   BEFORE: code of transformers 4.48.1
 fms: nothing is autocast                      AFTER: on "Mistral-7B-v0.1, LoRA, 4 × 4096, 1 GPU, peak": with
                                               autocast, 27 MB high
-fms: logits alive in backward                 AFTER: on "gpt_bigcode-santacoder, full, 8 × 2048, 1 GPU, peak":
-                                              without them, 11.8 % low. Mistral's rows, held out, do not change
+fms: FSDP1's units are computed anew          AFTER: code of transformers 4.48.1, read for Mistral-7B's LoRA on 2 GPUs,
+                                              8 % low at the peak without it
+fms: santacoder's blocks return keys          AFTER: code of transformers 4.48.1, read for santacoder's peaks, 12 % low
+                                              without it. It replaced a rule for the same rows (logits alive)
+fms: 4-bit weights, TRL, fp32 outputs         BEFORE: code of bitsandbytes 0.43.3, trl 0.13 and accelerate 1.0.1
+fms: one table for all second scales          AFTER: code of bitsandbytes 0.43.3, read for Mistral-7B's QLoRA at rest on
+                                              1 GPU, 1 KiB a weight high without it
 ============================================  =====================================================================
 """
 
@@ -31,6 +36,7 @@ import math
 import torch
 from torch.nn.functional import dropout
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
 
 from memstudy.profiler.cuda import TODAY, Semantics
 
@@ -162,14 +168,34 @@ def bf16_loss(logits, labels, vocab_size, **kwargs):
     return torch.nn.functional.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
 
 
+def gpt_bigcode_presents(model: torch.nn.Module) -> list[torch.Tensor]:
+    """A list that fills with the keys and values that blocks returned for a cache, although checkpointed.
+
+    They are views beside the queries, so that one whole tensor a block lives as long as the model's outputs.
+    transformers 4.48.1, models/gpt_bigcode/modeling_gpt_bigcode.py, ``presents``; no other model had such a list.
+    """
+    presents = []
+
+    def keep(layer, inputs, output):
+        if not torch.is_grad_enabled():  # not when computed anew
+            presents.append(output.detach())
+
+    for module in model.modules():
+        if isinstance(module, GPTBigCodeAttention):
+            module.c_attn.register_forward_hook(keep)
+    return presents
+
+
 def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """FlashAttention-2 on sequences without padding, for which transformers checks that the package is installed.
 
-    transformers, modeling_flash_attention_utils.py, ``_flash_attention_forward``.
+    Under autocast, queries in fp32 are cast: transformers, integrations/flash_attention.py,
+    ``flash_attention_forward``.
     """
     from flash_attn import flash_attn_func  # the profiler's, during a prediction
 
-    sequence_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    dtype = torch.get_autocast_dtype("cpu") if query.dtype is torch.float32 else query.dtype
+    sequence_first = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
     return flash_attn_func(*sequence_first, dropout, scaling, True), None
 
 
