@@ -117,6 +117,12 @@ class MemoryReport:
         row |= {f"forward_end_{name}_mib": n / MIB for name, n in self.forward_end_by_category.items()}
         if self.peak_reserved_mib is not None:
             row["peak_reserved_mib"] = self.peak_reserved_mib
+        if self.time is not None:
+            row |= {
+                "step_time_ms": self.time.step_time_ms,
+                "step_time_low_ms": self.time.low_ms,
+                "step_time_high_ms": self.time.high_ms,
+            }
         return row
 
     def timeline_mib(self, points: int) -> list[list]:
