@@ -41,6 +41,26 @@ def test_four_bit_weights_take_what_an_a100_allocated(by):
     assert error.max() < 0.0009
 
 
+@pytest.mark.slow
+def test_a_notebooks_readings_before_and_after_its_passes():
+    rows = predicted_rows("notebook").set_index("row").error_percent.abs()
+    assert len(rows) == 48
+    assert rows[rows.index.str.endswith("model")].max() < 0.021
+    backward, forward = (rows[rows.index.str.endswith(reading)] for reading in ("backward", "forward"))
+    checkpointing = "checkpointing"
+    assert backward[~backward.index.str.contains(checkpointing)].max() < 0.022
+    assert backward.max() < 1.4
+    assert forward[forward.index.str.contains(checkpointing)].max() < 0.76
+    assert forward.max() < 13.3  # the norms save more than is known
+
+
+def test_an_adapter_beside_checkpointed_4_bit_weights_of_a_notebook():
+    rows = [f"Llama 1B, QLoRA, checkpointing, 512, {reading}" for reading in ("model", "forward")]
+    error = errors(predicted_rows("notebook", only=rows))
+    assert len(error) == 2
+    assert error.max() < 0.16
+
+
 def test_lora_of_pefts_comparison():
     rows = predicted_rows("peft", only=["lora/llama-3.2-3B-rank32"])
     assert len(rows) == 1
@@ -51,7 +71,7 @@ def test_each_published_row_is_predicted_or_outside_with_a_cause():
     rows = modern.published()
     outside = set().union(*(set(rows.query(query).id) for query in modern.OUTSIDE))
     assert all(len(rows.query(query)) for query in modern.OUTSIDE)
-    assert len(rows) == len(outside) + len(published("fms"))
+    assert len(rows) == len(outside) + len(published("fms")) + len(published("notebook"))
     assert set(peft.CONFIGS) | {"full-finetuning/llama-3.2-3B-lr_0.00001"} == {*published("peft").index, *peft.OUTSIDE}
 
 
