@@ -5,7 +5,9 @@ The bounds are the errors of the day on which they were written, rounded up; the
 
 import pytest
 
+from memstudy.profiler import MIB
 from memstudy.studies.published import modern, peft
+from memstudy.studies.published.modern import calculators, fms
 from memstudy.studies.published.rows import predicted_rows, published
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +85,22 @@ def test_all_of_fms_acceleration():
     santacoder = error[error.index.str.startswith("gpt_bigcode")]
     assert santacoder[santacoder.index.str.endswith("peak")].max() < 0.19
     assert santacoder.max() < 3.9  # 4-bit weights on one GPU, at rest
+
+
+def test_every_rule_chosen_after_an_error_was_seen_names_rows():
+    rules = [fms.chosen_on(name) for name, _, _ in fms.figures()]
+    assert set(rules) == {"", *fms.CHOSEN_ON}
+    assert rules.count("") == 31  # held out
+
+
+def test_other_calculators_are_farther_from_the_measured_peaks():
+    rows = calculators.figures().set_index("row")
+    of_accelerate = rows[rows.index.str.startswith("accelerate")]
+    assert len(of_accelerate) == 2
+    assert of_accelerate.predicted_mib.to_numpy() * MIB == pytest.approx(16 * 7_241_732_096)
+    of_hub = rows[rows.index.str.startswith("training_hub")].error_percent
+    assert len(of_hub) == 16
+    assert of_hub.abs().min() > 13
 
 
 @pytest.mark.slow

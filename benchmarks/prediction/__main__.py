@@ -18,7 +18,7 @@ from memstudy.studies.published import modern as fine_tuning
 from memstudy.studies.published import peft
 from memstudy.studies.published.bert import savings
 from memstudy.studies.published.inference import length_differences
-from memstudy.studies.published.modern import fms, notebook
+from memstudy.studies.published.modern import calculators, fms, notebook
 from memstudy.studies.published.rows import predicted_rows, published
 
 
@@ -41,7 +41,10 @@ def inference(text: str) -> list[pd.DataFrame]:
 
 
 def modern(text: str) -> list[pd.DataFrame]:
-    """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted."""
+    """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted.
+
+    The last table is what other calculators say.
+    """
     print(f"fms: allocated memory; {fms.SOFTWARE}\nnotebook: allocated memory; {notebook.SOFTWARE}")
     print(f"peft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
     for query, cause in fine_tuning.OUTSIDE.items():
@@ -50,7 +53,8 @@ def modern(text: str) -> list[pd.DataFrame]:
         print(f"  {row}: {cause}")
     rows, cells, of_peft = (predicted_rows(table, named(table, text)) for table in ("fms", "notebook", "peft"))
     rows, cells = rows.assign(chosen_on=[*map(fms.chosen_on, rows.row)]), cells.assign(chosen_on=notebook.CHOSEN_ON)
-    return [rows, cells, of_peft]
+    others = calculators.figures()
+    return [rows, cells, of_peft, others[others.row.str.contains(text, regex=False)]]
 
 
 def named(table: str, text: str) -> list[str]:
