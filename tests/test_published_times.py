@@ -10,6 +10,7 @@ from memstudy.studies.published.times import (
     hf_v100,
     lambda_bert,
     mli,
+    mli_best,
     mosaic,
     neusight_models,
     peft_l40s,
@@ -19,6 +20,7 @@ from memstudy.studies.published.times import (
 
 CHEAPEST = {
     mli: "V100-16GB: BertLayer, fwd+bwd, 4 × 128",
+    mli_best: "V100-16GB: GPT2Block, fwd+bwd",
     hf_v100: "batch 4",
     fms: "gpt_bigcode-santacoder, full, 4 × 2048",
     peft_l40s: peft_l40s.LORA,
