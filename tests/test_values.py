@@ -104,3 +104,18 @@ def test_what_unknown_data_decide_has_a_bound_and_the_report_says_which(ask, len
 
     assert predict(build).unverified == (f"data-dependent shapes ({said})",)
     assert seen == [length, length]
+
+
+def test_the_first_right_singular_vectors_on_a_gpu_keep_all_of_them():
+    """PSOFT's mean of allocated memory on an L40S is 1.24 GB above the same adapter's by a partial decomposition."""
+    kept = []
+
+    def build():
+        kept.append(torch.linalg.svd(torch.empty(64, 32), full_matrices=False)[2][:4].contiguous())
+        return lambda: kept[0].sum()
+
+    sizes = []
+    for gpu in (None, "L40S"):
+        predict(build, gpu=gpu, iterations=1)
+        sizes.append(kept.pop().untyped_storage().nbytes())
+    assert sizes == [4 * 32 * 4, 32 * 32 * 4]
