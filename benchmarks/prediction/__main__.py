@@ -44,8 +44,6 @@ def modern(text: str) -> list[pd.DataFrame]:
     print(f"fms: allocated memory; {fms.SOFTWARE}\npeft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
     for query, cause in fms.OUTSIDE.items():
         print(f"  {' '.join(fms.published().query(query).id)}: {cause}")
-    for row, cause in peft.OUTSIDE.items():
-        print(f"  {row}: {cause}")
     return [predicted_rows(table, named(table, text)) for table in ("fms", "peft")]
 
 
