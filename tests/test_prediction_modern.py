@@ -13,7 +13,10 @@ from memstudy.studies.published.rows import predicted_rows, published
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MISTRAL = ["Mistral-7B-v0.1, full, 4 × 4096, 1 GPU, peak", "Mistral-7B-v0.1, full, 4 × 4096, 1 GPU, at rest"]
-OFF = {"full-finetuning/llama-3.2-3B-lr_0.00001", "adalora/llama-3.2-3B-rank32", "psoft/llama-3.2-3B-default"}
+OFF = {
+    "full-finetuning/llama-3.2-3B-lr_0.00001", "frod/llama-3.2-3B-sparse0.02-lr_0.001",
+    "prefixtuning/llama-3.2-3B-lr_0.005_zero_init",
+}  # fmt: skip
 
 
 def errors(rows):
@@ -64,9 +67,10 @@ def test_an_adapter_beside_checkpointed_4_bit_weights_of_a_notebook():
 
 
 def test_lora_of_pefts_comparison():
-    rows = predicted_rows("peft", only=["lora/llama-3.2-3B-rank32"])
+    """A held-out row; that of rank 32 chose the lengths."""
+    rows = predicted_rows("peft", only=["lora/llama-3.2-3B-rank64"])
     assert len(rows) == 1
-    assert errors(rows).max() < 0.4
+    assert errors(rows).max() < 0.1
 
 
 def test_each_published_row_is_predicted_or_outside_with_a_cause():
@@ -74,7 +78,7 @@ def test_each_published_row_is_predicted_or_outside_with_a_cause():
     outside = set().union(*(set(rows.query(query).id) for query in modern.OUTSIDE))
     assert all(len(rows.query(query)) for query in modern.OUTSIDE)
     assert len(rows) == len(outside) + len(published("fms")) + len(published("notebook"))
-    assert set(peft.CONFIGS) | {"full-finetuning/llama-3.2-3B-lr_0.00001"} == {*published("peft").index, *peft.OUTSIDE}
+    assert set(peft.CONFIGS) | {"full-finetuning/llama-3.2-3B-lr_0.00001"} == {*published("peft").index}
 
 
 @pytest.mark.slow
@@ -105,8 +109,8 @@ def test_other_calculators_are_farther_from_the_measured_peaks():
 
 @pytest.mark.slow
 def test_all_of_pefts_comparison():
-    error = errors(predicted_rows("peft"))
-    assert len(error) == 25
-    assert error.median() < 0.9
-    assert error.drop(list(OFF)).max() < 2.9
-    assert error.max() < 6.7
+    error = errors(predicted_rows("peft")).drop(peft.CHOSEN_ON)
+    assert len(error) == 26
+    assert error.median() < 0.1
+    assert error.drop(list(OFF)).max() < 0.4
+    assert error.max() < 5.2

@@ -49,8 +49,6 @@ def modern(text: str) -> list[pd.DataFrame]:
     print(f"peft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
     for query, cause in fine_tuning.OUTSIDE.items():
         print(f"  {' '.join(fine_tuning.published().query(query).id)}: {cause}")
-    for row, cause in peft.OUTSIDE.items():
-        print(f"  {row}: {cause}")
     rows, cells, of_peft = (predicted_rows(table, named(table, text)) for table in ("fms", "notebook", "peft"))
     rows, cells = rows.assign(chosen_on=[*map(fms.chosen_on, rows.row)]), cells.assign(chosen_on=notebook.CHOSEN_ON)
     others = calculators.figures()
