@@ -24,6 +24,7 @@ fms: FSDP1's units are computed anew          AFTER: code of transformers 4.48.1
 fms: santacoder's blocks return keys          AFTER: code of transformers 4.48.1, read for santacoder's peaks, 12 % low
                                               without it. It replaced a rule for the same rows (logits alive)
 fms: 4-bit weights, TRL, fp32 outputs         BEFORE: code of bitsandbytes 0.43.3, trl 0.13 and accelerate 1.0.1
+                                              (sums by hand for the same rows were known)
 notebook: versions of the libraries           AFTER: on its model, forward and backward readings, all of them
 fms: one table for all second scales          AFTER: code of bitsandbytes 0.43.3, read for Mistral-7B's QLoRA at rest on
                                               1 GPU, 1 KiB a weight high without it

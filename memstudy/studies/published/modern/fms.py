@@ -133,8 +133,8 @@ def figures() -> Figures:
     """Allocated memory, at its peak and after the last step.
 
     At rest, santacoder's blocks differ with what was allocated before, up to 1 MiB each, which the allocator does not
-    split: up to 4 MB in all where it was trained in full. With 4-bit weights on one GPU it is 30 MB low, unexplained;
-    on two, where FSDP1 made one block of each layer's weights, it is not.
+    split: up to 4 MB in all where it was trained in full, and 30 MB where its weights were quantised one by one on the
+    GPU. The allocator's replay of that loading gives 27 MB; predictions build a model on the host.
     """
     for row in table().itertuples():
         yield name_of(row), row.bytes / MIB, partial(_mib, run_of(row), READINGS[row.metric])
