@@ -25,7 +25,7 @@ CHEAPEST = {
     fms: "gpt_bigcode-santacoder, full, 4 × 2048",
     peft_l40s: peft_l40s.LORA,
     lambda_bert: "V100-16GB: base, fp16, 48 × 384",
-    neusight_models: "A100-40GB: bert_large, inf, 8 × 512",
+    neusight_models: "A100-PCIe-40GB: bert_large, inf, 8 × 512",
     mosaic: "A100-80GB: 1b, 14 × 2048",
     vision: "deit_tiny_distilled_patch16_224",
 }
