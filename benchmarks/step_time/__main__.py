@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import pkgutil
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 
 from memstudy.studies.published import times
+from memstudy.studies.published.times.tables import TABLES
 
-_MODULES = (import_module(f"{times.__name__}.{module.name}") for module in pkgutil.iter_modules(times.__path__))
-TABLES = {module.__name__.rpartition(".")[2]: module for module in _MODULES if hasattr(module, "rows")}
 LOWER_BOUNDS = ("mosaic",)
 
 
