@@ -81,6 +81,12 @@ def peak_bytes(run: LayerRun, follow: Callable[..., MemoryReport], *, device: st
     return max(follow(build, iterations=2).iteration_peaks) - before[0]
 
 
+def one_step(run: LayerRun) -> Step:
+    """The step of ``run`` on this CPU, or on fake tensors: forward and backward of the layer."""
+    layer, inputs, direction = _make(run, "cpu")
+    return _step([layer], inputs, direction)
+
+
 def _times(run: LayerRun, device: str) -> tuple[list[float], list[float]]:
     """Times of the steps of the layer, and of the bare projections [s]."""
     layer, inputs, direction = _make(run, device)
