@@ -10,20 +10,23 @@ from memstudy.studies.published.times import (
     hf_v100,
     lambda_bert,
     mli,
+    mli_best,
     mosaic,
     neusight_models,
     peft_l40s,
     predicted,
     vision,
 )
+from memstudy.studies.published.times.tables import TABLES
 
 CHEAPEST = {
     mli: "V100-16GB: BertLayer, fwd+bwd, 4 × 128",
+    mli_best: "V100-16GB: GPT2Block, fwd+bwd",
     hf_v100: "batch 4",
     fms: "gpt_bigcode-santacoder, full, 4 × 2048",
     peft_l40s: peft_l40s.LORA,
     lambda_bert: "V100-16GB: base, fp16, 48 × 384",
-    neusight_models: "A100-40GB: bert_large, inf, 8 × 512",
+    neusight_models: "A100-PCIe-40GB: bert_large, inf, 8 × 512",
     mosaic: "A100-80GB: 1b, 14 × 2048",
     vision: "deit_tiny_distilled_patch16_224",
 }
@@ -40,6 +43,14 @@ def test_a_row_is_predicted_with_its_band(table):
 def test_a_row_has_one_name():
     names = [(row.table, row.row) for table in CHEAPEST for row in table.rows()]
     assert len(set(names)) == len(names)
+
+
+def test_what_chose_a_constant_is_a_row():
+    names = [(row.table, row.row) for table in TABLES.values() for row in table.rows()]
+    for constant in constants().values():
+        for entry in (*constant.fitted_on, *constant.seen):
+            table, _, text = entry.partition(": ")
+            assert any(table == of and text in row for of, row in names), entry
 
 
 def test_an_unseen_generation_has_the_constants_of_all_others():

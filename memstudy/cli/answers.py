@@ -25,8 +25,13 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
         "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
         "unverified": list(report.unverified),
-        "time": report.time and asdict(report.time) | {"tokens_per_s": tokens_per_s(report.time, run)},
+        "time": time_as_dict(report, run),
     }
+
+
+def time_as_dict(report: MemoryReport, run: HubModelRun) -> dict | None:
+    """The predicted step time as JSON values; None without one."""
+    return report.time and asdict(report.time) | {"tokens_per_s": tokens_per_s(report.time, run)}
 
 
 def tokens_per_s(time: StepTime, run: HubModelRun) -> float:
@@ -121,10 +126,12 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
         show_time(report.time, run)
 
 
-def milliseconds(time: StepTime) -> str:
-    """A predicted step time with its band, as text."""
-    digits = 0 if time.high_ms >= 100 else 1
-    return f"{time.step_time_ms:,.{digits}f} ms ({time.low_ms:,.{digits}f} to {time.high_ms:,.{digits}f})"
+def duration(time: StepTime) -> str:
+    """A predicted step time with its band, as text, in seconds from 10 s on."""
+    unit, scale = ("s", 1e-3) if time.high_ms >= 10_000 else ("ms", 1.0)
+    low, middle, high = (scale * ms for ms in (time.low_ms, time.step_time_ms, time.high_ms))
+    digits = 0 if high >= 100 else 1
+    return f"{middle:,.{digits}f} {unit} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def show_time(time: StepTime, run: HubModelRun) -> None:
@@ -135,7 +142,7 @@ def show_time(time: StepTime, run: HubModelRun) -> None:
     parts = sorted(((ms / time.step_time_ms, kind) for kind, ms in time.by_kind_ms.items()), reverse=True)
     shares = ", ".join(f"{kind} {100 * share:.0f} %" for share, kind in parts if share >= 0.005)
     console.print(
-        f"step time: {milliseconds(time)}, predicted; {tokens_per_s(time, run):,.0f} tokens/s, "
+        f"step time: {duration(time)}, predicted; {tokens_per_s(time, run):,.0f} tokens/s, "
         f"{100 * time.share_of_peak:.0f} % of the tensor cores' peak; bound by the {time.bound_by}\n"
         f"where the time goes: {shares}",
         soft_wrap=True,

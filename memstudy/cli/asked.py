@@ -1,4 +1,4 @@
-"""The options that ``predict``, ``fit`` and ``advise`` share, and the prediction of the step they describe."""
+"""The options that commands about a training step share, and the prediction of the step."""
 
 from __future__ import annotations
 
@@ -120,7 +120,14 @@ class Asked:
 
 
 def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of `Asked`."""
+    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of `Asked`.
+
+    An option of ``command`` takes the place of the shared one of its name, which is then at its default.
+    """
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    ]
     hints = get_type_hints(Asked, include_extras=True)
     shared = [
         inspect.Parameter(
@@ -130,10 +137,7 @@ def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
             annotation=hints[field.name],
         )
         for field in fields(Asked)
-    ]
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+        if field.name not in {parameter.name for parameter in own}
     ]
 
     def with_options(**given) -> None:

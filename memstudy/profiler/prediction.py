@@ -111,6 +111,8 @@ def _time(recorder: Recorder, card: Gpu, repeats: int, processes: int) -> StepTi
     issued, untimed = recorder.issued, recorder.untimed.copy()
     if processes > 1:
         untimed.add("communication between processes")
+    if card.speed.watts < 100:
+        untimed.add(f"the power limit of {card.speed.watts:g} W, but for products on tensor cores")
     if repeats:
         phases = [phase for phase, _ in issued]
         end = len(phases) - phases[::-1].index("backward")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,13 +26,11 @@ from memstudy.profiler.internals import (
     TorchDispatchMode,
     _current_autograd_node,
     _default_cpu_stream,
-    _engine_run_backward,
-    _storage_Use_Count,
     tree_map_only,
 )  # fmt: skip
-from memstudy.profiler.results import Results, tensors
+from memstudy.profiler.results import Results, sums_in_place, tensors
 from memstudy.profiler.time import WAIT, Work, is_untimed, one_kernel, work_of
-from memstudy.profiler.values import Values
+from memstudy.profiler.values import MOST_IN_STEP, Values
 
 _EAGER = "compiled modules (followed as they run without compilation)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
@@ -42,18 +39,6 @@ ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where pr
 def key_of(tensor: torch.Tensor) -> int:
     """Key of the tensor's storage in events."""
     return tensor.untyped_storage()._cdata
-
-
-def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
-    """Whether autograd's engine asks for the sum of two gradients, and nothing else uses the first one's storage.
-
-    It adds in place, but not to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
-    """
-    # Frame 1 is __torch_dispatch__, frame 2 the caller of the op.
-    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
-    alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
-    # Two users: the tensor, and the Python object that key_of makes of the storage.
-    return engine_asks and alike and _storage_Use_Count(key_of(gradient)) == 2
 
 
 class _Op(NamedTuple):
@@ -115,6 +100,7 @@ class Recorder(TorchDispatchMode):
 
     def begin_step(self) -> None:
         self.issued.clear()
+        self._values.most = MOST_IN_STEP
         self._enter("forward")
         self._tell("iteration")
 
@@ -222,12 +208,17 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
             self._issue(func, args, kwargs, None)
             return self._values.answer(args[0])
-        if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
+        if func is torch.ops.aten.add.Tensor and sums_in_place(*args[:2]):
             self._issue(torch.ops.aten.add_.Tensor, args, kwargs, args[0])
             return args[0]
         if op.name in OPDEFS:  # a kernel written in Python: its allocations are visible
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            with self:
+                result = self._values.made(func, args, kwargs)
+            if result is not None:
+                return result
         if kernel := self._in_python.get(op.name):
             before = len(self.issued)
             with self:
@@ -256,8 +247,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if not known and tensor.is_cuda:
                 raise ValueError(ON_CUDA)
-            if not known and tensor.device.type == "meta":  # has no memory on a real device either
-                continue
+            if not known and (tensor.device.type == "meta" or tensor.layout is not torch.strided):
+                continue  # has no memory on a real device either, or that of its parts
             if self._in_one_kernel:
                 self._ignore_new(tensor)
             else:
@@ -290,6 +281,7 @@ class Recorder(TorchDispatchMode):
             )
         faked = self._fake.from_tensor(tensor)
         self._ignore(faked)  # allocated before build()
+        self._values.know(faked, tensor)
         return faked
 
     def _ignore(self, tensor: torch.Tensor) -> None:

@@ -172,4 +172,9 @@ def corrected(func: OpOverload, args: tuple, result: object) -> object:
         # aten/src/ATen/native/cuda/layer_norm_kernel.cu: mean and rstd are at least fp32, not the input's type.
         output, *moments = result
         return output, *(moment.float() if moment.dtype in _HALF else moment for moment in moments)
+    if func is _ATEN._linalg_svd.default:
+        # aten/src/ATen/native/BatchLinearAlgebra.cpp, _linalg_svd: cuSOLVER gives Vh row by row, so that its first
+        # rows are contiguous, and an adapter that keeps them keeps all of Vh.
+        u, s, vh = result
+        return u, s, vh.contiguous()
     return result

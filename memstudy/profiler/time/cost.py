@@ -198,7 +198,7 @@ def _product_us(work: Work, gpu: Gpu) -> float:
         (FP32_TILES if work.arithmetic == "fp32" else TENSOR_TILES).items(), SPLITS
     ):
         if parts > 1 and inner < 256 * parts:
-            break
+            continue
         tiles = batch * ceil(rows / height) * ceil(columns / width)
         waves = ceil(tiles * parts / speed.sms)
         us = waves * 2 * height * width * (inner / parts) / (flops_per_us * efficiency)

@@ -89,6 +89,8 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
         read += 0 if packet in _READS_RESULT or argument.is_out or (writes and packet in _OVERWRITES) else size
     if packet in _READS_RESULT:  # only the rows that are asked for are read
         read = largest + sum(_size(tensor) for tensor in given if not tensor.is_floating_point())
+    if packet is _ATEN.nll_loss_backward:  # fills its result with zeros, but for one element a row
+        read = 0
     if packet in _PUTS:  # only the elements that are given are written
         read, written = 2 * sum(map(_size, given[1:])), 0
     if packet in _FUSED:
@@ -105,13 +107,14 @@ def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tens
 
     aten/src/ATen/native/cuda/CUDALoops.cuh: only contiguous tensors of one type are loaded as vectors.
     """
-    if torch.Tag.pointwise not in func.tags and func.overloadpacket not in _COPIES:
-        return 0
     whole = [tensor for tensor in (*given, *made) if tensor.dim()]
-    layouts = {(t.shape, t.stride(), t.dtype) for t in whole}
-    joined = func.overloadpacket is _ATEN.cat and len({t.dtype for t in whole}) == 1
-    dense = all(map(_is_dense, whole)) and (joined or len(layouts) == 1)
-    return 0 if dense else min((t.element_size() for t in whole), default=0)
+    if func.overloadpacket in _COPIES:  # also vectorised between types, and where shapes differ
+        alike = func.overloadpacket is _ATEN.cat or len({t.stride() for t in whole}) == 1
+    elif torch.Tag.pointwise in func.tags:
+        alike = len({(t.shape, t.stride(), t.dtype) for t in whole}) == 1
+    else:
+        return 0
+    return 0 if alike and all(map(_is_dense, whole)) else min((t.element_size() for t in whole), default=0)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -187,6 +190,11 @@ def _inner(left: torch.Tensor, right: torch.Tensor) -> tuple[int, int]:
     return right.shape[-1] if right.dim() > 1 else 1, left.shape[-1]
 
 
+def _linear(args: tuple, made: tuple) -> tuple[int, ...]:
+    """``linear`` as inference mode leaves it whole."""
+    return 1, args[0].numel() // args[0].shape[-1], args[1].shape[0], args[1].shape[-1]
+
+
 def _grouped(args: tuple, made: tuple) -> tuple[int, ...]:
     """A product for each expert, with its even share of the tokens."""
     left, right = args[:2]
@@ -210,6 +218,7 @@ def _convolution_backward(args: tuple, made: tuple) -> tuple[int, ...]:
 
 _PRODUCTS: dict[object, Callable[[tuple, tuple], tuple[int, ...]]] = {
     **dict.fromkeys((_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.addmv, _ATEN.dot), _rows),
+    _ATEN.linear: _linear,
     _ATEN._grouped_mm: _grouped,
     _ATEN.convolution: _convolution,
     _ATEN.convolution_backward: _convolution_backward,
@@ -243,9 +252,9 @@ _COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.clone, _ATEN.cat}
 _PASSES: dict[object, tuple[float, float, float, int]] = {
     _ATEN._softmax: (0, 0.6, 2.4, 1),
     _ATEN._log_softmax: (0, 0.6, 2.4, 1),
-    _ATEN._softmax_backward_data: (0, 1.5, 1.5, 1),
-    _ATEN._log_softmax_backward_data: (0, 1.5, 1.5, 1),
-    _ATEN.native_layer_norm: (0.4, 1.1, 1.1, 1),
+    _ATEN._softmax_backward_data: (0, 1.8, 1.8, 1),
+    _ATEN._log_softmax_backward_data: (0, 1.8, 1.8, 1),
+    _ATEN.native_layer_norm: (0.2, 0.9, 1.1, 1),
     _ATEN.native_layer_norm_backward: (2.4, 3.7, 3.7, 3),
     _ATEN.embedding_dense_backward: (2, 2, 2, 10),
     _ATEN.nll_loss_backward: (0, 0, 0, 2),

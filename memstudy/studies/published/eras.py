@@ -24,6 +24,8 @@ fms: FSDP1's units are computed anew          AFTER: code of transformers 4.48.1
 fms: santacoder's blocks return keys          AFTER: code of transformers 4.48.1, read for santacoder's peaks, 12 % low
                                               without it. It replaced a rule for the same rows (logits alive)
 fms: 4-bit weights, TRL, fp32 outputs         BEFORE: code of bitsandbytes 0.43.3, trl 0.13 and accelerate 1.0.1
+                                              (sums by hand for the same rows were known)
+notebook: versions of the libraries           AFTER: on its model, forward and backward readings, all of them
 fms: one table for all second scales          AFTER: code of bitsandbytes 0.43.3, read for Mistral-7B's QLoRA at rest on
                                               1 GPU, 1 KiB a weight high without it
 ============================================  =====================================================================
@@ -199,9 +201,43 @@ def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scal
     return flash_attn_func(*sequence_first, dropout, scaling, True), None
 
 
+def llama_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Keys and values stayed alive in a cache as long as the outputs.
+
+    transformers 4.37, models/llama/modeling_llama.py, ``LlamaSdpaAttention.forward``.
+    """
+    module.present = key, value
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, True)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def rotary_tables_in_each_layer(model: torch.nn.Module) -> None:
+    """Each attention kept tables of cosines and sines, and copied the rows of its tokens.
+
+    transformers 4.37, models/llama/modeling_llama.py, ``LlamaRotaryEmbedding`` and ``apply_rotary_pos_emb``.
+    """
+
+    def tables(attention, length):
+        shape = length, attention.head_dim
+        attention.tables = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(2)]
+
+    def rows(attention, args, kwargs):
+        length = kwargs["position_ids"].shape[-1]
+        if length > len(attention.tables[0]):
+            tables(attention, length)
+        rows = [table[:length][kwargs["position_ids"]] for table in attention.tables]
+        return args, kwargs | {"position_embeddings": rows}
+
+    for layer in model.model.layers:
+        tables(layer.self_attn, model.config.max_position_embeddings)
+        layer.self_attn.register_forward_pre_hook(rows, with_kwargs=True)
+
+
 AttentionInterface.register("unpadded_2025", flash_attention)
 AttentionMaskInterface.register("unpadded_2025", lambda **kwargs: None)
 AttentionInterface.register("bert_2022", bert_attention)
 AttentionMaskInterface.register("bert_2022", bert_mask)
 AttentionInterface.register("gpt2_2020", gpt2_attention)
 AttentionMaskInterface.register("gpt2_2020", lambda **kwargs: None)
+AttentionInterface.register("llama_2024", llama_attention)
+AttentionMaskInterface.register("llama_2024", lambda **kwargs: None)

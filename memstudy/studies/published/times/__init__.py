@@ -13,7 +13,7 @@ from tqdm import tqdm
 from memstudy.profiler import predict
 from memstudy.profiler.cuda import TODAY, Semantics
 from memstudy.profiler.roles import Step
-from memstudy.profiler.time import step_time
+from memstudy.profiler.time import StepTime, step_time
 from memstudy.profiler.time.cost import constants
 
 HERE = Path(__file__).parent
@@ -60,11 +60,12 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
         unseen = []
 
         def times(issued, gpu, *, unseen=unseen, **options):
-            unseen.append(step_time(issued, gpu.model_copy(update={"compute_capability": UNNAMED})).step_time_ms)
+            unseen.append(step_time(issued, gpu.model_copy(update={"compute_capability": UNNAMED})))
             return step_time(issued, gpu, **options)
 
         with patch("memstudy.profiler.prediction.step_time", times):
             time = predict(row.build, gpu=row.gpu, semantics=row.semantics).time
+        ms = _timed_as(row, time)
         lines.append(
             {
                 "table": row.table,
@@ -72,12 +73,11 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
                 "gpu": row.gpu,
                 "kind": row.kind,
                 "published_ms": row.published_ms,
-                # A benchmark of an op queues it again and again, at the clock of a cool GPU.
-                "predicted_ms": time.kernels_ms if row.kind == "op" and time.bound_by == "GPU" else time.step_time_ms,
-                "low_ms": time.low_ms,
-                "high_ms": time.high_ms,
+                "predicted_ms": ms,
+                "low_ms": time.low_ms * ms / time.step_time_ms,
+                "high_ms": time.high_ms * ms / time.step_time_ms,
                 "bound_by": time.bound_by,
-                "unseen_ms": unseen[0],
+                "unseen_ms": _timed_as(row, unseen[0]),
                 "fitted": _chosen_by(row, "fitted_on"),
                 "seen": _chosen_by(row, "seen"),
             }
@@ -87,6 +87,11 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
         error_percent=100 * (frame.predicted_ms / frame.published_ms - 1),
         unseen_error_percent=100 * (frame.unseen_ms / frame.published_ms - 1),
     )
+
+
+def _timed_as(row: Row, time: StepTime) -> float:
+    """``time`` as the row was timed [ms]: an op's benchmark queues it again and again, at the clock of a cool GPU."""
+    return time.kernels_ms if row.kind == "op" and time.bound_by == "GPU" else time.step_time_ms
 
 
 def _chosen_by(row: Row, how: str) -> str:
