@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +150,22 @@ def read_record(path: Path) -> dict | None:
     told = record["provenance"]
     return record | {
         "provenance": told | {name: machine.read_as(told[name], told["threads"]) for name in ("device", "cpu")}
+    }
+
+
+def as_row(record: dict, choices: Iterable[tuple[str, object]]) -> dict:
+    """A table's row: the record, with every choice of its run and every metric as a column; a tuple as one text."""
+    texts = {name: "+".join(map(str, value)) if isinstance(value, tuple) else value for name, value in choices}
+    return {
+        "run_id": record["run_id"],
+        "status": record["status"],
+        "reason": record["reason"],
+        **texts,
+        **record["metrics"],
+        "curves": record["curves"],
+        "data_source": record["data"].get("source"),
+        "device": record["provenance"]["device"],
+        "commit": record["provenance"]["commit"],
     }
 
 

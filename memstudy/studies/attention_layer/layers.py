@@ -87,6 +87,12 @@ def followed(run: LayerRun, follow: Callable[..., MemoryReport], *, device: str 
     return follow(build, iterations=2), before[0]
 
 
+def one_step(run: LayerRun) -> Step:
+    """The step of ``run`` on this CPU, or on fake tensors: forward and backward of the layer."""
+    layer, inputs, direction = _make(run, "cpu")
+    return _step([layer], inputs, direction)
+
+
 def _times(run: LayerRun, device: str) -> tuple[list[float], list[float]]:
     """Times of the steps of the layer, and of the bare projections [s]."""
     layer, inputs, direction = _make(run, device)
