@@ -223,3 +223,20 @@ def test_step_time_prints_its_rows_and_writes_them(tmp_path):
         assert row["error_percent"] == pytest.approx(100 * (row["predicted_ms"] / row["published_ms"] - 1))
         assert row["in_band"] == (row["low_ms"] <= row["published_ms"] <= row["high_ms"])
     assert "generation unseen" in done.stdout
+
+
+@pytest.mark.slow
+def test_step_time_compares_ratios_on_this_cpu():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "benchmarks" / "step_time" / "cpu.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    wanted = "none", "checkpointing", "checkpointing=2", "narrow=0.5"
+    ratios = {line[0]: [float(text) for text in line[1:]] for line in lines if line[0] in wanted}
+    assert ratios["none"] == [1, 1, 0]
+    assert (
+        1.0 < ratios["checkpointing=2"][1] < ratios["checkpointing"][1] < 4 / 3
+    )  # repeats at most one of three passes
+    assert ratios["narrow=0.5"][1] < 1
+    assert [line[0] for line in lines[-2:]] == ["fp32:", "bf16:"]
