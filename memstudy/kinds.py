@@ -13,11 +13,12 @@ from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
 from memstudy.studies.reformer.run import ReformerRun
 from memstudy.trainers.base import ForetellingRun, Run
+from memstudy.trainers.generation import GenerationRun
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.inference import InferenceRun
 from memstudy.trainers.language_model import LanguageModelRun
 
-Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | Seq2SeqRun
+Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | GenerationRun | Seq2SeqRun
 
 
 class PredictionRun(ForetellingRun):
@@ -77,6 +78,7 @@ KINDS: dict[str, type[Run]] = {
     "language_model": LanguageModelRun,
     "hub_model": HubModelRun,
     "inference": InferenceRun,
+    "generation": GenerationRun,
     "fine_tune": FineTuneRun,
     "layer": LayerRun,
     "reformer": ReformerRun,

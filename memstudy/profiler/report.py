@@ -74,7 +74,7 @@ class MemoryReport:
     @property
     def most_by_category(self) -> dict[str, int]:
         """Most bytes of each category at any time of the last step; at different times, so they don't add up."""
-        return {name: max(live[name] for _, _, live in self.timeline) for name in CATEGORIES}
+        return {name: max(live[name] for _, _, live in self.timeline) for name in self.peak_by_category}
 
     @property
     def peak_reserved_mib(self) -> float | None:
