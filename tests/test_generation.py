@@ -1,10 +1,14 @@
-"""Generation: predicted and measured memory agree to the byte for every token."""
+"""Generation: predicted and measured memory agree to the byte for every token, and the largest that fits is found."""
+
+import json
 
 import pytest
 import transformers as hf
 from support.tiers import slow_but
 from support.tiny_models import SIZES, TINY
+from typer.testing import CliRunner
 
+from memstudy.cli.main import app
 from memstudy.profiler import measure, predict
 from memstudy.profiler.generation import predict_generation
 from memstudy.trainers.generation import GenerationRun
@@ -106,3 +110,56 @@ def test_four_bit_weights_take_a_quarter(models):
     blocks = 2 * (2 * 128**2 + 2 * 128 * 64 + 3 * 128 * 256)  # parameters of the layers' matrices
     saved = whole["parameters"] - quarter["parameters"]
     assert saved == pytest.approx(1.5 * blocks, rel=0.02)
+
+
+# --- the command line
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_parts_of_generation_add_up(models):
+    options = ["predict", "--model", models["llama"], "--prompt", 20, "--generate", 2, "--batch", 2, "--gpu", "T4"]
+    assert "2 tokens generated after 20 on T4, predicted" in invoke(*options).stdout
+    said = json.loads(invoke(*options, "--json").stdout)
+    parts = said["waterfall_mib"]
+    assert list(parts)[:5] == ["parameters", "cache", "temporary", "logits", "other"]
+    assert sum(parts.values()) == pytest.approx(said["whole_gpu_mib"])
+
+
+@pytest.mark.parametrize(("search", "budget"), [("batch", 6), pytest.param("seq-len", 4, marks=pytest.mark.slow)])
+def test_fit_finds_the_largest_that_fits(search, budget, models):
+    options = ["--model", models["llama"], "--dtype", "fp32", "--generate", 2]
+    found = invoke("fit", *options, "--prompt", 400, "--budget-mib", budget, "--search", search, "--json")
+    (row,) = json.loads(found.stdout)
+
+    def needed(batch, text):
+        run = generation(models["llama"], prompt=text - 2, new=2, batch=batch)
+        return run.foretell().peak_allocated_mib
+
+    assert needed(row["batch_size"], row["seq_len"]) == row["needed_mib"] <= budget
+    more = (row["batch_size"] + 1, row["seq_len"]) if search == "batch" else (1, row["seq_len"] + 8)
+    assert needed(*more) > budget
+    assert row["batch_size"] == 1 if search == "seq-len" else row["seq_len"] == 402
+
+
+BAD = [
+    ("gpt2", ["--prompt", 1000, "--generate", 25], "a prompt of 1000 and 25 new tokens is more than the 1024"),
+    ("gpt2", ["--prompt", 10, "--generate", 0], "--generate"),
+    ("gpt2", ["--prompt", 0, "--generate", 10], "--prompt"),
+    ("gpt2", ["--generate", 10], "--generate needs --prompt"),
+    ("gpt2", ["--generate", 10, "--prompt", 10, "--seq-len", 10], "no --seq-len"),
+    ("gpt2", ["--seq-len", 10, "--cache", "static"], "--cache and --dtype are for --generate"),
+    ("gpt2", [], "missing option --seq-len"),
+    ("bert", ["--prompt", 10, "--generate", 10], "does not generate"),
+    ("t5", ["--prompt", 10, "--generate", 10], "does not generate"),
+    ("gpt2", ["--prompt", 10, "--generate", 10, "--technique", "lora"], "technique 'lora' is for training alone"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "said"), BAD)
+def test_what_cannot_be_generated_is_said_in_one_line(model, options, said, models):
+    result = invoke("predict", "--model", models[model], "--batch", 1, *options)
+    assert result.exit_code == 2
+    assert said in result.stderr.splitlines()[-1]

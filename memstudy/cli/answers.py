@@ -83,15 +83,15 @@ def readable(mib: float) -> str:
     return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
-def show(report: MemoryReport, processes: int) -> None:
-    """Print where the memory of a predicted step goes, and whether it fits."""
+def show(report: MemoryReport, what: str, processes: int) -> None:
+    """Print where the memory of ``what``, a predicted step, goes, and whether it fits."""
     from rich.console import Console
     from rich.table import Table
 
     parts = report.waterfall_mib()
     whole = sum(parts.values())
     where = report.device if processes == 1 else f"each of {processes} × {report.device}"
-    table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {where}, predicted")
+    table = Table("", "MiB", "of the whole", "", box=None, title=f"{what} on {where}, predicted")
     for column in (1, 2):
         table.columns[column].justify = "right"
     for name, size in parts.items():
