@@ -20,6 +20,7 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "peak_allocated_mib": report.peak_allocated_mib,
         "peak_reserved_mib": report.peak_reserved_mib,
         "whole_gpu_mib": report.whole_gpu_mib,
+        "at_rest_mib": report.at_rest_bytes / 2**20,
         "peak_by_phase_mib": {phase: size / 2**20 for phase, size in report.peak_by_phase.items()},
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
         "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,

@@ -72,6 +72,11 @@ class MemoryReport:
         return self.peak_bytes / MIB
 
     @property
+    def at_rest_bytes(self) -> int:
+        """Bytes allocated after the last step; of generation, after the last token, with the cache."""
+        return sum(self.timeline[-1][2].values())
+
+    @property
     def most_by_category(self) -> dict[str, int]:
         """Most bytes of each category at any time of the last step; at different times, so they don't add up."""
         return {name: max(live[name] for _, _, live in self.timeline) for name in self.peak_by_category}
