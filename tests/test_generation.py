@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from memstudy.cli.main import app
 from memstudy.profiler import measure, predict
 from memstudy.profiler.generation import predict_generation
+from memstudy.studies.attention_layer.experiments import crossover, while_decoding
 from memstudy.trainers.generation import GenerationRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
@@ -112,6 +113,18 @@ def test_four_bit_weights_take_a_quarter(models):
     assert saved == pytest.approx(1.5 * blocks, rel=0.02)
 
 
+@pytest.mark.slow
+def test_a_growing_cache_passes_a_state_of_constant_size(models):
+    llama, mamba = models["llama"], models["mamba"]
+    slots = {"memsizer": {"variant": "memsizer", "slots": 8}}
+    table = while_decoding([llama, mamba], slots, [64, 128, 512], like=llama, batch_size=2, gpu="T4")
+    token = 2 * 2 * 2 * 2 * 32 * 2 / 2**20  # batch, layers, keys and values, grouped heads, their width, bytes; MiB
+    assert table[llama].to_list() == pytest.approx([63 * token, 127 * token, 511 * token])
+    assert table[mamba].nunique() == table.memsizer.nunique() == 1
+    state = 2 * 2 * (8 * 128 + 1) * 4 / 2**20
+    assert crossover(table, llama, "memsizer") == pytest.approx(1 + state / token)
+
+
 # --- the command line
 
 
@@ -152,8 +165,8 @@ BAD = [
     ("gpt2", ["--generate", 10, "--prompt", 10, "--seq-len", 10], "no --seq-len"),
     ("gpt2", ["--seq-len", 10, "--cache", "static"], "--cache and --dtype are for --generate"),
     ("gpt2", [], "missing option --seq-len"),
-    ("bert", ["--prompt", 10, "--generate", 10], "does not generate"),
-    ("t5", ["--prompt", 10, "--generate", 10], "does not generate"),
+    ("bert", ["--prompt", 10, "--generate", 10], "generation is for causal language models"),
+    ("t5", ["--prompt", 10, "--generate", 10], "generation is for causal language models"),
     ("gpt2", ["--prompt", 10, "--generate", 10, "--technique", "lora"], "technique 'lora' is for training alone"),
 ]
 
