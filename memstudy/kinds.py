@@ -61,10 +61,14 @@ class LargestBatchRun(PredictionRun):
     gpu: str = Field(min_length=1)
 
     def execute(self, checkpoints):
+        def sized(size: int) -> Predictable:
+            return self.of.model_copy(update={"batch_size": size})
+
         found = fit(
-            lambda size: self.of.model_copy(update={"batch_size": size}).build(gpu=self.gpu),
+            lambda size: sized(size).build(gpu=self.gpu),
             gpu=self.gpu,
             processes=self.of.processes,
+            foretell=lambda size, card: sized(size).foretell(card),
         )
         metrics = {
             "largest_batch": found.batch_size,
