@@ -22,7 +22,7 @@ from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Step
 
 SETTLED = 6  # the token from which on the events repeat: earlier ones free what the prefill has made
-FULL = 32  # of as many tokens one is replayed with all its blocks; the others without small temporary ones
+FULL = 32
 HEAD = "lm_head"
 CATEGORIES = ("parameters", "cache", "temporary", "logits", "other")
 
@@ -54,10 +54,12 @@ def predict_generation(
     tokens: int,
     gpu: str | Gpu | None = None,
     expandable_segments: bool = False,
-    semantics: cuda.Semantics = cuda.TODAY,
-    full: int = FULL,
 ) -> MemoryReport:
     """Predict the memory of generating ``tokens`` tokens after ``prompt`` others.
+
+    On a GPU, one in `FULL` tokens is replayed with all its blocks, and the last. Of the others, small temporary blocks
+    are left out: ``iteration_peaks`` are lower by them. They leave nothing behind but a place in a segment of 2 MiB, so
+    the reserved memory is exact unless a small block that stays would have to look for another.
 
     Parameters
     ----------
@@ -66,12 +68,8 @@ def predict_generation(
         and calls ``roles.next_iteration`` before each token but the first.
     prompt, tokens : int
         Both at least 1, in each sequence.
-    gpu, expandable_segments, semantics
+    gpu, expandable_segments
         As in `predict`.
-    full : int
-        Of as many tokens one is replayed with all its blocks. Of the others, small temporary blocks are left out, and
-        ``iteration_peaks`` are lower by them; the peak is exact unless an allocator without ``expandable_segments``
-        puts a small block that stays elsewhere than it would between them: a segment of 2 MiB at most.
 
     Returns
     -------
@@ -84,7 +82,7 @@ def predict_generation(
 
     @functools.cache
     def traced(length: int, count: int):
-        recorder, events = follow(build(length, count), 1, card, 1, semantics)
+        recorder, events = follow(build(length, count), 1, card, 1, cuda.TODAY)
         return recorder, _tokens(events)
 
     def pair(number: int) -> list[_Token]:
@@ -97,7 +95,7 @@ def predict_generation(
     else:
         recorder, first = traced(prompt, SETTLED + 2)
         told = itertools.chain(first[:SETTLED], _stretch(pair, SETTLED, tokens - 1), pair(tokens - 1))
-    events = _events(told, full if card else 1, tokens)
+    events = _events(told, FULL if card else 1, tokens)
     return report_of(events, recorder, card, expandable_segments=expandable_segments, categories=CATEGORIES)
 
 
@@ -169,7 +167,8 @@ def _events(tokens: Iterable[_Token], full: int, last: int) -> Iterator[Event]:
             if kind == "alloc":
                 block = blocks[number, place] = number << 32 | place + 1
             elif kind in ("free", "is"):
-                block = blocks[number - back, at]
+                maker = number - back, at
+                block = blocks.pop(maker) if kind == "free" else blocks[maker]
             yield Event(kind, number, block, size, label, stream)
             if category:
                 yield Event("is", number, block, label=category)
