@@ -9,7 +9,10 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 # The GPU of each table's readings. The GPU of "inference" is not published, and no rule of that time depends on it.
-GPUS = {"ops": "A100-80GB", "inference": "V100-16GB", "bert": "V100-16GB", "fms": "A100-80GB", "peft": "L40S"}
+GPUS = {
+    "ops": "A100-80GB", "inference": "V100-16GB", "bert": "V100-16GB", "fms": "A100-80GB", "peft": "L40S",
+    "generation": "A100-80GB",
+}  # fmt: skip
 Figures = Iterable[tuple[str, float, Callable[[], float]]]  # row, published [MiB], function that predicts it [MiB]
 
 
