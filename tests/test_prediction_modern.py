@@ -70,5 +70,5 @@ def test_all_of_generation():
     reserved = error.index.str.endswith("reserved")
     assert len(error) == 58
     assert reserved.sum() == 21
-    assert error[~reserved].max() < 0.5
-    assert error[reserved].max() < 5
+    assert error[~reserved].max() < 0.42  # Qwen rounds to 0.5 % of the smallest model
+    assert error[reserved].max() < 0.8  # BetterTransformer, batch 4
