@@ -11,8 +11,6 @@ from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.trainer import make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
-# As in tests/test_four_bits.py: the products of 4-bit weights on the CPU may end the process.
-FOUR_BITS = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +76,9 @@ def dtypes(model):
         ("convention=peft", "lora=4"),
         ("convention=trl-0.13", "lora=4"),
         ("convention=trl", "lora=4", "adamw_8bit"),
-        pytest.param(("qlora=4",), marks=FOUR_BITS),
-        pytest.param(("convention=trl", "qlora=4", "checkpointing"), marks=FOUR_BITS),
-        pytest.param(("nf4_weights=single:fp32", "dora=4"), marks=FOUR_BITS),
+        ("qlora=4",),
+        ("convention=trl", "qlora=4", "checkpointing"),
+        ("nf4_weights=single:fp32", "dora=4"),
         ("int8_weights", "lora=4"),
     ],
     ids="+".join,
@@ -123,7 +121,7 @@ def test_an_adapter_has_its_published_number_of_weights(text, elements, llama, t
         ("lora=4", "checkpointing"),
         ("dora=4", "checkpointing=2"),
         ("prompt=4", "checkpointing"),
-        pytest.param(("qlora=4", "checkpointing"), marks=FOUR_BITS),
+        ("qlora=4", "checkpointing"),
     ],
     ids="+".join,
 )
@@ -181,8 +179,8 @@ def test_4_bit_weights_are_stored_in_their_published_bytes(scales, llama, tmp_pa
 @pytest.mark.parametrize(
     "techniques",
     [
-        pytest.param(("qlora=4",), marks=FOUR_BITS),
-        pytest.param(("nf4_weights=single:fp32", "dora=4"), marks=FOUR_BITS),
+        ("qlora=4",),
+        ("nf4_weights=single:fp32", "dora=4"),
         ("int8_weights", "lora=4"),
     ],
 )

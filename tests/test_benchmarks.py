@@ -205,3 +205,21 @@ def test_the_memsizer_benchmark_refuses(arguments, monkeypatch, capsys):
         memsizer.main()
     assert stop.value.code == 2
     assert "at least 1 is needed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_step_time_prints_its_rows_and_writes_them(tmp_path):
+    path = tmp_path / "rows.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = ROOT / "benchmarks" / "step_time"
+    command = [sys.executable, script, "mli", "hf_v100", "--rows", "batch 4", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    times = [row for row in rows if "published_ms" in row]
+    assert {row["row"] for row in times} == {"batch 4", "batch 4, fp16", "batch 4, Adafactor", "batch 4, 8-bit Adam"}
+    assert {row["row"] for row in rows if "published_ratio" in row} == {"fp16", "Adafactor", "8-bit Adam"}
+    for row in times:
+        assert row["error_percent"] == pytest.approx(100 * (row["predicted_ms"] / row["published_ms"] - 1))
+        assert row["in_band"] == (row["low_ms"] <= row["published_ms"] <= row["high_ms"])
+    assert "generation unseen" in done.stdout

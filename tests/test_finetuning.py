@@ -136,8 +136,7 @@ def test_rows_longer_than_the_sequence_are_cut_and_counted(run, tmp_path):
     [
         (("ia3=query+value",), 2 * 2 * 64),
         (("lora=4:query+value",), 2 * 2 * 2 * 4 * 64),
-        # The head is cast from bf16. Slow as in tests/test_four_bits.py.
-        pytest.param(("qlora=4:query+value:fp32", "bf16"), 2 * 2 * 2 * 4 * 64, marks=pytest.mark.slow),
+        (("qlora=4:query+value:fp32", "bf16"), 2 * 2 * 2 * 4 * 64),  # the head is cast from bf16
     ],
 )
 def test_the_new_head_is_trained_beside_adapters(run, folder, tmp_path, techniques, adapters):

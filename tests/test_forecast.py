@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_told_where(models, small_gpu):
 
 PREDICTED = {
     "run", "device", "kind", "waterfall_mib", "peak_allocated_mib", "peak_reserved_mib", "whole_gpu_mib",
-    "at_rest_mib", "peak_by_phase_mib", "fits", "out_of_memory", "unverified",
+    "at_rest_mib", "peak_by_phase_mib", "fits", "out_of_memory", "unverified", "time",
 }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_the_json_of_a_prediction_for_this_cpu(models):
     assert given.keys() == PREDICTED
     assert (given["kind"], given["device"]) == ("predicted", "cpu")
     assert sum(given["waterfall_mib"].values()) == pytest.approx(given["peak_allocated_mib"])
-    for name in ("peak_reserved_mib", "whole_gpu_mib", "fits", "out_of_memory"):
+    for name in ("peak_reserved_mib", "whole_gpu_mib", "fits", "out_of_memory", "time"):
         assert given[name] is None
 
 
@@ -469,10 +469,9 @@ def test_a_list_has_every_name_that_the_commands_know(what, names):
     assert [line.split()[0] for line in lines] == list(names)
 
 
-def test_the_list_of_gpus_has_their_memory():
-    (line,) = [line for line in invoke("list", "gpus").stdout.splitlines() if line.split()[0] == "T4"]
-    assert f"{profiler.find_gpu('T4').memory_mib / 1024:.2f}" in line
-    assert "7.5" in line
+def test_the_list_of_gpus_has_their_memory_and_speed():
+    (line,) = [line for line in invoke("list", "gpus").stdout.splitlines() if line.split()[0] == "B200"]
+    assert line.split()[1:6] == ["178.36", "712", "8,000", "2,250", "10.0"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from bitsandbytes.backends import utils
+from bitsandbytes.backends.default import ops
 from torch import nn
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -15,10 +17,7 @@ from memstudy.profiler.cuda import Semantics
 from memstudy.profiler.cuda.bitsandbytes import gemm_4bit_until_0_49
 from memstudy.profiler.internals import FakeTensor
 
-# Slow: bitsandbytes' 4-bit kernel (backends/cpu/ops.py, ``cdequantize_blockwise_cpu_nf4_fp32``) ended a process of many
-# tests in a segmentation fault, three times. Alone these tests pass; the cause is not known.
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread", "young_garbage_only"),
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant:UserWarning"),
@@ -131,10 +130,15 @@ def test_the_predicted_peaks_are_the_measured_to_the_byte(build):
     assert predicted.forward_end_by_category == measured.forward_end_by_category
 
 
-def test_a_prediction_leaves_no_fake_table():
-    predict(LOOPS["nf4"])
-    predict(LOOPS["nf4"], gpu=AMPERE)
-    assert not any(isinstance(table, FakeTensor) for table in bnb.functional.name2qmap.values())
+@pytest.mark.parametrize("gpu", [None, AMPERE])
+def test_the_first_prediction_of_a_process_leaves_no_fake_table(gpu, monkeypatch):
+    monkeypatch.setattr(bnb.functional, "name2qmap", {})
+    monkeypatch.setattr(utils, "_code_4bit_cache", {})
+    monkeypatch.setattr(ops, "_get_4bit_quantize_bounds", functools.cache(ops._get_4bit_quantize_bounds.__wrapped__))
+    predict(LOOPS["nf4"], gpu=gpu)
+    tables = [*bnb.functional.name2qmap.values(), *utils._code_4bit_cache.values()]
+    tables += ops._get_4bit_quantize_bounds("nf4", torch.device("cpu"))
+    assert not any(isinstance(table, FakeTensor) for table in tables)
     layer = in_four_bits(nn.Linear(64, 64), quant_type="nf4").to("cpu")
     assert type(layer.weight) is bnb.nn.Params4bit
     assert layer(torch.ones(2, 64)).isfinite().all()

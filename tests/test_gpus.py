@@ -12,13 +12,29 @@ from hypothesis import strategies as st
 from memstudy.profiler.catalogue import CATALOGUE, Gpu, find_gpu, gpus
 from memstudy.profiler.events import MIB
 
-# From NVIDIA's table of CUDA GPUs and the data sheets: compute capability, and GB (or GiB) on the box.
+# From NVIDIA's table of CUDA GPUs and the data sheets: compute capability, GB (or GiB) on the box, and the memory's bus
+# [bits] and rate [Gbit/s for each of them], of which the bandwidth is the product.
 PUBLISHED = {
-    "T4": ((7, 5), 16), "V100-16GB": ((7, 0), 16), "V100-32GB": ((7, 0), 32), "RTX3090": ((8, 6), 24),
-    "RTX4090": ((8, 9), 24), "RTX5090": ((12, 0), 32), "A10": ((8, 6), 24), "A100-40GB": ((8, 0), 40),
-    "A100-80GB": ((8, 0), 80), "L4": ((8, 9), 24), "L40S": ((8, 9), 48), "H100-80GB": ((9, 0), 80),
-    "H200": ((9, 0), 141), "B200": ((10, 0), 180),
+    "T4": ((7, 5), 16, 256, 10), "RTX2080Ti": ((7, 5), 11, 352, 14), "V100-PCIe-16GB": ((7, 0), 16, 4096, 1.755),
+    "V100-16GB": ((7, 0), 16, 4096, 1.755), "V100-32GB": ((7, 0), 32, 4096, 1.755), "RTX3060": ((8, 6), 12, 192, 15),
+    "RTX3090": ((8, 6), 24, 384, 19.5), "RTX3090Ti": ((8, 6), 24, 384, 21), "A6000": ((8, 6), 48, 384, 16),
+    "RTX4060Ti-16GB": ((8, 9), 16, 128, 18), "RTX4070": ((8, 9), 12, 192, 21), "RTX4080": ((8, 9), 16, 256, 22.4),
+    "RTX4090": ((8, 9), 24, 384, 21), "RTX6000Ada": ((8, 9), 48, 384, 20), "RTX5070Ti": ((12, 0), 16, 256, 28),
+    "RTX5080": ((12, 0), 16, 256, 30), "RTX5090": ((12, 0), 32, 512, 28), "RTXPRO6000": ((12, 0), 96, 512, 28),
+    "A10": ((8, 6), 24, 384, 12.5), "A10G": ((8, 6), 24, 384, 12.5), "A30": ((8, 0), 24, 3072, 2.43),
+    "A40": ((8, 6), 48, 384, 14.5), "A100-40GB": ((8, 0), 40, 5120, 2.43),
+    "A100-PCIe-40GB": ((8, 0), 40, 5120, 2.43), "A100-80GB": ((8, 0), 80, 5120, 3.186),
+    "L4": ((8, 9), 24, 192, 12.5), "L40S": ((8, 9), 48, 384, 18), "H100-PCIe": ((9, 0), 80, 5120, 3.125),
+    "H100-80GB": ((9, 0), 80, 5120, 5.234), "H200": ((9, 0), 141, 6144, 6.25), "GH200": ((9, 0), 96, 6144, 5.2),
+    "B200": ((10, 0), 180, 8192, 7.8),
 }  # fmt: skip
+# fp32 cores of an SM, and tensor FLOP of fp16 for one FLOP of fp32: Hopper and B200 clock their tensor cores lower.
+SM = {
+    (7, 0): (64, 8), (7, 5): (64, 8), (8, 0): (64, 16), (8, 6): (128, 4), (8, 9): (128, 4), (9, 0): (128, 14.8),
+    (10, 0): (128, 28), (12, 0): (128, 4),
+}  # fmt: skip
+# A GeForce card adds up in fp32 at half the rate of its generation, and so does AWS's A10G.
+HALF = {name for name in PUBLISHED if name.startswith("RTX")} - {"RTX6000Ada", "RTXPRO6000"} | {"A10G"}
 
 
 def test_the_catalogue_has_these_cards():
@@ -28,7 +44,7 @@ def test_the_catalogue_has_these_cards():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_card_is_as_published_and_every_figure_has_a_source(name):
     card = find_gpu(name)
-    capability, gigabytes = PUBLISHED[name]
+    capability, gigabytes, _, _ = PUBLISHED[name]
     assert card == gpus()[name]
     assert card.name == name
     assert card.compute_capability == capability
@@ -39,6 +55,21 @@ def test_a_card_is_as_published_and_every_figure_has_a_source(name):
     shown = str(round(card.memory_mib)), f"{card.memory_mib / 1024:.2f} GiB"
     assert any(text in card.memory_source for text in shown)
     assert "out-of-memory message" in card.context_source or "estimated from" in card.context_source
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_peaks_of_a_card_fit_together(name):
+    capability, _, bits, rate = PUBLISHED[name]
+    speed = find_gpu(name).speed
+    assert speed.bandwidth_gb_s == pytest.approx(bits * rate / 8, rel=0.005)
+    cores, tensor = SM[capability]
+    hertz = speed.fp32_tflops * 1e12 / (2 * cores * speed.sms)  # two FLOP in a multiply-add
+    assert 1.3e9 < hertz < 2.7e9
+    assert speed.tensor_tflops == pytest.approx(speed.fp32_tflops * tensor / (2 if name in HALF else 1), rel=0.03)
+    if capability < (8, 0):
+        assert speed.tf32_tflops is None
+    else:
+        assert speed.tf32_tflops == pytest.approx(speed.tensor_tflops / 2, rel=0.03)
 
 
 def test_the_catalogue_is_installed_with_the_package():
@@ -55,6 +86,10 @@ def described(tmp_path, text, name="card.yaml"):
 
 
 GOOD = 'compute_capability: "8.0"\nmemory_mib: 1000\ncontext_mib: 100.5\n'
+SPEED = (
+    "speed: {bandwidth_gb_s: 900, tensor_tflops: 125, tf32_tflops: null, fp32_tflops: 15.7, sms: 80, l2_mib: 6,"
+    " pcie_gb_s: 15.75, watts: 300, speed_source: data sheet}\n"
+)
 
 
 @pytest.mark.parametrize("name", ["card.yaml", "card.yml"])
@@ -68,6 +103,11 @@ def test_a_users_own_card_may_have_a_name_and_sources(tmp_path):
     card = described(tmp_path, GOOD.replace('"8.0"', "12.1") + "name: Mine\nmemory_source: read off\n")
     assert (card.name, card.memory_source, card.compute_capability) == ("Mine", "read off", (12, 1))
     assert card.capacity_bytes == 899.5 * MIB
+
+
+def test_a_users_own_card_may_have_its_speed(tmp_path):
+    speed = described(tmp_path, GOOD + SPEED).speed
+    assert (speed.tensor_tflops, speed.tf32_tflops, speed.sms) == (125, None, 80)
 
 
 def test_an_unknown_name_is_told_with_what_is_known():
@@ -96,6 +136,16 @@ NEEDED = r"; expected e.g. \{compute_capability: \"8.0\", memory_mib: .*\}$"
         (GOOD.replace("1000", "lots"), r"card.yaml: memory_mib='lots': .*number" + NEEDED),
         (GOOD.replace("100.5", "-0.5"), r"card.yaml: context_mib=-0.5: .*greater than or equal to 0" + NEEDED),
         (GOOD.replace("100.5", "1000"), r"card.yaml: .*context_mib must be less than memory_mib" + NEEDED),
+        (GOOD + "speed: fast\n", r"card.yaml: speed='fast': Input should be .*" + NEEDED),
+        (GOOD + SPEED.replace("sms: 80,", ""), r"card.yaml: speed.sms is missing" + NEEDED),
+        (GOOD + SPEED.replace("tf32_tflops: null,", ""), r"card.yaml: speed.tf32_tflops is missing" + NEEDED),
+        (GOOD + SPEED.replace("sms", "cores"), r"card.yaml: speed.sms is missing" + NEEDED),
+        (GOOD + SPEED.replace("sms: 80", "sms: 80, cores: 1"), r"unknown key speed.cores; known: bandwidth_.*sms"),
+        (GOOD + SPEED.replace("80", "80.5"), r"card.yaml: speed.sms=80.5: .*integer.*" + NEEDED),
+        (GOOD + SPEED.replace("900", "0"), r"card.yaml: speed.bandwidth_gb_s=0: .*greater than 0" + NEEDED),
+        (GOOD + SPEED.replace("null", "-1"), r"card.yaml: speed.tf32_tflops=-1: .*greater than 0" + NEEDED),
+        (GOOD + SPEED.replace("300", ".inf"), r"card.yaml: speed.watts=inf: .*finite.*" + NEEDED),
+        (GOOD + SPEED.replace("data sheet", "''"), r"card.yaml: speed.speed_source='': .*1 character" + NEEDED),
         (GOOD.replace('"8.0"', "4.5"), r"card.yaml: compute_capability.0=4: .*greater than or equal to 5" + NEEDED),
     ],
 )
@@ -164,6 +214,8 @@ def file(tmp_path_factory):
 @example(text="&a [*a]")
 @example(text="&a {name: *a}")
 @example(text='compute_capability: "²."')
+@example(text=GOOD + "speed: {3: 80}")
+@example(text=GOOD + "speed: &a {sms: *a}")
 def test_whatever_a_file_says_there_is_a_gpu_or_a_value_error(file, text):
     file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     with suppress(ValueError):

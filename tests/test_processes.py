@@ -17,6 +17,7 @@ from support.techniques import HERE
 from support.tiers import cover, slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_config, tiny_run
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from memstudy import data, records
 from memstudy.kinds import parse_run
@@ -196,6 +197,25 @@ def test_a_loop_of_ones_own_is_predicted_for_each_of_its_processes():
             measured = measure(made(wrap), iterations=3)
         predicted = predict(made(wrap), iterations=3, processes=4)
         assert 0 <= measured.peak_bytes - predicted.peak_bytes <= MESH_BYTES
+
+
+def test_frozen_weights_are_sharded_again_after_a_step_with_fsdp1():
+    """No gradient tells FSDP1 to: it looks whether they are still gathered."""
+
+    def make():
+        frozen, trained = torch.nn.Linear(256, 256).requires_grad_(False), torch.nn.Linear(256, 8)
+        model = FullyShardedDataParallel(
+            torch.nn.Sequential(frozen, FullyShardedDataParallel(trained, device_id=torch.device("cpu"))),
+            device_id=torch.device("cpu"),
+        )
+        rows = torch.randn(4, 256)
+        return lambda: model(rows).square().mean().backward()
+
+    with first_of(2):
+        measured = measure(make)
+    predicted = predict(make, processes=2)
+    at_rest = [sum(report.timeline[-1][2].values()) for report in (measured, predicted)]
+    assert at_rest[0] == at_rest[1] < 4 * 256 * 256 < predicted.peak_bytes
 
 
 def test_a_gpu_is_predicted_with_fsdps_streams_and_what_is_not_counted_is_said():

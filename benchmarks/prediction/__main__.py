@@ -2,8 +2,8 @@
 
 python benchmarks/prediction [ops|bert|inference|modern|generation]... [--rows TEXT] [--json FILE]
 
-``modern`` is fine-tuning of 2025 and 2026: fms-acceleration's runs and PEFT's comparison of methods. All tables take
-five minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
+``modern`` is fine-tuning of 2024 to 2026: fms-acceleration's runs, fsdp_qlora's notebook and PEFT's comparison of
+methods. All tables take six minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 import pandas as pd
 
 from memstudy.studies.published import generation as text
-from memstudy.studies.published import modern as fms
+from memstudy.studies.published import modern as fine_tuning
 from memstudy.studies.published import peft
 from memstudy.studies.published.bert import savings
 from memstudy.studies.published.inference import length_differences
+from memstudy.studies.published.modern import calculators, fms, notebook
 from memstudy.studies.published.rows import predicted_rows, published
 
 
@@ -41,13 +42,18 @@ def inference(text: str) -> list[pd.DataFrame]:
 
 
 def modern(text: str) -> list[pd.DataFrame]:
-    """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted."""
-    print(f"fms: allocated memory; {fms.SOFTWARE}\npeft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
-    for query, cause in fms.OUTSIDE.items():
-        print(f"  {' '.join(fms.published().query(query).id)}: {cause}")
-    for row, cause in peft.OUTSIDE.items():
-        print(f"  {row}: {cause}")
-    return [predicted_rows(table, named(table, text)) for table in ("fms", "peft")]
+    """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted.
+
+    The last table is what other calculators say.
+    """
+    print(f"fms: allocated memory; {fms.SOFTWARE}\nnotebook: allocated memory; {notebook.SOFTWARE}")
+    print(f"peft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
+    for query, cause in fine_tuning.OUTSIDE.items():
+        print(f"  {' '.join(fine_tuning.published().query(query).id)}: {cause}")
+    rows, cells, of_peft = (predicted_rows(table, named(table, text)) for table in ("fms", "notebook", "peft"))
+    rows, cells = rows.assign(chosen_on=[*map(fms.chosen_on, rows.row)]), cells.assign(chosen_on=notebook.CHOSEN_ON)
+    others = calculators.figures()
+    return [rows, cells, of_peft, others[others.row.str.contains(text, regex=False)]]
 
 
 def generation(rows: str) -> list[pd.DataFrame]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memstudy.profiler import Fit, MemoryReport
+    from memstudy.profiler.time import StepTime
     from memstudy.trainers.hub_model import HubModelRun
 
 
@@ -25,7 +26,18 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
         "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
         "unverified": list(report.unverified),
+        "time": time_as_dict(report, run),
     }
+
+
+def time_as_dict(report: MemoryReport, run: HubModelRun) -> dict | None:
+    """The predicted step time as JSON values; None without one."""
+    return report.time and asdict(report.time) | {"tokens_per_s": tokens_per_s(report.time, run)}
+
+
+def tokens_per_s(time: StepTime, run: HubModelRun) -> float:
+    """Tokens of all processes per second of predicted step time."""
+    return 1e3 * run.batch_size * run.seq_len / time.step_time_ms
 
 
 @dataclass(frozen=True)
@@ -84,15 +96,15 @@ def readable(mib: float) -> str:
     return f"{mib / 1024:,.1f} GiB" if mib >= 1024 else f"{mib:.1f} MiB"
 
 
-def show(report: MemoryReport, what: str, processes: int) -> None:
-    """Print where the memory of ``what``, a predicted step, goes, and whether it fits."""
+def show(report: MemoryReport, run: HubModelRun) -> None:
+    """Print where the memory of a predicted step goes, whether it fits, and how long it takes."""
     from rich.console import Console
     from rich.table import Table
 
     parts = report.waterfall_mib()
     whole = sum(parts.values())
-    where = report.device if processes == 1 else f"each of {processes} × {report.device}"
-    table = Table("", "MiB", "of the whole", "", box=None, title=f"{what} on {where}, predicted")
+    where = report.device if run.processes == 1 else f"each of {run.processes} × {report.device}"
+    table = Table("", "MiB", "of the whole", "", box=None, title=f"{run.what} on {where}, predicted")
     for column in (1, 2):
         table.columns[column].justify = "right"
     for name, size in parts.items():
@@ -111,3 +123,30 @@ def show(report: MemoryReport, what: str, processes: int) -> None:
         console.print(
             f"not checked against CUDA, ops taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True
         )
+    if report.time:
+        show_time(report.time, run)
+
+
+def duration(time: StepTime) -> str:
+    """A predicted step time with its band, as text, in seconds from 10 s on."""
+    unit, scale = ("s", 1e-3) if time.high_ms >= 10_000 else ("ms", 1.0)
+    low, middle, high = (scale * ms for ms in (time.low_ms, time.step_time_ms, time.high_ms))
+    digits = 0 if high >= 100 else 1
+    return f"{middle:,.{digits}f} {unit} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def show_time(time: StepTime, run: HubModelRun) -> None:
+    """Print a predicted step time, its band, and where the time goes."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    parts = sorted(((ms / time.step_time_ms, kind) for kind, ms in time.by_kind_ms.items()), reverse=True)
+    shares = ", ".join(f"{kind} {100 * share:.0f} %" for share, kind in parts if share >= 0.005)
+    console.print(
+        f"step time: {duration(time)}, predicted; {tokens_per_s(time, run):,.0f} tokens/s, "
+        f"{100 * time.share_of_peak:.0f} % of the tensor cores' peak; bound by the {time.bound_by}\n"
+        f"where the time goes: {shares}",
+        soft_wrap=True,
+    )
+    if time.untimed:
+        console.print(f"not in the time: {', '.join(time.untimed)}", soft_wrap=True)

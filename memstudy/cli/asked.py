@@ -1,4 +1,4 @@
-"""The options that ``predict``, ``fit`` and ``advise`` share, and the prediction of the step they describe."""
+"""The options that commands about a training step share, and the prediction of the step."""
 
 from __future__ import annotations
 
@@ -63,11 +63,6 @@ class Asked:
         names = (text.strip() for text in self.technique.split(",") if text.strip())
         return tuple(text for name in names for text in PRESETS.get(name, (name,)))
 
-    @property
-    def what(self) -> str:
-        """What is predicted, in words."""
-        return "training step"
-
     def checked(self) -> Asked:
         """These options, if they don't contradict each other; else ValueError."""
         return self
@@ -94,7 +89,7 @@ class Asked:
         from rich.console import Console
 
         run = self.run(batch_size, techniques)
-        with Console(stderr=True).status(f"tracing {run.model} on fake tensors: {self.what}"):
+        with Console(stderr=True).status(f"tracing {run.model} on fake tensors: {run.what}"):
             return run.foretell(self.card(), expandable_segments=self.expandable_segments)
 
     def advised(self, batch_size: int) -> list[str]:
@@ -145,12 +140,6 @@ class AskedOfText(Asked):
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="With --generate: the weights' format; bf16.")
     ] = None
 
-    @property
-    def what(self):
-        if self.generate is None:
-            return super().what
-        return f"{self.generate:,} tokens generated after {self.seq_len - self.generate:,}"
-
     def checked(self):
         if self.generate is None:
             if self.prompt or self.cache or self.dtype:
@@ -186,8 +175,12 @@ class AskedOfText(Asked):
 
 
 def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of its class."""
+    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of its class.
+
+    An option of ``command`` takes the place of the shared one of its name, which is then at its default.
+    """
     first, *own = inspect.signature(command, eval_str=True).parameters.values()
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     kind = first.annotation
     hints = get_type_hints(kind, include_extras=True)
     shared = [
@@ -198,8 +191,8 @@ def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
             annotation=hints[field.name],
         )
         for field in fields(kind)
+        if field.name not in {parameter.name for parameter in own}
     ]
-    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
     def with_options(**given) -> None:
         asked = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})

@@ -73,7 +73,7 @@ def fit(
     for answer in answers:
         typer.echo(answer.line(search))
     if answers[-1].fits:
-        show(answers[-1].found.report, asked.what, asked.processes)
+        show(answers[-1].found.report, sought.run(answers[-1]))
     elif not advise:
         typer.echo("add --advise to find techniques that make a batch fit")
 
@@ -118,9 +118,7 @@ class _Search:
             def run(size: int) -> HubModelRun:
                 batch, seq_len = self._sizes(size)
                 status.update(f"{self.asked.model}: batch {batch}, {seq_len} tokens, {', '.join(techniques)}")
-                whole = max(self.effective_batch or batch, batch)
-                parts = (f"accumulation={whole // batch}",) if whole > batch else ()
-                return replace(self.asked, seq_len=seq_len).run(whole, (*techniques, *parts))
+                return self._sized(batch, seq_len, techniques)
 
             def build(size: int):
                 return run(size).build(gpu=card, parts=2)
@@ -143,6 +141,15 @@ class _Search:
         refused = found.refused_at and self._sizes(found.refused_at)[0 if over_batch else 1]
         parts = found.accumulation if over_batch else (self.effective_batch or processes) // processes
         return Answer(techniques, self.asked.result(techniques), batch, seq_len, parts, refused, found)
+
+    def run(self, answer: Answer) -> HubModelRun:
+        """The run that takes the step of ``answer``."""
+        return self._sized(answer.batch_size, answer.seq_len, answer.techniques)
+
+    def _sized(self, batch: int, seq_len: int, techniques: tuple[str, ...]) -> HubModelRun:
+        whole = max(self.effective_batch or batch, batch)
+        parts = (f"accumulation={whole // batch}",) if whole > batch else ()
+        return replace(self.asked, seq_len=seq_len).run(whole, (*techniques, *parts))
 
     def _sizes(self, size: int) -> tuple[int, int]:
         """Batch and sequence length of a ``size`` of the search, which are multiples of the number of processes."""

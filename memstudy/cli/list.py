@@ -82,6 +82,8 @@ def _gpus(results: Path) -> list[dict]:
             "gpu": card.name,
             "memory [GiB]": f"{card.memory_mib / 1024:.2f}",
             "CUDA context [MiB]": f"{card.context_mib:.0f}",
+            "bandwidth [GB/s]": f"{card.speed.bandwidth_gb_s:,.0f}",
+            "tensor peak [TFLOP/s]": f"{card.speed.tensor_tflops:,.0f}",
             "compute capability": ".".join(map(str, card.compute_capability)),
             "source of the context": re.split(r":| \(|,", card.context_source)[0],
         }

@@ -1,4 +1,4 @@
-"""The command line: ``memstudy run | report | plan | predict | fit | advise | serve | list``."""
+"""The command line: ``memstudy run | report | plan | predict | compare | fit | advise | serve | list``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NoReturn
 import typer
 
 from memstudy.cli.advise import advise
+from memstudy.cli.compare import compare
 from memstudy.cli.fit import fit
 from memstudy.cli.list import list_
 from memstudy.cli.plan import plan
@@ -29,6 +30,7 @@ app = typer.Typer(
     and number of the report is computed from the rows.
 
     memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4       will it fit? no GPU needed\n
+    memstudy compare --model gpt2 --batch 8 --seq-len 512 --gpu T4,L4    which card, which technique\n
     memstudy fit --model gpt2 --seq-len 512 --gpu T4 --advise            the largest batch\n
     memstudy advise --model gpt2 --batch 64 --seq-len 512 --gpu T4       what makes it fit\n
     memstudy list studies            the studies; also: models, gpus, techniques, ...\n
@@ -41,7 +43,7 @@ app = typer.Typer(
     """,
 )
 
-for command in (run, report, plan, predict, fit, advise, serve):
+for command in (run, report, plan, predict, compare, fit, advise, serve):
     app.command()(command)
 app.command(name="list")(list_)
 

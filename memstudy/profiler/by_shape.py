@@ -35,6 +35,27 @@ def nonzero(tensor):
     return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
 
 
+def bincount(tensor, weights=None, minlength=0):
+    """``aten::bincount`` of numbers that are all below ``minlength``."""
+    return torch.empty(max(minlength, 1), dtype=torch.int64 if weights is None else torch.float64)
+
+
+def coalesce(sparse):
+    """``aten::_coalesce`` of a sparse tensor whose entries are all at places of their own."""
+    indices, values = torch.empty_like(sparse._indices()), torch.empty_like(sparse._values())
+    return _sparse(sparse, indices, values)
+
+
+def sparse_mask(tensor, mask):
+    """``aten::sparse_mask``: the entries of ``tensor`` at the places of ``mask``."""
+    values = torch.empty_like(mask._values(), dtype=tensor.dtype)
+    return _sparse(mask, mask._indices().clone(), values)
+
+
+def _sparse(like, indices, values):
+    return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True)
+
+
 def index(tensor, indices):
     """``aten::index`` by masks: they become indices (aten/src/ATen/native/IndexingUtils.h, ``expandTensors``)."""
     expanded = _expanded(indices)
@@ -59,11 +80,21 @@ def _expanded(indices: list) -> list | None:
     return columns
 
 
+_ASSUMED = {
+    nonzero: "every element of a mask counted as chosen",
+    bincount: "no number counted that is above the given length",
+    coalesce: "no entry of a sparse tensor is given twice",
+}
+
+
 def kernels(*, cuda: bool) -> dict[str, Callable]:
     """The kernels by the name of their op; one that returns ``NotImplemented`` leaves the op to its fake kernel."""
     return {
         "aten::_grouped_mm": grouped_mm_on(cuda=cuda),
         "aten::nonzero": nonzero,
+        "aten::bincount": bincount,
+        "aten::_coalesce": coalesce,
+        "aten::sparse_mask": sparse_mask,
         "aten::index": index,
         "aten::_index_put_impl_": index_put,
     }
@@ -71,4 +102,4 @@ def kernels(*, cuda: bool) -> dict[str, Callable]:
 
 def assumed(kernel: Callable) -> set[str]:
     """What ``kernel`` assumes of the data."""
-    return {"data-dependent shapes (every element of a mask counted as chosen)"} if kernel is nonzero else set()
+    return {f"data-dependent shapes ({_ASSUMED[kernel]})"} if kernel in _ASSUMED else set()

@@ -15,6 +15,48 @@ CATALOGUE = Path(__file__).with_name("gpus.yaml")
 EXAMPLE = '{compute_capability: "8.0", memory_mib: 40448, context_mib: 501}'
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Speed(BaseModel):
+    """Published peaks of one card, none of them reached in training.
+
+    Attributes
+    ----------
+    bandwidth_gb_s : float
+        Bandwidth of the GPU's memory [1e9 bytes/s].
+    tensor_tflops : float
+        Tensor cores multiplying fp16 or bf16 and adding up in fp32, without sparsity [1e12 FLOP/s]. GeForce cards add
+        up in fp32 at half the rate of fp16.
+    tf32_tflops : float or None
+        Tensor cores on TF32, without sparsity [1e12 FLOP/s]; None where the card has no TF32 (Volta, Turing).
+    fp32_tflops : float
+        fp32 without tensor cores [1e12 FLOP/s].
+    sms : int
+        Streaming multiprocessors enabled.
+    l2_mib : float
+        L2 cache [MiB].
+    pcie_gb_s : float
+        Link to the host, one direction, as its standard has it [1e9 bytes/s].
+    watts : float
+        Power limit of the board as sold [W].
+    speed_source : str
+        Where the figures come from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bandwidth_gb_s: Positive
+    tensor_tflops: Positive
+    tf32_tflops: Positive | None
+    fp32_tflops: Positive
+    sms: Annotated[int, Field(gt=0)]
+    l2_mib: Positive
+    pcie_gb_s: Positive
+    watts: Positive
+    speed_source: Annotated[str, Field(min_length=1)]
+
+
 class Gpu(BaseModel):
     """One card; sizes in MiB.
 
@@ -30,16 +72,19 @@ class Gpu(BaseModel):
         A process's memory outside the caching allocator's segments: CUDA's context and loaded kernels.
     memory_source, context_source : str
         Where the two figures come from.
+    speed : Speed, optional
+        Published peaks; None for a card described without them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     compute_capability: tuple[Annotated[int, Field(ge=5)], Annotated[int, Field(ge=0)]]
-    memory_mib: Annotated[float, Field(gt=0)]
+    memory_mib: Positive
     context_mib: Annotated[float, Field(ge=0)]
     memory_source: str = ""
     context_source: str = ""
+    speed: Speed | None = None
 
     @field_validator("compute_capability", mode="before")
     @classmethod
@@ -102,7 +147,8 @@ def _parse(name: str, given: object, *, where: str) -> Gpu:
     if first["type"] == "missing":
         wrong = f"{field} is missing"
     elif first["type"] == "extra_forbidden":
-        wrong = f"unknown key {field}; known: {', '.join(Gpu.model_fields)}"
+        known = Speed.model_fields if len(first["loc"]) > 1 else Gpu.model_fields
+        wrong = f"unknown key {field}; known: {', '.join(known)}"
     else:
         wrong = f"{field}={reprlib.repr(first['input'])}: {first['msg']}"
     raise ValueError(f"{where}: {wrong}; expected e.g. {EXAMPLE}")

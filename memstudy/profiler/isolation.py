@@ -12,6 +12,7 @@ import torch
 
 from memstudy.profiler.internals import _disable_current_modes
 
+_TABLES = {"bitsandbytes.functional": "name2qmap", "bitsandbytes.backends.utils": "_code_4bit_cache"}
 _BOUNDS = "bitsandbytes.backends.default.ops"
 
 
@@ -35,26 +36,29 @@ def modules_on_real_tensors():
 def tables_of_bitsandbytes(*, anew: bool) -> Iterator[None]:
     """Forget at the end the tables that bitsandbytes makes for its number formats and keeps for the process.
 
-    functional.py, ``name2qmap``; backends/default/ops.py, ``_get_4bit_quantize_bounds``. With ``anew``, the block
-    begins without tables, as on a device that has none yet.
+    functional.py, ``name2qmap``; backends/utils.py, ``_code_4bit_cache``; backends/default/ops.py,
+    ``_get_4bit_quantize_bounds``. A real weight that is quantised by a fake table has no bytes, and the CPU's kernel
+    reads it at address 0: the process would end in a segmentation fault. With ``anew``, the block begins without
+    tables, as on a device that has none yet.
     """
-    kept = dict(_tables())
+    kept = {module: tables.copy() for module, tables in _tables().items()}
     if anew:
-        _tables().clear()
+        for tables in _tables().values():
+            tables.clear()
     known = _bounds_known()
     try:
         yield
-    finally:  # bitsandbytes may have been imported within the block
-        _tables().clear()
-        _tables().update(kept)
+    finally:
+        for module, tables in _tables().items():
+            tables.clear()
+            tables.update(kept.get(module, {}))  # bitsandbytes may have been imported within the block
         if _bounds_known() > known:
             sys.modules[_BOUNDS]._get_4bit_quantize_bounds.cache_clear()
 
 
-def _tables() -> dict[str, torch.Tensor]:
-    """bitsandbytes' tables of number formats; empty before bitsandbytes is imported."""
-    functional = sys.modules.get("bitsandbytes.functional")
-    return {} if functional is None else functional.name2qmap
+def _tables() -> dict[str, dict]:
+    """bitsandbytes' tables of number formats by module; none before bitsandbytes is imported."""
+    return {module: getattr(sys.modules[module], name) for module, name in _TABLES.items() if module in sys.modules}
 
 
 def _bounds_known() -> int:

@@ -29,6 +29,7 @@ from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
+from memstudy.profiler.time import StepTime, step_time
 
 # Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
 _NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
@@ -41,6 +42,7 @@ def predict(
     iterations: int = 2,
     expandable_segments: bool = False,
     processes: int = 1,
+    repeats: int = 0,
     semantics: cuda.Semantics = cuda.TODAY,
 ) -> MemoryReport:
     """Predict what :func:`~memstudy.profiler.measure` would report, without running the step.
@@ -60,6 +62,9 @@ def predict(
     processes : int
         How many processes share the step, each on its own device. The first process is predicted: ``build`` finds
         ``torch.distributed`` as ``torchrun`` and ``init_process_group`` set it up there.
+    repeats : int
+        How often the step that is timed repeats its last forward and backward pass: ``build`` may accumulate two parts
+        of many, which reach the peak of all.
     semantics : Semantics
         CUDA's semantics in the PyTorch release to predict for.
 
@@ -88,6 +93,7 @@ def predict(
         expandable_segments=expandable_segments,
         requested_bytes=None if card is None else recorder.requested_bytes,
         uncounted=["NCCL's buffers (not counted)"] * (processes > 1),
+        time=time_of(recorder, card, repeats=repeats, processes=processes),
     )
 
 
@@ -118,6 +124,26 @@ def report_of(
     )
 
 
+def time_of(recorder: Recorder, card: Gpu | None, *, repeats: int = 0, processes: int = 1) -> StepTime | None:
+    """The time of the last iteration, whose last forward and backward pass come ``repeats`` more times.
+
+    None without a GPU of known speed.
+    """
+    if card is None or not card.speed:
+        return None
+    issued, untimed = recorder.issued, recorder.untimed.copy()
+    if processes > 1:
+        untimed.add("communication between processes")
+    if card.speed.watts < 100:
+        untimed.add(f"the power limit of {card.speed.watts:g} W, but for products on tensor cores")
+    if repeats:
+        phases = [phase for phase, _ in issued]
+        end = len(phases) - phases[::-1].index("backward")
+        begin = next(i for i in range(1, end) if phases[i - 1 : i + 1] == ["backward", "forward"])
+        issued = [*issued[:end], *issued[begin:end] * repeats, *issued[end:]]
+    return step_time(issued, card, untimed=tuple(sorted(untimed)))
+
+
 def follow(
     build: Callable[[], Step], iterations: int, card: Gpu | None, processes: int, semantics: cuda.Semantics
 ) -> tuple[Recorder, list[Event]]:
@@ -137,6 +163,7 @@ def follow(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # Trainer counts parameters by it
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         stack.enter_context(roles.watch())
         stack.enter_context(recorder.watch_optimizer())
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
@@ -149,7 +176,7 @@ def follow(
         for name in FOREACH_TYPES:
             stack.enter_context(patch(name, types))
         if card is not None:
-            stack.enter_context(cuda.as_on(card, semantics))
+            stack.enter_context(cuda.as_on(card, semantics, recorder.transfer))
         else:
             # The state's tensor is made below dispatch; checkpointing keeps one per block.
             stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))

@@ -22,6 +22,7 @@ from memstudy.profiler.internals import (
     BOOKKEEPING,
     CHECK_OF_PROCESSES,
     REBUILD_BUCKETS,
+    FakeTensor,
     _create_work_from_future,
     _disable_current_modes,
 )
@@ -98,7 +99,9 @@ def on_fake_tensors() -> Iterator[None]:
     """Within the block, exclude the bookkeeping of ``torch.distributed`` from the prediction.
 
     DTensor computes the shapes of results by itself, and device meshes read numbers from real tensors. DDP keeps its
-    first buckets: the buckets rebuilt after the first step have another order but equal size.
+    first buckets: the buckets rebuilt after the first step have another order but equal size. FSDP1 finds the units to
+    shard again after backward by their data pointers, which fake tensors don't have
+    (torch/distributed/fsdp/_runtime_utils.py, ``_catch_all_reshard``): their storages' addresses stand in.
     """
 
     def really(function: Callable) -> Callable:
@@ -108,7 +111,13 @@ def on_fake_tensors() -> Iterator[None]:
 
         return call
 
+    def pointer(tensor: torch.Tensor, really=torch.Tensor.data_ptr) -> int:
+        if isinstance(tensor, FakeTensor):
+            return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.itemsize
+        return really(tensor)
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(torch.Tensor, "data_ptr", pointer))
         stack.enter_context(patch(ACCELERATOR, lambda: torch.device("cpu")))
         stack.enter_context(patch(CHECK_OF_PROCESSES, lambda *args: None))
         stack.enter_context(patch(REBUILD_BUCKETS, lambda reducer: False))

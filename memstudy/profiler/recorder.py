@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,12 +26,11 @@ from memstudy.profiler.internals import (
     TorchDispatchMode,
     _current_autograd_node,
     _default_cpu_stream,
-    _engine_run_backward,
-    _storage_Use_Count,
     tree_map_only,
 )  # fmt: skip
-from memstudy.profiler.results import Results, tensors
-from memstudy.profiler.values import Values
+from memstudy.profiler.results import Results, sums_in_place, tensors
+from memstudy.profiler.time import WAIT, Work, is_untimed, one_kernel, work_of
+from memstudy.profiler.values import MOST_IN_STEP, Values
 
 _EAGER = "compiled modules (followed as they run without compilation)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
@@ -41,18 +39,6 @@ ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where pr
 def key_of(tensor: torch.Tensor) -> int:
     """Key of the tensor's storage in events."""
     return tensor.untyped_storage()._cdata
-
-
-def _sums_in_place(gradient: torch.Tensor, other: object) -> bool:
-    """Whether autograd's engine asks for the sum of two gradients, and nothing else uses the first one's storage.
-
-    It adds in place, but not to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
-    """
-    # Frame 1 is __torch_dispatch__, frame 2 the caller of the op.
-    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
-    alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
-    # Two users: the tensor, and the Python object that key_of makes of the storage.
-    return engine_asks and alike and _storage_Use_Count(key_of(gradient)) == 2
 
 
 class _Op(NamedTuple):
@@ -92,6 +78,9 @@ class Recorder(TorchDispatchMode):
             self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
+        self.issued: list[tuple[str, Work]] = []  # ops of the last step, each with its phase
+        self.untimed: set[str] = set()  # what the step's time leaves out or only bounds
+        self._works: dict[tuple, Work] = {}
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -110,6 +99,8 @@ class Recorder(TorchDispatchMode):
         self._tell("empty_cache")
 
     def begin_step(self) -> None:
+        self.issued.clear()
+        self._values.most = MOST_IN_STEP
         self._enter("forward")
         self._tell("iteration")
 
@@ -177,12 +168,21 @@ class Recorder(TorchDispatchMode):
                 result = function(*args, **kwargs)
             finally:
                 self._in_one_kernel = outer
-            for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
+            for tensor in made:
                 self._alive.pop(key_of(tensor), None)
                 self._note(tensor.untyped_storage())
+            self.issued.append((self._phase, one_kernel(tensors((*args, *kwargs.values())), made)))
+            self.untimed.add("compiled functions (each counted as one kernel)")
             return result
 
         return run
+
+    def transfer(self, tensor: torch.Tensor, *, to_host: bool) -> None:
+        """Note a copy between the GPU and the host's pinned memory; the host waits for one to itself."""
+        self.issued.append((self._phase, Work("transfers", moved_bytes=tensor.numel() * tensor.element_size())))
+        if to_host:
+            self.issued.append((self._phase, WAIT))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -206,16 +206,26 @@ class Recorder(TorchDispatchMode):
             if real and func is not torch.ops.aten.lift_fresh.default:  # torch.tensor has just made its argument
                 args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
+            self._issue(func, args, kwargs, None)
             return self._values.answer(args[0])
-        if func is torch.ops.aten.add.Tensor and _sums_in_place(*args[:2]):
+        if func is torch.ops.aten.add.Tensor and sums_in_place(*args[:2]):
+            self._issue(torch.ops.aten.add_.Tensor, args, kwargs, args[0])
             return args[0]
         if op.name in OPDEFS:  # a kernel written in Python: its allocations are visible
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            with self:
+                result = self._values.made(func, args, kwargs)
+            if result is not None:
+                return result
         if kernel := self._in_python.get(op.name):
+            before = len(self.issued)
             with self:
                 result = kernel(*args, **kwargs)
             if result is not NotImplemented:
+                if not any(work.kernels for _, work in self.issued[before:]):  # it only made the result
+                    self._issue(func, args, kwargs, result)
                 self.assumed |= by_shape.assumed(kernel) | cuda.assumed(kernel, args)
                 return result
         if self._card is None and op.name in cpu.IN_PYTHON:
@@ -230,14 +240,15 @@ class Recorder(TorchDispatchMode):
             if key:
                 self._results.remember(key, func, args, kwargs, result)
         self._values.follow(func, args, kwargs, result)
+        self._issue(func, args, kwargs, result, key)
         if self._card is not None and self._in_optimizer and func is torch.ops.aten.lift_fresh.default:
             self._ignore(result)  # the optimizer's step count stays on the host
             return result
         for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if not known and tensor.is_cuda:
                 raise ValueError(ON_CUDA)
-            if not known and tensor.device.type == "meta":  # has no memory on a real device either
-                continue
+            if not known and (tensor.device.type == "meta" or tensor.layout is not torch.strided):
+                continue  # has no memory on a real device either, or that of its parts
             if self._in_one_kernel:
                 self._ignore_new(tensor)
             else:
@@ -248,6 +259,19 @@ class Recorder(TorchDispatchMode):
             self.below.after(func, args, result)
         return result
 
+    def _issue(self, func: OpOverload, args: tuple, kwargs: dict, result: object, key: tuple | None = None) -> None:
+        """Note the work of an op; ops of equal ``key`` have equal work."""
+        if self._phase == "build" or self._in_one_kernel or self._card is None:
+            return
+        work = self._works.get(key) if key else None
+        if work is None:
+            work = work_of(func, args, kwargs, result)
+            if is_untimed(func):
+                self.untimed.add(func._schema.name)
+            if key:
+                self._works[key] = work
+        self.issued.append((self._phase, work))
+
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
@@ -257,6 +281,7 @@ class Recorder(TorchDispatchMode):
             )
         faked = self._fake.from_tensor(tensor)
         self._ignore(faked)  # allocated before build()
+        self._values.know(faked, tensor)
         return faked
 
     def _ignore(self, tensor: torch.Tensor) -> None:

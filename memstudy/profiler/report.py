@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memstudy.profiler.events import CATEGORIES, MIB, OutOfMemory
+from memstudy.profiler.time import StepTime
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class MemoryReport:
     unverified : tuple of str
         Of a prediction: what had to be assumed; for a GPU also ops that no rule covers, predicted as their CPU kernels,
         and memory not counted.
+    time : StepTime or None
+        The predicted time of the last step; None for a measurement, a CPU, and a GPU described without its speed.
     """
 
     device: str
@@ -65,6 +68,7 @@ class MemoryReport:
     memory_bytes: int | None = None
     out_of_memory: OutOfMemory | None = None
     unverified: tuple[str, ...] = ()
+    time: StepTime | None = None
 
     @property
     def peak_allocated_mib(self) -> float:
@@ -118,6 +122,12 @@ class MemoryReport:
         row |= {f"forward_end_{name}_mib": n / MIB for name, n in self.forward_end_by_category.items()}
         if self.peak_reserved_mib is not None:
             row["peak_reserved_mib"] = self.peak_reserved_mib
+        if self.time is not None:
+            row |= {
+                "step_time_ms": self.time.step_time_ms,
+                "step_time_low_ms": self.time.low_ms,
+                "step_time_high_ms": self.time.high_ms,
+            }
         return row
 
     def timeline_mib(self, points: int) -> list[list]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from memstudy.profiler.internals import (
     FakeTensorMode,
     OpOverload,
     _DisableTorchDispatch,
+    _engine_run_backward,
     _set_warn_deprecated_on_mutable_data_ptr,
+    _storage_Use_Count,
 )
 
 _CPU = torch.device("cpu")
@@ -164,3 +167,15 @@ def tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def sums_in_place(gradient: torch.Tensor, other: object) -> bool:
+    """Whether autograd's engine asks for the sum of two gradients, and nothing else uses the first one's storage.
+
+    It adds in place, but not to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
+    """
+    # Frame 1 is __torch_dispatch__, frame 2 the caller of the op.
+    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
+    alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
+    # Two users: the tensor, and the Python object that untyped_storage makes.
+    return engine_asks and alike and _storage_Use_Count(gradient.untyped_storage()._cdata) == 2

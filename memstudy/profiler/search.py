@@ -129,6 +129,7 @@ def fit(
             iterations=steps_to_settle(processes),
             expandable_segments=expandable_segments,
             processes=processes,
+            repeats=max(0, (effective_batch or 0) // size - 2),
         )
 
     predicted = foretell or of_steps

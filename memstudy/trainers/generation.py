@@ -55,6 +55,10 @@ class GenerationRun(HubModelRun):
         return self.seq_len - self.new_tokens
 
     @property
+    def what(self):
+        return f"{self.new_tokens:,} tokens generated after {self.prompt:,}"
+
+    @property
     def length(self):
         return f"a prompt of {self.prompt} and {self.new_tokens} new tokens"
 

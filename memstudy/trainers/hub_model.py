@@ -112,6 +112,11 @@ class HubModelRun(StepRun):
         return self
 
     @property
+    def what(self) -> str:
+        """What is run, in words."""
+        return "training step"
+
+    @property
     def length(self) -> str:
         """The number of tokens, in words."""
         return f"seq_len={self.seq_len}"

@@ -183,6 +183,7 @@ class StepRun(Run):
             iterations=self.steps_to_settle(),
             expandable_segments=expandable_segments,
             processes=self.processes,
+            repeats=max(0, self.accumulation - 2),
         )
 
     def execute(self, checkpoints):

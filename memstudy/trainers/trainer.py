@@ -175,8 +175,8 @@ def make_trainer(
     for technique in chosen:
         flags |= technique.flags()
     scaled = predicted and flags.pop("fp16", False)
-    if predicted:
-        flags.pop("tf32", None)  # refused without a GPU, and without effect on memory
+    if predicted and flags.pop("tf32", None):  # the Trainer refuses TF32 without a GPU
+        torch.set_float32_matmul_precision("high")
     logging_steps = max(1, train_steps // 50)
     if validation is not None:
         flags |= {"eval_strategy": "steps", "eval_steps": max(1, train_steps // validations)}

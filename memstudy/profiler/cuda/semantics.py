@@ -19,6 +19,7 @@ import torch
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.cuda import autocast, bitsandbytes, scratch
 from memstudy.profiler.cuda.attention import attention_on, flash_attn
+from memstudy.profiler.cuda.bitsandbytes import layers_as_on_cuda
 from memstudy.profiler.internals import FOREACH_DEVICES, OpOverload, _scoped_library
 
 _ATEN = torch.ops.aten
@@ -61,8 +62,8 @@ TODAY = Semantics()
 
 
 @contextmanager
-def as_on(gpu: Gpu, semantics: Semantics) -> Iterator[None]:
-    """Make CPU tensors use memory as tensors on ``gpu`` do, within the block."""
+def as_on(gpu: Gpu, semantics: Semantics, transfer: Callable) -> Iterator[None]:
+    """Make CPU tensors use memory as tensors on ``gpu`` do, within the block; ``transfer`` hears of offloaded ones."""
     with ExitStack() as stack:
         library = stack.enter_context(_scoped_library("aten", "IMPL"))
         for key in ("AutogradCPU", "CPU"):
@@ -74,7 +75,13 @@ def as_on(gpu: Gpu, semantics: Semantics) -> Iterator[None]:
             warnings.filterwarnings("ignore", "Warning only once|.*Overriding a previously registered kernel")
             for name, kernel in autocast.kernels(semantics.fp32).items():
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
-        for change in (_foreach_optimizers(), *_amp(), _offload(), flash_attn(), bitsandbytes.layers_as_on_cuda()):
+        for change in (
+            _foreach_optimizers(),
+            *_amp(),
+            _offload(transfer),
+            flash_attn(),
+            layers_as_on_cuda(),
+        ):
             stack.enter_context(change)
         yield
 
@@ -137,7 +144,7 @@ def _amp() -> list:
     ]
 
 
-def _offload():
+def _offload(transfer: Callable):
     """Saved tensors move to the host's memory and come back into new memory of the GPU.
 
     torch/autograd/graph.py, ``save_on_cpu``.
@@ -145,11 +152,14 @@ def _offload():
 
     def on_cpu(self, pin_memory=False, device_type="cuda"):
         def pack(tensor):
+            transfer(tensor, to_host=True)
             return tensor.shape, tensor.stride(), tensor.dtype
 
         def unpack(packed):
             shape, stride, dtype = packed
-            return torch.empty_strided(shape, stride, dtype=dtype)
+            tensor = torch.empty_strided(shape, stride, dtype=dtype)
+            transfer(tensor, to_host=False)
+            return tensor
 
         torch.autograd.graph.saved_tensors_hooks.__init__(self, pack, unpack)
 
@@ -162,4 +172,9 @@ def corrected(func: OpOverload, args: tuple, result: object) -> object:
         # aten/src/ATen/native/cuda/layer_norm_kernel.cu: mean and rstd are at least fp32, not the input's type.
         output, *moments = result
         return output, *(moment.float() if moment.dtype in _HALF else moment for moment in moments)
+    if func is _ATEN._linalg_svd.default:
+        # aten/src/ATen/native/BatchLinearAlgebra.cpp, _linalg_svd: cuSOLVER gives Vh row by row, so that its first
+        # rows are contiguous, and an adapter that keeps them keeps all of Vh.
+        u, s, vh = result
+        return u, s, vh.contiguous()
     return result

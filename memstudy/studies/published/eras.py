@@ -19,8 +19,15 @@ cuBLAS's workspace                            BEFORE: PyTorch's code of the time
 fms: losses of January 2025                   BEFORE: code of transformers 4.48.1
 fms: nothing is autocast                      AFTER: on "Mistral-7B-v0.1, LoRA, 4 × 4096, 1 GPU, peak": with
                                               autocast, 27 MB high
-fms: logits alive in backward                 AFTER: on "gpt_bigcode-santacoder, full, 8 × 2048, 1 GPU, peak":
-                                              without them, 11.8 % low. Mistral's rows, held out, do not change
+fms: FSDP1's units are computed anew          AFTER: code of transformers 4.48.1, read for Mistral-7B's LoRA on 2 GPUs,
+                                              8 % low at the peak without it
+fms: santacoder's blocks return keys          AFTER: code of transformers 4.48.1, read for santacoder's peaks, 12 % low
+                                              without it. It replaced a rule for the same rows (logits alive)
+fms: 4-bit weights, TRL, fp32 outputs         BEFORE: code of bitsandbytes 0.43.3, trl 0.13 and accelerate 1.0.1
+                                              (sums by hand for the same rows were known)
+notebook: versions of the libraries           AFTER: on its model, forward and backward readings, all of them
+fms: one table for all second scales          AFTER: code of bitsandbytes 0.43.3, read for Mistral-7B's QLoRA at rest on
+                                              1 GPU, 1 KiB a weight high without it
 generation: cache, logits, tables of 2023     BEFORE: code of transformers 4.35.2 and of the benchmark. No constant
 generation: a forward pass's logits freed     AFTER: kept by mistake at first; found on "eager, 8 × (256 + 512),
                                               reserved", 6.6 % low with them, 0.3 % without
@@ -34,9 +41,8 @@ import math
 
 import torch
 from torch.nn.functional import dropout
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GPT2Config, GPT2LMHeadModel
-from transformers.cache_utils import DynamicLayer
-from transformers.models.qwen2.modeling_qwen2 import repeat_kv
+from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
 
 from memstudy.profiler.cuda import TODAY, Semantics
 
@@ -168,82 +174,74 @@ def bf16_loss(logits, labels, vocab_size, **kwargs):
     return torch.nn.functional.cross_entropy(shifted.view(-1, vocab_size), labels[..., 1:].contiguous().view(-1))
 
 
+def gpt_bigcode_presents(model: torch.nn.Module) -> list[torch.Tensor]:
+    """A list that fills with the keys and values that blocks returned for a cache, although checkpointed.
+
+    They are views beside the queries, so that one whole tensor a block lives as long as the model's outputs.
+    transformers 4.48.1, models/gpt_bigcode/modeling_gpt_bigcode.py, ``presents``; no other model had such a list.
+    """
+    presents = []
+
+    def keep(layer, inputs, output):
+        if not torch.is_grad_enabled():  # not when computed anew
+            presents.append(output.detach())
+
+    for module in model.modules():
+        if isinstance(module, GPTBigCodeAttention):
+            module.c_attn.register_forward_hook(keep)
+    return presents
+
+
 def flash_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """FlashAttention-2 on sequences without padding, for which transformers checks that the package is installed.
 
-    transformers, modeling_flash_attention_utils.py, ``_flash_attention_forward``.
+    Under autocast, queries in fp32 are cast: transformers, integrations/flash_attention.py,
+    ``flash_attention_forward``.
     """
     from flash_attn import flash_attn_func  # the profiler's, during a prediction
 
-    sequence_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    dtype = torch.get_autocast_dtype("cpu") if query.dtype is torch.float32 else query.dtype
+    sequence_first = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
     return flash_attn_func(*sequence_first, dropout, scaling, True), None
 
 
-class _Tuples(DynamicLayer):
-    """The first keys and values are kept as they are; those of the last pass live until the next pass."""
+def llama_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Keys and values stayed alive in a cache as long as the outputs.
 
-    before = None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return key_states, value_states
-        self.before = self.keys, self.values
-        return super().update(key_states, value_states)
+    transformers 4.37, models/llama/modeling_llama.py, ``LlamaSdpaAttention.forward``.
+    """
+    module.present = key, value
+    attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, True)
+    return attended.transpose(1, 2).contiguous(), None
 
 
-class TupleCache(DynamicCache):
-    """The cache when it was tuples of tensors: the old one was held until the inputs of the next pass were made.
+def rotary_tables_in_each_layer(model: torch.nn.Module) -> None:
+    """Each attention kept tables of cosines and sines, and copied the rows of its tokens.
 
-    transformers 4.35.2, generation/utils.py, ``greedy_search``, and models/llama/modeling_llama.py, ``LlamaAttention``.
+    transformers 4.37, models/llama/modeling_llama.py, ``LlamaRotaryEmbedding`` and ``apply_rotary_pos_emb``.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.layer_class_to_replicate = _Tuples
+    def tables(attention, length):
+        shape = length, attention.head_dim
+        attention.tables = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(2)]
 
-    def forget(self):
-        for layer in self.layers:
-            layer.before = None
+    def rows(attention, args, kwargs):
+        length = kwargs["position_ids"].shape[-1]
+        if length > len(attention.tables[0]):
+            tables(attention, length)
+        rows = [table[:length][kwargs["position_ids"]] for table in attention.tables]
+        return args, kwargs | {"position_embeddings": rows}
 
-
-def generate_as_in_2023(model: torch.nn.Module) -> None:
-    """Each layer has tables of rotary positions; all logits are made, in fp32, and live until the next ones do.
-
-    transformers 4.35.2, models/llama/modeling_llama.py, ``LlamaRotaryEmbedding`` and ``LlamaForCausalLM.forward``.
-    """
-    config, dtype = model.config, model.dtype
     for layer in model.model.layers:
-        for name in ("cos_cached", "sin_cached"):
-            table = torch.zeros(config.max_position_embeddings, layer.self_attn.head_dim, dtype=dtype)
-            layer.self_attn.register_buffer(name, table)
-
-    def before(module, args, kwargs):
-        kwargs["past_key_values"].forget()
-
-    def after(module, args, output):
-        output.logits = module.last_logits = output.logits.float()
-
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(after)
-    model._supports_logits_to_keep = lambda: False
+        tables(layer.self_attn, model.config.max_position_embeddings)
+        layer.self_attn.register_forward_pre_hook(rows, with_kwargs=True)
 
 
-def grouped_heads(module, query, key, value, attention_mask, **kwargs):
-    """Keys and values were repeated for all heads that share them.
-
-    transformers 4.46.0, models/qwen2/modeling_qwen2.py, ``Qwen2FlashAttention2``.
-    """
-    repeated = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
-    return flash_attention(module, query, *repeated, attention_mask, **kwargs)
-
-
-AttentionInterface.register("grouped_heads_2024", grouped_heads)
-AttentionMaskInterface.register("grouped_heads_2024", lambda **kwargs: None)
 AttentionInterface.register("unpadded_2025", flash_attention)
 AttentionMaskInterface.register("unpadded_2025", lambda **kwargs: None)
 AttentionInterface.register("bert_2022", bert_attention)
 AttentionMaskInterface.register("bert_2022", bert_mask)
 AttentionInterface.register("gpt2_2020", gpt2_attention)
 AttentionMaskInterface.register("gpt2_2020", lambda **kwargs: None)
+AttentionInterface.register("llama_2024", llama_attention)
+AttentionMaskInterface.register("llama_2024", lambda **kwargs: None)

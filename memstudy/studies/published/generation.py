@@ -12,8 +12,10 @@ from functools import partial
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import local_torch_dtype
+from transformers.models.qwen2.modeling_qwen2 import repeat_kv
 
 from memstudy.huggingface.catalogue import model_config
 from memstudy.profiler import MIB
@@ -30,11 +32,11 @@ ATTENTION = {
 }  # fmt: skip
 SOFTWARE = (
     "made with torch 2.1.1 and transformers 4.35.2 (Llama-2), torch 2.3.1 and transformers 4.46.0 (Qwen2.5); predicted "
-    "with the installed libraries, and the caches, logits and attention of those (eras.py)"
+    "with the installed libraries, and the caches, logits and attention of those"
 )
 OUTSIDE = {
     "source.str.contains('litgpt')": "lit-gpt's own models are not installed",
-    "source.str.contains('fsdp_qlora')": "forward passes alone, with transformers of early 2024, version unknown",
+    "source.str.contains('fsdp_qlora')": "forward passes alone: no text is generated",
 }
 
 
@@ -44,21 +46,85 @@ def published() -> pd.DataFrame:
     return rows[(rows["class"] == "A") | (rows.metric.str.startswith("max_reserved") & rows.quant.isna())]
 
 
+class _Tuples(DynamicLayer):
+    """The first keys and values are kept as they are; those of the last pass live until the next pass."""
+
+    before = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        self.before = self.keys, self.values
+        return super().update(key_states, value_states)
+
+
+class TupleCache(DynamicCache):
+    """The cache when it was tuples of tensors: the old one was held until the inputs of the next pass were made.
+
+    transformers 4.35.2, generation/utils.py, ``greedy_search``, and models/llama/modeling_llama.py, ``LlamaAttention``.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layer_class_to_replicate = _Tuples
+
+    def forget(self):
+        for layer in self.layers:
+            layer.before = None
+
+
+def _as_in_2023(model: torch.nn.Module) -> None:
+    """Each layer has tables of rotary positions; all logits are made, in fp32, and live until the next ones do.
+
+    transformers 4.35.2, models/llama/modeling_llama.py, ``LlamaRotaryEmbedding`` and ``LlamaForCausalLM.forward``.
+    """
+    config, dtype = model.config, model.dtype
+    for layer in model.model.layers:
+        for name in ("cos_cached", "sin_cached"):
+            table = torch.zeros(config.max_position_embeddings, layer.self_attn.head_dim, dtype=dtype)
+            layer.self_attn.register_buffer(name, table)
+
+    def before(module, args, kwargs):
+        kwargs["past_key_values"].forget()
+
+    def after(module, args, output):
+        output.logits = module.last_logits = output.logits.float()
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after)
+    model._supports_logits_to_keep = lambda: False
+
+
+def grouped_heads(module, query, key, value, attention_mask, **kwargs):
+    """Keys and values were repeated for all heads that share them.
+
+    transformers 4.46.0, models/qwen2/modeling_qwen2.py, ``Qwen2FlashAttention2``.
+    """
+    repeated = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))
+    return eras.flash_attention(module, query, *repeated, attention_mask, **kwargs)
+
+
+AttentionInterface.register("grouped_heads_2024", grouped_heads)
+AttentionMaskInterface.register("grouped_heads_2024", lambda **kwargs: None)
+
+
 def of_llama(model_id: str, attention: str, batch: int, total: int, prompt: int, tokens: int) -> Callable[[], None]:
     """optimum-benchmark in November 2023: a forward pass, and after ``empty_cache`` the generation that is measured.
 
     optimum_benchmark/benchmarks/inference/benchmark.py, ``run_generate_memory_tracking``.
     """
     model = _model(model_id, attention, torch.float16)
-    eras.generate_as_in_2023(model)
+    _as_in_2023(model)
     ids = torch.randint(model.config.vocab_size, (batch, prompt))
 
     def step():
         with torch.no_grad():
-            model(ids, past_key_values=eras.TupleCache())
+            model(ids, past_key_values=TupleCache())
         del model.last_logits
         torch.cuda.empty_cache()
-        generate(model, ids, tokens, total, past_key_values=eras.TupleCache())
+        generate(model, ids, tokens, total, past_key_values=TupleCache())
 
     return step
 

@@ -1,0 +1,208 @@
+"""The time of a step: a queue that the host fills with ops and the GPU works off."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from math import ceil, prod
+from operator import itemgetter
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from memstudy.profiler.catalogue import Gpu
+from memstudy.profiler.time.ops import KINDS, Work
+
+CONSTANTS = Path(__file__).with_name("constants.yaml")
+# Tiles (rows, columns) of the libraries' products, and their speed relative to the largest: of tensor cores, and of
+# fp32 arithmetic, by the kernels that neusight_ops_fp32 names.
+TENSOR_TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
+FP32_TILES = {
+    (128, 128): 1.0, (128, 64): 1.0, (64, 128): 1.0, (64, 64): 0.97, (128, 32): 0.86, (32, 128): 0.86, (64, 32): 0.8,
+    (32, 64): 0.8, (32, 32): 0.62,
+}  # fmt: skip
+SPLITS = (1, 2, 4, 8, 16)  # parts of the inner dimension, whose sums are added up
+HOSTS = ("fast", "typical", "slow")
+
+
+class Constant(BaseModel):
+    """One constant: its ``value``, or one by compute capability (``other``: those not named), and where it comes from.
+
+    ``fitted_on`` names the published rows that chose it, ``seen`` those whose error had been seen before the choice.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float | dict[str, float]
+    unit: str = Field(min_length=1)
+    means: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    fitted_on: tuple[str, ...]
+    seen: tuple[str, ...] = ()
+
+    def of(self, gpu: Gpu) -> float:
+        """The value for ``gpu``."""
+        if isinstance(self.value, dict):
+            name = ".".join(map(str, gpu.compute_capability))
+            return self.value.get(name, self.value["other"])
+        return self.value
+
+
+@functools.cache
+def constants() -> dict[str, Constant]:
+    """The constants of ``constants.yaml``, by name."""
+    return {name: Constant.model_validate(given) for name, given in yaml.safe_load(CONSTANTS.read_bytes()).items()}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The time of a step on a GPU, predicted; times in ms.
+
+    Attributes
+    ----------
+    step_time_ms : float
+        With a typical host.
+    low_ms, high_ms : float
+        The band: with a fast host and a slow one, wider by the error of the GPU's calibration.
+    kernels_ms : float
+        The kernels alone, one after the other, at the clock of a short benchmark.
+    bound_by : str
+        ``GPU`` or ``host``: which of the two has more to do.
+    by_phase_ms : dict
+        Time by phase; adds up to ``step_time_ms``.
+    by_kind_ms : dict
+        The GPU's time by kind of op, and its wait for the host; adds up to ``step_time_ms``.
+    share_of_peak : float
+        Floating-point operations of products and attention, over what the tensor cores could do meanwhile.
+    untimed : tuple of str
+        What the time leaves out or only bounds.
+    """
+
+    step_time_ms: float
+    low_ms: float
+    high_ms: float
+    kernels_ms: float
+    bound_by: str
+    by_phase_ms: dict[str, float]
+    by_kind_ms: dict[str, float]
+    share_of_peak: float
+    untimed: tuple[str, ...] = ()
+
+
+def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
+    """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
+    alone = {id(work): kernel_us(work, gpu) for _, work in issued}
+    us = {id(work): step_us(work, gpu) for _, work in issued}
+    fast, typical, slow = (_run(issued, us, host) for host in HOSTS)
+    total = sum(typical.values())
+    by_kind = dict.fromkeys(KINDS, 0.0)
+    for phase, work in issued:
+        by_kind["optimizer" if phase == "optimizer" else work.kind] += us[id(work)]
+    busy = sum(by_kind.values())
+    by_kind["host waits"] += total - busy
+    wrong = constants()["calibration_error"].of(gpu)
+    host = sum(_host_us(phase, "typical") for phase, _ in issued)
+    flops = sum(_flops(work) for _, work in issued)
+    return StepTime(
+        step_time_ms=total / 1e3,
+        low_ms=sum(fast.values()) * (1 - wrong) / 1e3,
+        high_ms=sum(slow.values()) * (1 + wrong) / 1e3,
+        kernels_ms=sum(alone[id(work)] for _, work in issued) / 1e3,
+        bound_by="host" if host > busy else "GPU",
+        by_phase_ms={phase: us / 1e3 for phase, us in typical.items()},
+        by_kind_ms={kind: us / 1e3 for kind, us in by_kind.items()},
+        share_of_peak=flops / (total * gpu.speed.tensor_tflops * 1e6) if total else 0.0,
+        untimed=untimed,
+    )
+
+
+def _run(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> dict[str, float]:
+    """Time by phase [µs]: the host issues each op, and the GPU begins it when it is issued and the GPU is free."""
+    issued_at = free_at = before = 0.0
+    times: dict[str, float] = {}
+    for phase, ops in groupby(issued, key=itemgetter(0)):
+        per_op = _host_us(phase, host)
+        for _, work in ops:
+            issued_at += per_op
+            if work.kernels:
+                free_at = max(free_at, issued_at) + us[id(work)]
+            if work.kind == "host waits":
+                issued_at = max(issued_at, free_at)
+        now = max(issued_at, free_at)
+        times[phase] = times.get(phase, 0.0) + now - before
+        before = now
+    return times
+
+
+def _host_us(phase: str, host: str) -> float:
+    """Time in which the ``host`` issues an op [µs]."""
+    return constants()[f"host_{phase}_us"].value / constants()[f"{host}_host"].value
+
+
+def kernel_us(work: Work, gpu: Gpu) -> float:
+    """Time of one op's kernels on ``gpu`` [µs]: the longer of moving its bytes and computing."""
+    if not work.kernels:
+        return 0.0
+    known, speed = constants(), gpu.speed
+    us = work.moved_bytes / (speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3)
+    if work.kind == "transfers":
+        us = work.moved_bytes / (speed.pcie_gb_s * known["pcie_share"].value * 1e3)
+    elif work.kind == "products":
+        us = max(_product_us(work, gpu), us * known["memory_share"].of(gpu) / known["product_memory_share"].value)
+    elif work.kind == "attention":
+        share = known[f"{work.kernel}_{'backward' if work.backward else 'forward'}_share"].of(gpu)
+        us = max(work.flops / (_rate(work.arithmetic, gpu) * share * 1e6), us)
+    elif work.unvectorised:
+        each = speed.sms * known["element_gb_s"].of(gpu) * min(work.unvectorised, 4) * 1e3
+        us = max(us, work.moved_bytes / each)
+    elif work.moved_bytes <= speed.l2_mib * 2**20:
+        us /= known["l2_speed"].value
+    return work.kernels * known["kernel_us"].value + us
+
+
+def _rate(arithmetic: str, gpu: Gpu) -> float:
+    """What the unit that multiplies reaches in products [TFLOP/s]; without that unit, ordinary fp32 arithmetic."""
+    known, speed = constants(), gpu.speed
+    if arithmetic == "fp32" or (arithmetic == "tf32" and not speed.tf32_tflops):
+        return speed.fp32_tflops * known["fp32_share"].of(gpu)
+    return (speed.tensor_tflops if arithmetic == "half" else speed.tf32_tflops) * known["tensor_share"].of(gpu)
+
+
+def step_us(work: Work, gpu: Gpu) -> float:
+    """As `kernel_us`, within a training step, where the board's power and heat lower the tensor cores' clock.
+
+    A kernel's FLOP take watts, of TF32 twice as many, and the board has so many.
+    """
+    us, known = kernel_us(work, gpu), constants()
+    if work.arithmetic == "fp32" or work.kind not in ("products", "attention"):
+        return us
+    limit = gpu.speed.watts * known["tflops_per_watt"].of(gpu) / (1 if work.arithmetic == "half" else 2)
+    return max(us / known["sustained"].of(gpu), _flops(work) / (limit * 1e6))
+
+
+def _flops(work: Work) -> int:
+    return work.flops or 2 * prod(work.product or (0,))
+
+
+def _product_us(work: Work, gpu: Gpu) -> float:
+    """Time of a product: its tiles in waves over the multiprocessors, by the best tile and the best of `SPLITS`."""
+    batch, rows, columns, inner = work.product
+    speed, known = gpu.speed, constants()
+    flops_per_us = _rate(work.arithmetic, gpu) * 1e6 / speed.sms  # of one multiprocessor
+    bandwidth = speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3
+    best = float("inf")
+    for ((height, width), efficiency), parts in product(
+        (FP32_TILES if work.arithmetic == "fp32" else TENSOR_TILES).items(), SPLITS
+    ):
+        if parts > 1 and inner < 256 * parts:
+            continue
+        tiles = batch * ceil(rows / height) * ceil(columns / width)
+        waves = ceil(tiles * parts / speed.sms)
+        us = waves * 2 * height * width * (inner / parts) / (flops_per_us * efficiency)
+        if parts > 1:
+            us += 8 * batch * rows * columns * parts / bandwidth  # fp32 sums, written and read
+        best = min(best, us)
+    return best

@@ -1,0 +1,264 @@
+"""What an op asks of a GPU: kernels, bytes to move, arithmetic. Paths are PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+
+from memstudy.profiler.internals import OpOverload
+from memstudy.profiler.results import tensors
+
+_ATEN = torch.ops.aten
+_HALF = (torch.float16, torch.bfloat16)
+KINDS = ("products", "attention", "elementwise and norms", "optimizer", "transfers", "host waits")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one op asks of the GPU.
+
+    Attributes
+    ----------
+    kind : str
+        One of `KINDS`; the optimizer's ops are those of its phase, whatever their kind.
+    kernels : int
+        How many kernels it launches; 0 for a view, which only the host handles.
+    moved_bytes : int
+        Bytes read and written, by a kernel that finds nothing in a cache.
+    flops : int
+        Floating-point operations of an attention kernel.
+    product : tuple of int
+        Batch, rows, columns and inner size of a product, or empty.
+    arithmetic : str
+        Unit that multiplies: ``half`` or ``tf32`` on tensor cores, ``fp32``.
+    kernel : str
+        The attention kernel: ``flash``, ``efficient`` or ``cudnn``.
+    backward : bool
+        Whether an attention kernel makes gradients.
+    unvectorised : int
+        Bytes of the smallest element, where the kernel loads elements one by one; otherwise 0.
+    """
+
+    kind: str
+    kernels: int = 1
+    moved_bytes: int = 0
+    flops: int = 0
+    product: tuple[int, ...] = ()
+    arithmetic: str = "fp32"
+    kernel: str = ""
+    backward: bool = False
+    unvectorised: int = 0
+
+
+VIEW = Work("elementwise and norms", kernels=0)
+WAIT = Work("host waits", kernels=0)
+
+
+def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work:
+    """The work of ``func`` on fake tensors; an op that no rule covers reads its arguments and writes its results."""
+    packet = func.overloadpacket
+    if packet in _WAITS:
+        return replace(WAIT, kernels=2, moved_bytes=_size(args[0]))
+    made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
+    if func.is_view or packet in _NOTHING or (not made and not func._schema.is_mutable):
+        return VIEW
+    given = list(tensors((*args, *kwargs.values())))
+    if rule := _PRODUCTS.get(packet):
+        shapes = rule(args, made)
+        unit = _unit(made[0].dtype)
+        return Work("products", 1, sum(map(_size, (*given, *made))), product=shapes, arithmetic=unit)
+    if packet in _ATTENTION:
+        kernel, backward = _ATTENTION[packet]
+        query, key = args[1:3] if backward else args[:2]
+        flops = (10 if backward else 4) * query.numel() * key.shape[-2]
+        moved = sum(map(_size, (*given, *made)))
+        flops //= 2 if _is_causal(func, args, kwargs) else 1
+        kernels = {"flash": 3, "efficient": 2, "cudnn": 2}[kernel] if backward else 1
+        return Work("attention", kernels, moved, flops, arithmetic=_unit(query.dtype), kernel=kernel, backward=backward)
+    own = {storage._cdata for storage in (tensor.untyped_storage() for tensor in given)}
+    new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in own]
+    if not new and not func._schema.is_mutable:
+        return VIEW  # a reshape that needed no copy
+    read, written, largest = 0, sum(map(_size, new)), max(map(_size, new), default=0)
+    for argument, value in zip(func._schema.arguments, (*args, *map(kwargs.get, _missing(func, args))), strict=False):
+        size = sum(map(_size, tensors((value,))))
+        written += size if (writes := argument.alias_info is not None and argument.alias_info.is_write) else 0
+        read += 0 if packet in _READS_RESULT or argument.is_out or (writes and packet in _OVERWRITES) else size
+    if packet in _READS_RESULT:  # only the rows that are asked for are read
+        read = largest + sum(_size(tensor) for tensor in given if not tensor.is_floating_point())
+    if packet is _ATEN.nll_loss_backward:  # fills its result with zeros, but for one element a row
+        read = 0
+    if packet in _PUTS:  # only the elements that are given are written
+        read, written = 2 * sum(map(_size, given[1:])), 0
+    if packet in _FUSED:
+        written -= sum(map(_size, args[1]))  # the schema calls gradients written; the kernel reads them
+    *passes, kernels = _PASSES.get(packet, (0, 0, 0, 1))
+    moved = read + written + int(passes[_row(given[0])] * _size(given[0]) if given else 0)
+    if packet in _CHUNKED or func._schema.name.startswith("aten::_foreach"):
+        kernels = _launches(args, len(list(filter(None, map(_is_list, args)))))
+    return Work("elementwise and norms", kernels, moved, unvectorised=_element(func, given, made))
+
+
+def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tensor, ...]) -> int:
+    """Bytes of the smallest element, if the op is elementwise and its tensors differ in layout or type; otherwise 0.
+
+    aten/src/ATen/native/cuda/CUDALoops.cuh: only contiguous tensors of one type are loaded as vectors.
+    """
+    whole = [tensor for tensor in (*given, *made) if tensor.dim()]
+    if func.overloadpacket in _COPIES:  # also vectorised between types, and where shapes differ
+        alike = func.overloadpacket is _ATEN.cat or len({t.stride() for t in whole}) == 1
+    elif torch.Tag.pointwise in func.tags:
+        alike = len({(t.shape, t.stride(), t.dtype) for t in whole}) == 1
+    else:
+        return 0
+    return 0 if alike and all(map(_is_dense, whole)) else min((t.element_size() for t in whole), default=0)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == _span(tensor)
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last element."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+
+
+def _row(tensor: torch.Tensor) -> int:
+    """0 for rows of up to 1,024 elements, 1 for rows of up to 64 KiB, 2 for longer ones."""
+    elements = tensor.shape[-1] if tensor.dim() else 1
+    return (elements > 1024) + (elements * tensor.element_size() > 65536)
+
+
+def one_kernel(given: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> Work:
+    """The work of a compiled function: one kernel, which reads ``given``, writes it back, and writes ``made``."""
+    return Work("elementwise and norms", moved_bytes=2 * sum(map(_size, given)) + sum(map(_size, made)))
+
+
+def is_untimed(func: OpOverload) -> bool:
+    """Whether the time of ``func`` is not that of its bytes, and no rule knows another."""
+    return func._schema.name.startswith(_UNTIMED)
+
+
+def _missing(func: OpOverload, args: tuple) -> list[str]:
+    return [argument.name for argument in func._schema.arguments[len(args) :]]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value)
+
+
+def _launches(args: tuple, depth: int) -> int:
+    """Kernels of a multi-tensor op: aten/src/ATen/native/cuda/MultiTensorApply.cuh, ``depth_to_max_tensors``.
+
+    A launch takes so many tensors, and 320 chunks of 65,536 elements.
+    """
+    lists = [value for value in args if _is_list(value)]
+    tensors_in_launch = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}[min(max(depth, 1), 5)]
+    chunks = sum(-(-tensor.numel() // 65_536) for tensor in lists[0])
+    return max(1, -(-len(lists[0]) // tensors_in_launch), -(-chunks // 320))
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes of ``tensor``, where an expanded dimension counts once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return prod(sizes) * tensor.element_size() if tensor.layout is torch.strided else 0
+
+
+def _unit(dtype: torch.dtype) -> str:
+    if dtype in _HALF:
+        return "half"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
+
+
+def _is_causal(func: OpOverload, args: tuple, kwargs: dict) -> bool:
+    names = [argument.name for argument in func._schema.arguments]
+    place = names.index("is_causal")
+    return bool(args[place] if len(args) > place else kwargs.get("is_causal"))
+
+
+def _rows(args: tuple, made: tuple) -> tuple[int, ...]:
+    """Sizes of a product whose last two arguments among the tensors are its factors."""
+    left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
+    return prod(left.shape[:-2]), left.shape[-2] if left.dim() > 1 else 1, *_inner(left, right)
+
+
+def _inner(left: torch.Tensor, right: torch.Tensor) -> tuple[int, int]:
+    return right.shape[-1] if right.dim() > 1 else 1, left.shape[-1]
+
+
+def _linear(args: tuple, made: tuple) -> tuple[int, ...]:
+    """``linear`` as inference mode leaves it whole."""
+    return 1, args[0].numel() // args[0].shape[-1], args[1].shape[0], args[1].shape[-1]
+
+
+def _grouped(args: tuple, made: tuple) -> tuple[int, ...]:
+    """A product for each expert, with its even share of the tokens."""
+    left, right = args[:2]
+    experts = right.shape[0] if right.dim() == 3 else made[0].shape[0]
+    if left.dim() == right.dim() == 2:
+        return experts, left.shape[0], right.shape[1], left.shape[1] // experts
+    return experts, left.shape[0] // experts if left.dim() == 2 else left.shape[1], right.shape[-1], left.shape[-1]
+
+
+def _convolution(args: tuple, made: tuple) -> tuple[int, ...]:
+    """A convolution as the product that an implicit GEMM takes."""
+    weight = args[1]
+    return 1, made[0].numel() // made[0].shape[1], weight.shape[0], weight[0].numel()
+
+
+def _convolution_backward(args: tuple, made: tuple) -> tuple[int, ...]:
+    grad, _, weight = args[:3]
+    gradients = sum(args[-1][:2])
+    return gradients, grad.numel() // grad.shape[1], weight.shape[0], weight[0].numel()
+
+
+_PRODUCTS: dict[object, Callable[[tuple, tuple], tuple[int, ...]]] = {
+    **dict.fromkeys((_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.mv, _ATEN.addmv, _ATEN.dot), _rows),
+    _ATEN.linear: _linear,
+    _ATEN._grouped_mm: _grouped,
+    _ATEN.convolution: _convolution,
+    _ATEN.convolution_backward: _convolution_backward,
+}
+_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention: ("flash", False),
+    _ATEN._scaled_dot_product_flash_attention_backward: ("flash", True),
+    _ATEN._scaled_dot_product_efficient_attention: ("efficient", False),
+    _ATEN._scaled_dot_product_efficient_attention_backward: ("efficient", True),
+    _ATEN._scaled_dot_product_cudnn_attention: ("cudnn", False),
+    _ATEN._scaled_dot_product_cudnn_attention_backward: ("cudnn", True),
+}
+_UNTIMED = (
+    "aten::linalg_", "aten::_linalg", "aten::_fft", "aten::sort", "aten::topk", "aten::_scaled_mm", "c10d::", "_c10d",
+    "bitsandbytes::int8_linear_matmul",
+)  # fmt: skip
+_WAITS = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.equal, _ATEN.is_nonzero}
+_NOTHING = {
+    _ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.lift_fresh,
+    _ATEN.resize_, _ATEN.set_, _ATEN.detach_, _ATEN.t_, _ATEN.transpose_, _ATEN.squeeze_, _ATEN.unsqueeze_,
+}  # fmt: skip
+_READS_RESULT = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select, _ATEN.nll_loss_forward}
+_PUTS = {_ATEN.index_put_, _ATEN._index_put_impl_, _ATEN.scatter_, _ATEN.index_copy_}
+_OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_, _ATEN._foreach_copy_, _ATEN._foreach_zero_}
+_FUSED = {_ATEN._fused_adamw_, _ATEN._fused_adam_, _ATEN._fused_sgd_}
+_CHUNKED = _FUSED | {_ATEN._amp_foreach_non_finite_check_and_unscale_}
+_COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.clone, _ATEN.cat}
+# How many more passes an op makes over its first argument, for rows of up to 1,024 elements, of up to 64 KiB and longer
+# ones, and its kernels. aten/src/ATen/native/cuda/PersistentSoftmax.cuh holds a short row in registers; longer rows are
+# read again, at first from a cache. layer_norm_kernel.cu, backward: one kernel for the input, two for weight and bias.
+_PASSES: dict[object, tuple[float, float, float, int]] = {
+    _ATEN._softmax: (0, 0.6, 2.4, 1),
+    _ATEN._log_softmax: (0, 0.6, 2.4, 1),
+    _ATEN._softmax_backward_data: (0, 1.8, 1.8, 1),
+    _ATEN._log_softmax_backward_data: (0, 1.8, 1.8, 1),
+    _ATEN.native_layer_norm: (0.2, 0.9, 1.1, 1),
+    _ATEN.native_layer_norm_backward: (2.4, 3.7, 3.7, 3),
+    _ATEN.embedding_dense_backward: (2, 2, 2, 10),
+    _ATEN.nll_loss_backward: (0, 0, 0, 2),
+    _ATEN.index_put_: (0, 0, 0, 10),
+    _ATEN._index_put_impl_: (0, 0, 0, 10),
+    _ATEN._foreach_norm: (0, 0, 0, 2),
+}
