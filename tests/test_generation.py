@@ -1,6 +1,7 @@
 """Generation: predicted and measured memory agree to the byte for every token, and the largest that fits is found."""
 
 import json
+import re
 
 import pytest
 import transformers as hf
@@ -81,6 +82,19 @@ def test_on_a_gpu_the_tokens_that_follow_are_those_that_a_whole_trace_has(
     assert all(less <= peak for less, peak in zip(folded.iteration_peaks, full.iteration_peaks, strict=True))
 
 
+@pytest.mark.parametrize("new", [40, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_times_of_the_passes_are_those_that_whole_traces_have(new, models):
+    run = generation(models["llama"], new=new, dtype="fp16")
+    times = run.foretell("T4").time_by_pass
+    one, after = (predict(run._generates(20, tokens), gpu="T4", iterations=1).time for tokens in (1, new + 1))
+    assert times == {"prefill": one, "token": after}
+    assert one.kernels_ms > after.kernels_ms
+    assert generation(models["llama"], new=3, dtype="fp16", cache="static").foretell("T4").time_by_pass.keys() == {
+        "prefill"
+    }
+    assert not run.foretell().time_by_pass
+
+
 def cached(run):
     return max(live["cache"] for _, _, live in run.foretell("T4").timeline)
 
@@ -135,11 +149,17 @@ def invoke(*arguments):
 
 def test_the_parts_of_generation_add_up(models):
     options = ["predict", "--model", models["llama"], "--prompt", 20, "--generate", 2, "--batch", 2, "--gpu", "T4"]
-    assert "2 tokens generated after 20 on T4, predicted" in invoke(*options).stdout
+    shown = invoke(*options).stdout
+    assert "2 tokens generated after 20 on T4, predicted" in shown
+    assert re.search(
+        r"^token: [\d.]+ ms \([\d.]+ to [\d.]+\), predicted; bound by the host, .*: a lower bound$", shown, re.M
+    )
     said = json.loads(invoke(*options, "--json").stdout)
     parts = said["waterfall_mib"]
     assert list(parts)[:5] == ["parameters", "cache", "temporary", "logits", "other"]
     assert sum(parts.values()) == pytest.approx(said["whole_gpu_mib"])
+    assert said["time"] is None
+    assert said["time_by_pass"].keys() == {"prefill", "token"}
 
 
 @pytest.mark.parametrize(("search", "budget"), [("batch", 6), pytest.param("seq-len", 4, marks=pytest.mark.slow)])

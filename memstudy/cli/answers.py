@@ -27,6 +27,7 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
         "unverified": list(report.unverified),
         "time": time_as_dict(report, run),
+        "time_by_pass": {name: asdict(time) for name, time in report.time_by_pass.items()},
     }
 
 
@@ -125,6 +126,10 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
         )
     if report.time:
         show_time(report.time, run)
+    for name, time in report.time_by_pass.items():
+        # generate prepares each pass in Python, which no constant of the host has been fitted on.
+        bound = ", which does more than issue these ops: a lower bound" * (time.bound_by == "host")
+        console.print(f"{name}: {duration(time)}, predicted; bound by the {time.bound_by}{bound}", soft_wrap=True)
 
 
 def duration(time: StepTime) -> str:

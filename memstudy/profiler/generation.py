@@ -17,7 +17,7 @@ from memstudy.profiler import cuda
 from memstudy.profiler.allocator import SMALL
 from memstudy.profiler.catalogue import Gpu, find_gpu
 from memstudy.profiler.events import WORKSPACE, Event
-from memstudy.profiler.prediction import follow, report_of
+from memstudy.profiler.prediction import follow, report_of, time_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Step
 
@@ -91,12 +91,21 @@ def predict_generation(
 
     if tokens <= 2 * SETTLED:
         recorder, told = traced(prompt, tokens + 1)  # the last token's events include the release of the cache
-        told = told[:-1]
+        last, told = recorder, told[:-1]
     else:
         recorder, first = traced(prompt, SETTLED + 2)
+        last, _ = traced(prompt + tokens - 1 - SETTLED, SETTLED + 2)
         told = itertools.chain(first[:SETTLED], _stretch(pair, SETTLED, tokens - 1), pair(tokens - 1))
     events = _events(told, FULL if card else 1, tokens)
-    return report_of(events, recorder, card, expandable_segments=expandable_segments, categories=CATEGORIES)
+    times = {"prefill": time_of(recorder, card, step=0), "token": time_of(last, card)}
+    return report_of(
+        events,
+        recorder,
+        card,
+        expandable_segments=expandable_segments,
+        categories=CATEGORIES,
+        time_by_pass={name: time for name, time in times.items() if time},
+    )
 
 
 def _stretch(pair: Callable[[int], list[_Token]], low: int, high: int) -> Iterator[_Token]:

@@ -124,14 +124,16 @@ def report_of(
     )
 
 
-def time_of(recorder: Recorder, card: Gpu | None, *, repeats: int = 0, processes: int = 1) -> StepTime | None:
-    """The time of the last iteration, whose last forward and backward pass come ``repeats`` more times.
+def time_of(
+    recorder: Recorder, card: Gpu | None, *, step: int = -1, repeats: int = 0, processes: int = 1
+) -> StepTime | None:
+    """The time of the ``step``, by its index, whose last forward and backward pass come ``repeats`` more times.
 
     None without a GPU of known speed.
     """
     if card is None or not card.speed:
         return None
-    issued, untimed = recorder.issued, recorder.untimed.copy()
+    issued, untimed = recorder.issued_by_step[step], recorder.untimed.copy()
     if processes > 1:
         untimed.add("communication between processes")
     if card.speed.watts < 100:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memstudy.profiler.events import CATEGORIES, MIB, OutOfMemory
 from memstudy.profiler.time import StepTime
@@ -49,7 +49,10 @@ class MemoryReport:
         Of a prediction: what had to be assumed; for a GPU also ops that no rule covers, predicted as their CPU kernels,
         and memory not counted.
     time : StepTime or None
-        The predicted time of the last step; None for a measurement, a CPU, and a GPU described without its speed.
+        The predicted time of the last step; None for generation, a measurement, a CPU, and a GPU described without its
+        speed.
+    time_by_pass : dict
+        Of predicted generation, as ``time``: of ``prefill``, and of a ``token`` that comes after the whole text.
     """
 
     device: str
@@ -69,6 +72,7 @@ class MemoryReport:
     out_of_memory: OutOfMemory | None = None
     unverified: tuple[str, ...] = ()
     time: StepTime | None = None
+    time_by_pass: dict[str, StepTime] = field(default_factory=dict)
 
     @property
     def peak_allocated_mib(self) -> float:
