@@ -12,13 +12,14 @@ from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
 from memstudy.studies.reformer.run import ReformerRun
+from memstudy.techniques import parse
 from memstudy.trainers.base import ForetellingRun, Run
 from memstudy.trainers.generation import GenerationRun
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.inference import InferenceRun
 from memstudy.trainers.language_model import LanguageModelRun
 
-Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | GenerationRun | Seq2SeqRun
+Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | GenerationRun | Seq2SeqRun | LayerRun
 
 
 class PredictionRun(ForetellingRun):
@@ -34,7 +35,7 @@ class PredictionRun(ForetellingRun):
     @field_validator("of")
     @classmethod
     def _of_pytorch(cls, of: Predictable) -> Predictable:
-        for text, technique in zip(of.techniques, of.parsed_techniques(), strict=True):
+        for text, technique in zip(of.techniques, parse(of.techniques), strict=True):
             if technique.group == "engine":
                 raise ValueError(f"the memory of {text} is not predicted: leave it out, to predict plain PyTorch")
         return of

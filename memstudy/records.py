@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,9 @@ PROVENANCE = {
 }  # fmt: skip
 SETTLED = ("ok", "oom", "unavailable")  # a "failed" run is tried again
 # Environment variables. PLAN: a folder where missing runs are written as JSON files instead of being run. MACHINE: the
-# device whose records count, instead of this machine's.
-PLAN, MACHINE = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE"
+# device whose records count, instead of this machine's. PRECISION: bf16 or fp32, what precision "auto" means instead of
+# what is fast here.
+PLAN, MACHINE, PRECISION = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE", "MEMSTUDY_PRECISION"
 ALLOCATED = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set when a scheduler has given this process its cores
 TIMED_LOCK = Path(tempfile.gettempdir(), f"memstudy-timed-{os.getuid()}.lock")  # held while a run is timed
 
@@ -149,6 +150,22 @@ def read_record(path: Path) -> dict | None:
     told = record["provenance"]
     return record | {
         "provenance": told | {name: machine.read_as(told[name], told["threads"]) for name in ("device", "cpu")}
+    }
+
+
+def as_row(record: dict, choices: Iterable[tuple[str, object]]) -> dict:
+    """A table's row: the record, with every choice of its run and every metric as a column; a tuple as one text."""
+    texts = {name: "+".join(map(str, value)) if isinstance(value, tuple) else value for name, value in choices}
+    return {
+        "run_id": record["run_id"],
+        "status": record["status"],
+        "reason": record["reason"],
+        **texts,
+        **record["metrics"],
+        "curves": record["curves"],
+        "data_source": record["data"].get("source"),
+        "device": record["provenance"]["device"],
+        "commit": record["provenance"]["commit"],
     }
 
 

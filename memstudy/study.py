@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import pandas as pd
@@ -28,6 +29,7 @@ from memstudy import latex, launcher, machine, provenance, records
 from memstudy.figures import use_style, write_figure
 from memstudy.project import notebook_parameters
 
+_TRADED = ("memory", "time", "quality_lost")
 VERDICTS = ("reproduced", "partly", "not reproduced", "not testable here")
 PUBLISHED = Path(__file__).parent / "studies" / "published"
 
@@ -95,10 +97,13 @@ class Study:
     def precision(self, asked: str | list[str]) -> list[str]:
         """The precision techniques for training: ``asked``, or for ``"auto"`` bf16 if it is fast on this machine.
 
-        Each record gives the reason: ``bf16_speed`` in its provenance.
+        Each record gives the reason: ``bf16_speed`` in its provenance. Where the runs are for another machine,
+        ``records.PRECISION`` says what is fast there.
         """
         if asked != "auto":
             return list(asked)
+        if there := os.environ.get(records.PRECISION):
+            return ["bf16"] if there == "bf16" else []
         return ["bf16"] if machine.bf16_is_fast() else []
 
     def sweep(self, runs: Iterable[Run]) -> pd.DataFrame:
@@ -134,7 +139,7 @@ class Study:
                     if record["status"] == "failed":
                         warnings.warn(f"run {name}: {record['reason']}", stacklevel=2)
         self._used |= {name: {"study": self.stem} | known[name] for name in configs}
-        return pd.DataFrame([_row(known[name], run) for name, run in planned.items()])
+        return pd.DataFrame([records.as_row(known[name], run) for name, run in planned.items()])
 
     def _run(self, names: list[str], planned: dict[str, Run], configs: dict[str, dict]) -> Iterator[tuple[str, dict]]:
         """Carry out the runs ``names``: the untimed ones two at a time, then the timed ones one by one."""
@@ -173,18 +178,31 @@ class Study:
         self._columns |= {f"{label}.{latex.key(column)}" for column in frame}
         return frame.style.format(formats, na_rep=latex.MISSING)
 
-    def trade_offs(self, *, memory: pd.Series, time: pd.Series, quality_lost: pd.Series) -> pd.DataFrame:
-        """Write what each technique saves and costs, measured, for the report's synthesis over all studies.
+    def trade_offs(
+        self,
+        *,
+        memory: pd.Series,
+        time: pd.Series,
+        quality_lost: pd.Series,
+        predicted: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+    ) -> pd.DataFrame:
+        """Write what each technique saves and costs, for the report's synthesis over all studies.
 
         Parameters
         ----------
         memory, time : pd.Series
-            By technique: peak and time of a step relative to the baseline; techniques that lack one are left out.
+            By technique: peak and time of a step relative to the baseline, measured; techniques that lack one are left
+            out.
         quality_lost : pd.Series
-            Rise of the perplexity or fall of the score [%]; missing if not measured.
+            Rise of the perplexity or fall of the score [%], measured; missing if not measured.
+        predicted : mapping
+            By GPU: the columns ``memory`` and ``time`` as predicted for it. In the rows, ``device`` is the GPU, or
+            ``here`` where measured.
         """
-        rows = pd.DataFrame({"memory": memory, "time": time, "quality_lost": quality_lost}).astype(float)
-        rows = rows.dropna(subset=["memory", "time"]).rename_axis("technique")
+        by_device = {"here": pd.DataFrame({"memory": memory, "time": time}), **predicted}
+        rows = pd.concat(by_device, names=["device", "technique"]).reset_index("device")
+        rows = rows.join(quality_lost.rename("quality_lost")).astype(dict.fromkeys(_TRADED, float))
+        rows = rows.dropna(subset=["memory", "time"])[[*_TRADED, "device"]]
         rows.to_csv(self._file("report/tradeoffs", f"{self.stem}.csv"))
         return rows
 
@@ -281,20 +299,3 @@ class Study:
         path = self._out / folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-
-def _row(record: dict, run: Run) -> dict:
-    choices = {
-        name: "+".join(map(str, value)) if isinstance(value, tuple) else value for name, value in dict(run).items()
-    }
-    return {
-        "run_id": record["run_id"],
-        "status": record["status"],
-        "reason": record["reason"],
-        **choices,
-        **record["metrics"],
-        "curves": record["curves"],
-        "data_source": record["data"].get("source"),
-        "device": record["provenance"]["device"],
-        "commit": record["provenance"]["commit"],
-    }

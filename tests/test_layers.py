@@ -135,6 +135,19 @@ def test_the_loss_hands_on_its_direction_and_nothing_else():
     assert gradient.data_ptr() == direction.data_ptr()
 
 
+def test_a_layer_is_predicted_for_a_gpu_as_a_run(tmp_path):
+    run = layer_run("softmax", is_causal=False)
+    predicted = parse_run({"kind": "prediction", "experiment": "tiny", "of": run.model_dump(mode="json"), "gpu": "T4"})
+    assert predicted.of == run
+    metrics = predicted.execute(tmp_path)["metrics"]
+    assert metrics["fits"]
+    assert 0 < metrics["step_time_low_ms"] < metrics["step_time_ms"] < metrics["step_time_high_ms"]
+    weights = 4 * (16 * 16 + 16)
+    direction = run.seq_len * run.hidden_size
+    report = run.foretell()
+    assert max(report.iteration_peaks) == layers.peak_bytes(run, predict) + 4 * (weights + direction)
+
+
 # --- the peers
 
 

@@ -72,7 +72,7 @@ def test_the_largest_batch_is_what_fit_finds_whatever_the_batch_of_the_run(tmp_p
     ("choices", "said"),
     [
         ({"gpu": "T5"}, "unknown GPU 'T5'"),
-        ({"of": {"kind": "layer"}}, "does not match any of the expected tags"),
+        ({"of": {"kind": "fine_tune"}}, "does not match any of the expected tags"),
         ({"of": {"kind": "language_model", "experiment": "tiny"}}, "of.language_model.seq_len"),
         ({"steps": 3}, "steps"),
     ],

@@ -268,8 +268,22 @@ def test_trade_offs_have_a_row_for_what_was_measured(tmp_path):
         quality_lost=pd.Series({"plain": 0.0, "absent": 3.0}),
     )  # fmt: skip
     assert sorted(rows.index) == ["lean", "plain"]
+    assert set(rows["device"]) == {"here"}
     (path,) = tmp_path.rglob("report/tradeoffs/lab4_grid.csv")
-    pd.testing.assert_frame_equal(pd.read_csv(path, index_col="technique"), rows)
+    pd.testing.assert_frame_equal(pd.read_csv(path, index_col="technique"), rows, check_dtype=False)
+
+
+def test_trade_offs_on_a_gpu_are_rows_of_their_own_with_the_quality_that_was_measured(tmp_path):
+    here = pd.DataFrame({"memory": {"plain": 1.0, "lean": 0.5}, "time": {"plain": 1.0, "lean": 1.2}})
+    there = pd.DataFrame({"memory": {"lean": 0.6, "absent": None}, "time": {"lean": 0.8, "absent": 1.0}})
+    quality = pd.Series({"lean": 3.0})
+    rows = make_study(tmp_path).trade_offs(
+        memory=here["memory"], time=here["time"], quality_lost=quality, predicted={"T4": there}
+    )
+    assert rows.index.to_list() == ["plain", "lean", "lean"]
+    assert rows[rows["device"] == "T4"].to_dict("records") == [
+        {"memory": 0.6, "time": 0.8, "quality_lost": 3.0, "device": "T4"}
+    ]
 
 
 def test_a_verdict_of_another_kind_is_refused(tmp_path):

@@ -65,7 +65,8 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
     if func.is_view or packet in _NOTHING or (not made and not func._schema.is_mutable):
         return VIEW
-    given = list(tensors((*args, *kwargs.values())))
+    given = [tensor for tensor in tensors((*args, *kwargs.values())) if tensor.layout is torch.strided]
+    made = tuple(tensor for tensor in made if tensor.layout is torch.strided)
     if rule := _PRODUCTS.get(packet):
         shapes = rule(args, made)
         unit = _unit(made[0].dtype)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from memstudy.attention import AttentionConfig, Unavailable
 from memstudy.attention.settings import check_window, mixer_of
-from memstudy.profiler import MIB, predict
+from memstudy.profiler import MIB, Gpu, MemoryReport, predict
+from memstudy.profiler.roles import Step
 from memstudy.studies.attention_layer import layers
 from memstudy.studies.attention_layer.peers import PEERS
-from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, megabytes
+from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, gpu_needs, megabytes, once_for_equal_steps
+from memstudy.trainers.timing import WARM_UP
 
 
 class LayerRun(Run):
@@ -35,6 +39,8 @@ class LayerRun(Run):
     cross: bool = False
     measure_steps: PositiveInt = 5
     seed: NonNegativeInt = 0
+    techniques: ClassVar[tuple[str, ...]] = ()
+    processes: ClassVar[int] = 1
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -78,12 +84,23 @@ class LayerRun(Run):
             is_causal=self.is_causal,
         )
 
+    def build(self, *, gpu: str | Gpu | None = None) -> Callable[[], Step]:
+        """The argument of ``profiler.predict``: makes the layer and returns its step, the same for every ``gpu``."""
+        return partial(layers.one_step, self)
+
+    def foretell(self, gpu: str | Gpu | None = None) -> MemoryReport:
+        """Predict a step on ``gpu``, or on this CPU if ``gpu`` is empty; its peak counts all tensors."""
+        return predict(self.build(), gpu=gpu or None)
+
     def execute(self, checkpoints):
         return layers.execute(self)
 
     def needs(self, gpu=""):
         try:
-            peak = layers.peak_bytes(self, predict) / MIB
+            follow = partial(layers.followed, self, partial(predict, gpu=gpu or None))
+            report, before = once_for_equal_steps(self, gpu, follow)
         except Unavailable:  # the run itself reports why
             return {"mem_mb": megabytes(PROCESS_MIB)}
-        return {"mem_mb": megabytes(PROCESS_MIB + SLACK * peak)}
+        if gpu:  # the bare projections take less time than a layer that has them too
+            return {"mem_mb": megabytes(2 * PROCESS_MIB), **gpu_needs(report, 2 + 2 * (WARM_UP + self.measure_steps))}
+        return {"mem_mb": megabytes(PROCESS_MIB + SLACK * (max(report.iteration_peaks) - before) / MIB)}

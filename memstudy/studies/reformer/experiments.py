@@ -155,14 +155,18 @@ def listed(values: pd.Series, unit: str = "", *, digits: int = 0, separator: str
     return separator.join(f"{value:,.{digits}f}" for value in there) + unit if len(there) else "–"
 
 
-def trend_claim(claim: str, published: pd.Series, measured: pd.Series, unit: str = "", digits: int = 0) -> tuple:
+def trend_claim(
+    claim: str, published: pd.Series, found: pd.Series, unit: str = "", digits: int = 0, kind: str = "measured"
+) -> tuple:
     """A row of the ledger of claims, on a trend with the length, by which both series are indexed.
 
-    Reproduced: ``measured`` goes the published way from each length to the next; partly: from the first to the last.
+    Reproduced: ``found``, measured or predicted (``kind``), goes the published way from each length to the next;
+    partly: from the first to the last.
     """
-    published, measured = published.sort_index(), measured.sort_index()
+    published, found = published.sort_index(), found.sort_index()
     way = np.sign(published.iloc[-1] - published.iloc[0])
-    changes = way * np.diff(measured)
-    found = "reproduced" if (changes > 0).all() else "partly" if changes.sum() > 0 else "not reproduced"
-    there, here = (listed(values, unit, digits=digits) for values in (published, measured))
-    return claim, there, "–", here, found if len(changes) else "not testable here"
+    changes = way * np.diff(found)
+    verdict = "reproduced" if (changes > 0).all() else "partly" if changes.sum() > 0 else "not reproduced"
+    there, here = (listed(values, unit, digits=digits) for values in (published, found))
+    results = {"predicted": "–", "measured": "–", kind: here}
+    return claim, there, *results.values(), verdict if len(changes) else "not testable here"
