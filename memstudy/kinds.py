@@ -11,6 +11,7 @@ from memstudy.studies.attention_layer.run import LayerRun
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
+from memstudy.studies.published.timings import PublishedTimesRun
 from memstudy.studies.reformer.run import ReformerRun
 from memstudy.techniques import parse
 from memstudy.trainers.base import ForetellingRun, Run
@@ -91,6 +92,7 @@ KINDS: dict[str, type[Run]] = {
     "prediction": PredictionRun,
     "largest_batch": LargestBatchRun,
     "published_row": PublishedRowRun,
+    "published_times": PublishedTimesRun,
 }
 
 

@@ -18,41 +18,8 @@ from types import ModuleType
 
 import pandas as pd
 
-from memstudy.studies.published import times
+from memstudy.studies.published.times.errors import LOWER_BOUNDS, checked, parts, summary_of_ratios
 from memstudy.studies.published.times.tables import TABLES
-
-LOWER_BOUNDS = ("mosaic",)
-
-
-def summary(rows: pd.DataFrame, column: str = "error_percent") -> dict[str, object]:
-    """Count, median and 90th percentile of |error| [%], bias, the worst row, and how many rows lie in the band [%]."""
-    rows = rows.dropna(subset=column)
-    size = rows[column].abs()
-    ours = column == "error_percent"
-    return {
-        "n": len(rows),
-        "median": size.median(),
-        "p90": size.quantile(0.9),
-        "worst": size.max(),
-        "bias": rows[column].median(),
-        "in_band": 100 * rows.in_band.mean() if ours else float("nan"),
-        "worst_row": ": ".join(rows.loc[size.idxmax(), ["table", "row"]]),
-    }
-
-
-def parts(rows: pd.DataFrame) -> pd.DataFrame:
-    """The summaries of all ``rows``, of those held out, of each bound and GPU; and of others' predictions of them."""
-    held_out = rows[rows.fitted.isin(["", "calibration_error"]) & (rows.seen == "")]  # a band moves no prediction
-    groups = {"all": rows, "held out": held_out}
-    groups |= {f"bound by the {name}": group for name, group in rows.groupby("bound_by")}
-    groups |= dict(iter(rows.groupby("gpu")))
-    lines = {name: summary(group) for name, group in groups.items() if len(group)}
-    lines["generation unseen"] = summary(rows, "unseen_error_percent")
-    for column in rows.columns[rows.columns.str.startswith("their_")]:
-        name = column.removeprefix("their_").removesuffix("_error_percent")
-        lines[name] = summary(rows, column)
-        lines[f"ours where {name} is"] = summary(rows.dropna(subset=column))
-    return pd.DataFrame(lines).T
 
 
 def show(name: str, frame: pd.DataFrame, index: bool = False) -> None:
@@ -64,20 +31,13 @@ def predict(name: str, module: ModuleType, text: str) -> list[pd.DataFrame]:
     chosen = [row for row in module.rows() if text in row.row]
     if not chosen:
         return []
-    rows = times.predicted(chosen)
-    rows["in_band"] = rows.published_ms.between(rows.low_ms, rows.high_ms)
-    if hasattr(module, "theirs"):
-        rows = rows.join(module.theirs(), on="row")
+    rows, ratios = checked(module, chosen)
     show(name, rows.drop(columns=["table", "unseen_ms"]))
     show(f"{name}: |error| [%]{' of a lower bound' if name in LOWER_BOUNDS else ''}", parts(rows), index=True)
-    if not hasattr(module, "ratios"):
-        return [rows]
-    ratios = module.ratios(rows)
     if len(ratios):
-        size = ratios.error_percent.abs()
-        right = (ratios.published_ratio > 1) == (ratios.predicted_ratio > 1)
+        found = summary_of_ratios(ratios)
         show(f"{name}: ratios", ratios.drop(columns="table"))
-        print(f"median {size.median():.1f} %, worst {size.max():.1f} %; faster or slower: {right.mean():.0%} right")
+        print("median {median:.1f} %, worst {worst:.1f} %; which takes longer: {right:.0f} % right".format(**found))
     return [rows, ratios]
 
 
