@@ -5,7 +5,7 @@
     snakemake --profile profiles/slurm --config scale=gpu gpu=A100-80GB machine="NVIDIA A100-SXM4-80GB"
 
 Which runs there are depends on what earlier ones say, so plans are checkpoints: round n is made when all that the rounds
-before it asked for has a record. What a job asks of a scheduler (`mem_mb`, `gpu`, `gpu_mem_mb`) is predicted with the plan.
+before it asked for has a record. What a job asks of a scheduler (`mem_mb`, `gpu`, `gpu_mem_mb`, `runtime`) is predicted with the plan.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from pathlib import Path
 from memstudy import records
 
 from memstudy import project
+from memstudy.profiler import find_gpu
 
 SCALE = config.get("scale", "quick")
 STUDIES = str(config.get("studies", "")).split(",") if config.get("studies") else [
@@ -28,6 +29,8 @@ RESULTS = config.get("results", f"{WORK}/results")
 GPU = config.get("gpu", "")
 if config.get("machine"):  # whose records count: not those of the machine that plans
     os.environ[records.MACHINE] = config["machine"]
+if GPU:  # what precision "auto" means: not what is fast on the machine that plans
+    os.environ[records.PRECISION] = "bf16" if find_gpu(GPU).bf16_is_fast else "fp32"
 MEMSTUDY = f"{shlex.quote(sys.executable)} -m memstudy.cli"
 
 
@@ -66,10 +69,10 @@ def plan_of(wildcards):
     return f"{WORK}/plans/{wildcards.stem}/{next(n for n in rounds if wildcards.run_id in planned(wildcards.stem, n))}"
 
 
-def need(name):
+def need(name, default=0):
     def of(wildcards, attempt):
         asked = planned(wildcards.stem, plan_of(wildcards).rpartition("/")[2])[wildcards.run_id]
-        return asked.get(name, 0) * attempt if name.endswith("mem_mb") else asked.get(name, 0)
+        return asked.get(name, default) * (1 if name == "gpu" else attempt)
 
     return of
 
@@ -121,6 +124,7 @@ rule run:
         mem_mb=need("mem_mb"),
         gpu=need("gpu"),
         gpu_mem_mb=need("gpu_mem_mb"),
+        runtime=need("runtime", 240),  # minutes; the default where no time is predicted
     retries: 2
     shell:
         f"{MEMSTUDY} run {{input.plan}}/{{wildcards.run_id}}.json --results $(dirname {{output}})"

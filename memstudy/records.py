@@ -32,8 +32,9 @@ PROVENANCE = {
 }  # fmt: skip
 SETTLED = ("ok", "oom", "unavailable")  # a "failed" run is tried again
 # Environment variables. PLAN: a folder where missing runs are written as JSON files instead of being run. MACHINE: the
-# device whose records count, instead of this machine's.
-PLAN, MACHINE = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE"
+# device whose records count, instead of this machine's. PRECISION: bf16 or fp32, what precision "auto" means instead of
+# what is fast here.
+PLAN, MACHINE, PRECISION = "MEMSTUDY_PLAN", "MEMSTUDY_MACHINE", "MEMSTUDY_PRECISION"
 ALLOCATED = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")  # set when a scheduler has given this process its cores
 TIMED_LOCK = Path(tempfile.gettempdir(), f"memstudy-timed-{os.getuid()}.lock")  # held while a run is timed
 

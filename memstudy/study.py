@@ -97,10 +97,13 @@ class Study:
     def precision(self, asked: str | list[str]) -> list[str]:
         """The precision techniques for training: ``asked``, or for ``"auto"`` bf16 if it is fast on this machine.
 
-        Each record gives the reason: ``bf16_speed`` in its provenance.
+        Each record gives the reason: ``bf16_speed`` in its provenance. Where the runs are for another machine,
+        ``records.PRECISION`` says what is fast there.
         """
         if asked != "auto":
             return list(asked)
+        if there := os.environ.get(records.PRECISION):
+            return ["bf16"] if there == "bf16" else []
         return ["bf16"] if machine.bf16_is_fast() else []
 
     def sweep(self, runs: Iterable[Run]) -> pd.DataFrame:

@@ -1,12 +1,18 @@
 """The ladder of techniques: its order, the combinations it excludes, and its reference rows."""
 
 import itertools
+import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiers import slow_but
+from support.tiny_models import config_file
 
 from memstudy import records, techniques
+from memstudy.huggingface.catalogue import model_config
+from memstudy.profiler import find_gpu
 from memstudy.project import read_parameters
 from memstudy.studies.ablation import advice
 from memstudy.trainers.hub_model import HubModelRun
@@ -67,8 +73,12 @@ def changes(rung):
     return 2 if any(t.group == "adapters" for t in parsed) else int(not all(t.exact for t in parsed))
 
 
+def measured():
+    return advice.measured_alone(advice.reference(), TEXTS)
+
+
 def climb(**options):
-    return advice.climb(advice.reference(), TEXTS, lambda rung: True, **options)
+    return advice.climb(measured(), lambda rung: True, **options)
 
 
 def test_what_changes_more_comes_later():
@@ -98,7 +108,7 @@ def test_a_ladder_keeps_its_start(start):
 
 
 def test_a_ladder_leaves_out_what_a_model_does_not_take():
-    rungs = advice.climb(advice.reference(), TEXTS, lambda rung: "lora=16" not in rung)
+    rungs = advice.climb(measured(), lambda rung: "lora=16" not in rung)
     assert rungs == climb()[:-2]
 
 
@@ -156,7 +166,7 @@ def test_the_reference_is_the_studys_model_at_full_scale():
     for chosen, record in rows.items():
         assert record["config"]["hidden_size"] == size["hidden_size"]
         assert set(record["config"].get("techniques", ())) == chosen
-    rungs = advice.reference_ladder(rows, advice.advised())
+    rungs = advice.ladder(*advice.measured_alone(rows, advice.advised()))
     assert len(rungs) > 4
     for rung in rungs:
         HubModelRun(experiment="test", model="gpt2", seq_len=8, batch_size=8, techniques=rung)
@@ -166,3 +176,40 @@ def test_without_reference_rows_it_is_said_how_to_make_them(tmp_path, monkeypatc
     monkeypatch.setattr(records, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"no reference rows in .*: run memstudy report memory_ablation --scale full"):
         advice.reference()
+
+
+# --- alone, by prediction
+
+
+DEEP = [
+    ("gpt2", {"n_layer": 12}, ("checkpointing", "selective_checkpointing=0.5", "bf16")),
+    ("t5", {"num_layers": 8, "num_decoder_layers": 3}, ("accumulation=4", "checkpointing")),
+    ("bert", {"num_hidden_layers": 3}, ("checkpointing",)),  # predicted whole
+]
+
+
+@pytest.mark.parametrize(("family", "layers", "texts"), slow_but(DEEP[:1], DEEP), ids=["deep", "two stacks", "shallow"])
+def test_few_layers_give_the_times_of_the_whole_model(family, layers, texts, tmp_path):
+    card = find_gpu("H100-80GB")
+    run = HubModelRun(experiment="a", model=config_file(tmp_path, family, **layers), batch_size=64, seq_len=64)
+    alone = advice.predicted_alone(run, texts, card)
+    plain, *whole = (run.model_copy(update={"techniques": chosen}).foretell(card) for chosen in ((), *zip(texts)))
+    times = [report.time.step_time_ms / plain.time.step_time_ms for report in whole]
+    assert alone.times == pytest.approx(dict(zip(texts, times, strict=True)), rel=0.03)
+    # Memory bends where the peak moves to another phase, but what saves more still does.
+    needs = dict(zip(texts, (report.whole_gpu_mib for report in whole), strict=True))
+    assert sorted(texts, key=alone.savings.get, reverse=True) == sorted(texts, key=needs.get)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "qwen2.5-7b", "gemma-3-1b", "t5-small"])
+def test_a_cut_model_differs_in_its_layers_alone(model, tmp_path):
+    config = model_config(model)
+    with torch.device("meta"):
+        before, after = (
+            HubModelRun(experiment="a", model=name, batch_size=1, seq_len=8).make_model()
+            for name in (model, advice.cut(config, 2, tmp_path / "config.json"))
+        )
+    shapes, left = ({name: weight.shape for name, weight in net.named_parameters()} for net in (before, after))
+    assert left.items() < shapes.items()
+    gone = shapes.keys() - left.keys()
+    assert {re.search(r"\.(\d+)\.", name)[1] for name in gone} == {str(n) for n in range(2, config.num_hidden_layers)}

@@ -180,7 +180,7 @@ def test_offloaded_activations_are_predicted_for_a_gpu_and_are_not_on_it(gpu, mo
 
 FOUND = {
     "techniques", "device", "batch_size", "accumulation", "budget_mib", "needed_mib", "headroom_percent", "refused_at",
-    "tested", "seq_len", "effective_batch", "same_result",
+    "tested", "time", "seq_len", "effective_batch", "same_result",
 }  # fmt: skip
 
 
@@ -224,6 +224,15 @@ def test_the_verdict_in_words(models):
     )
     assert found["accumulation"] > 1
     assert table(result)["peak"] == round(found["needed_mib"])
+
+
+def test_the_time_of_an_update_is_what_predict_says(models):
+    options = ("--gpu", "T4")
+    (found,) = answer(fit(models["gpt2"], *options, "--effective-batch", 1, "--json"))
+    said = answer(predict(models["gpt2"], *options, "--json", batch=1))["time"]
+    assert found["time"] == {name: value for name, value in said.items() if name != "tokens_per_s"}
+    first = fit(models["gpt2"], *options, "--effective-batch", 1).stdout.splitlines()[0]
+    assert re.search(r"; [\d.]+ ms \([\d.]+ to [\d.]+\) an update$", first)
 
 
 def test_the_longest_sequence_is_the_last_that_predict_says_fits(models, small_gpu):
@@ -299,7 +308,8 @@ def there(text):
 def rungs(*, start=(), without=(), **options):
     """The ladder of the installed techniques by the reference rows, without those in `without`."""
     offered = [text for text in advice.advised() if there(text) and text not in without]
-    found = advice.climb(advice.reference(), offered, lambda rung: True, start=start, **options)
+    alone = advice.measured_alone(advice.reference(), offered)
+    found = advice.climb(alone, lambda rung: True, start=start, **options)
     assert len(found) > 3
     return found
 
@@ -388,7 +398,7 @@ def test_the_ladder_is_climbed_until_the_batch_fits(models):
     assert places[-2:] == [places[-1] - 1, places[-1]]
     assert [row["needed_mib"] for row in rows[-2:]] == [ladder.needs(place) for place in places[-2:]]
     assert [row["fits"] for row in rows] == [False] * (len(rows) - 1) + [True]
-    assert rows[0]["time"] == 1
+    assert (rows[0]["measured_time_ratio"], rows[0]["time"]) == (1, None)
     assert rows[0]["same_result"] == "yes"
     assert {row["effective_batch"] for row in rows} == {16}
 
@@ -403,6 +413,29 @@ def test_the_rung_that_fits_is_told_in_words(models):
     assert "measured on" in result.stdout
     parts = found["accumulation"]
     assert f"effective batch 16: {parts} × {16 // parts}" in result.stdout
+
+
+@pytest.mark.parametrize("gpu", slow_but(["T4"], ["T4", "H100-80GB"]))
+def test_on_a_gpu_the_quickest_by_prediction_comes_first(gpu, models):
+    sizes = {"batch": 2048, "seq_len": 64}
+    options = ("--gpu", gpu, "--keep", "exact", "--json")
+    rows = answer(advise(models["large gpt2"], *options, **sizes))
+    assert len(rows) > 1
+    for row in rows:
+        texts = ",".join(row["techniques"])
+        said = answer(predict(models["large gpt2"], "--technique", texts, *options[:2], "--json", **sizes))
+        assert (row["time"], row["needed_mib"]) == (said["time"], said["whole_gpu_mib"])
+        assert row["measured_time_ratio"] is None
+    offered = advice.suited(
+        [text for text in advice.advised() if there(text)], model="gpt2", batch_size=2048, seq_len=64
+    )
+    run = HubModelRun(experiment="a", model=models["large gpt2"], batch_size=2048, seq_len=64)
+    alone = advice.predicted_alone(run, offered, profiler.find_gpu(gpu))
+    plan = advice.climb(alone, lambda rung: True, parts_of=2048, keep="exact")
+    assert {tuple(row["techniques"]) for row in rows} <= set(plan)
+    shown = advise(models["large gpt2"], *options[:-1], **sizes).stdout
+    assert re.search(r"[\d,.]+ m?s \([\d,.]+ to [\d,.]+\)", shown)
+    assert "measured on" not in shown
 
 
 def test_what_fits_needs_no_advice(models, small_gpu):
@@ -477,7 +510,7 @@ def test_the_list_of_gpus_has_their_memory_and_speed():
     ("command", "taught"),
     [
         ("predict", ["--gpu T4", "nothing is run", "memstudy list models", "config.json", ".yaml file", "--json"]),
-        ("advise", ["--batch 8", "reference rows", "Exit status 0", "--keep"]),
+        ("advise", ["--batch 8", "predicted for your model", "reference rows", "Exit status 0", "--keep"]),
         (
             "fit",
             [

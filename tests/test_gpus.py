@@ -72,6 +72,12 @@ def test_the_peaks_of_a_card_fit_together(name):
         assert speed.tf32_tflops == pytest.approx(speed.tensor_tflops / 2, rel=0.03)
 
 
+def test_bf16_is_fast_from_ampere_on():
+    assert {name: find_gpu(name).bf16_is_fast for name in ("T4", "V100-16GB", "A30", "RTX4090")} == {
+        "T4": False, "V100-16GB": False, "A30": True, "RTX4090": True,
+    }  # fmt: skip
+
+
 def test_the_catalogue_is_installed_with_the_package():
     root = Path(__file__).parents[1]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["memstudy"]

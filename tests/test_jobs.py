@@ -1,6 +1,7 @@
 """Runs as a cluster's jobs: missing runs, requests to the scheduler, and Snakemake, here and on a real Slurm."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,15 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 from support.tiers import slow_but
+from support.tiny_models import config_file
 from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
-from memstudy import records
+from memstudy.cli import jobs
 from memstudy.cli.main import app
 from memstudy.kinds import PredictionRun, parse_run
-from memstudy.profiler import MIB, predict
+from memstudy.profiler import MIB, find_gpu, predict
+from memstudy.records import run_id
 from memstudy.studies.attention_layer.run import LayerRun
-from memstudy.trainers.base import PROCESS_MIB, SLACK
+from memstudy.studies.glue.run import FineTuneRun
+from memstudy.trainers.base import MARGIN, PROCESS_MIB, SLACK, START_MINUTES
+from memstudy.trainers.inference import InferenceRun
 
 ROOT = Path(__file__).parents[1]
 STUDY = "what_fits"  # fastest to plan
@@ -59,7 +64,7 @@ def test_a_plan_has_every_missing_run_and_what_it_needs(planned):
     assert configs
     assert configs.keys() == needs.keys()
     for name, config in configs.items():
-        assert records.run_id(parse_run(config).model_dump(mode="json")) == name
+        assert run_id(parse_run(config).model_dump(mode="json")) == name
         assert needs[name]["mem_mb"] > 1000
 
 
@@ -81,6 +86,95 @@ def test_a_job_asks_for_what_is_predicted():
     assert "gpu" not in PredictionRun(experiment="tiny", of=run, gpu="T4").needs(gpu="T4")
     layer = LayerRun(experiment="layer", attention={"variant": "softmax"}, seq_len=4096, is_causal=True)
     assert layer.needs()["mem_mb"] > layer.model_copy(update={"seq_len": 16}).needs()["mem_mb"]
+
+
+TRAINED = {"dataset": "miniature", "data_hash": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("run", "steps"),
+    [
+        (tiny_run(measure_steps=20), 22),
+        (tiny_run(measure_steps=0, train_steps=10**6, **TRAINED), 10**6),
+        (tiny_run(measure_steps=3, processes=2), 6),
+    ],
+    ids=["measured", "trained", "two processes"],
+)
+def test_a_job_asks_for_the_time_of_its_steps(run, steps):
+    time, asked = run.foretell("T4").time, run.needs(gpu="T4")
+    assert asked["gpu_s"] == pytest.approx(
+        [steps * ms / 1e3 for ms in (time.low_ms, time.step_time_ms, time.high_ms)], abs=1e-3
+    )
+    assert asked["runtime"] == START_MINUTES + math.ceil(MARGIN * asked["gpu_s"][-1] / 60)
+    assert asked["untimed"] == ["communication between processes"] * (run.processes > 1)
+
+
+def test_a_fine_tuning_takes_its_epochs():
+    run = FineTuneRun(
+        experiment="tuned", model="bert-base-uncased", seq_len=128, batch_size=16, epochs=3, train_rows=100,
+        dataset="glue/rte", data_hash="0" * 64,
+    )  # fmt: skip
+    assert run.n_steps() == 3 * 7
+
+
+def test_a_layer_on_a_gpu_asks_for_one():
+    layer = LayerRun(experiment="layer", attention={"variant": "softmax"}, seq_len=64, is_causal=True)
+    asked = layer.needs(gpu="T4")
+    assert (asked["gpu"], asked["fits"]) == (1, True)
+    assert asked["gpu_s"][1] > 0
+
+
+def test_what_does_not_fit_takes_no_time():
+    asked = tiny_run(batch_size=2**16, seq_len=512, measure_steps=100).needs(gpu="T4")
+    assert (asked["fits"], asked["gpu_s"], asked["runtime"]) == (False, [0, 0, 0], START_MINUTES)
+
+
+def test_without_the_gpus_speed_no_time_is_asked_for(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text('compute_capability: "8.0"\nmemory_mib: 1024\ncontext_mib: 100\n')
+    assert tiny_run().needs(gpu=str(path)).keys() == {"mem_mb", "gpu", "gpu_mem_mb", "fits"}
+
+
+def test_what_cannot_be_predicted_asks_for_a_whole_card_and_is_counted(tmp_path):
+    model = config_file(tmp_path, "bert")
+    run = InferenceRun(experiment="sparse", model=model, techniques=("sparse=0.9",), batch_size=1, seq_len=8)
+    needs = jobs.needs({"sparse": run.model_dump(mode="json")}, "T4", of="tiny")
+    assert needs["sparse"]["gpu_mem_mb"] == pytest.approx(find_gpu("T4").memory_mib * MIB / 1e6, abs=1)
+    total = jobs.Total.of("memory_ablation", needs)
+    assert (total.on_gpu, total.unpredicted, total.hours) == (1, 1, (0, 0, 0))
+    assert total.lines("T4")[1] == "1 have no predicted time, and are not in the hours"
+
+
+def test_a_plan_adds_up_what_its_jobs_take():
+    runs = [
+        tiny_run(measure_steps=0, train_steps=10**6, **TRAINED), tiny_run(processes=2),
+        tiny_run(batch_size=2**16, seq_len=512), PredictionRun(experiment="foretold", of=tiny_run(), gpu="T4"),
+    ]  # fmt: skip
+    needs = jobs.needs({str(n): run.model_dump(mode="json") for n, run in enumerate(runs)}, "T4", of="tiny")
+    total = jobs.Total.of("lab4_grid", needs)
+    assert (total.runs, total.on_gpu, total.refused, total.unpredicted) == (4, 3, 1, 0)
+    hours = [(needs["0"]["gpu_s"][n] + 2 * needs["1"]["gpu_s"][n]) / 3600 for n in range(3)]
+    assert total.hours == pytest.approx(hours)
+    assert total.requested_hours * 60 == needs["0"]["runtime"] + 2 * needs["1"]["runtime"] + START_MINUTES
+    said = total.lines("T4")
+    assert said[0].startswith(
+        f"on T4, 3 of them: {hours[1]:,.1f} GPU hours ({hours[0]:,.1f} to {hours[2]:,.1f}) of steps"
+    )
+    assert said[1:3] == ["1 do not fit it and end at once", "not in the hours: communication between processes"]
+    assert said[-1].startswith("4 records, about 0.")
+
+
+@pytest.mark.slow
+def test_a_plan_without_a_folder_says_what_the_study_would_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--scale", "smoke", "--results", str(tmp_path), "--gpu", "H100-80GB"]
+    done = CliRunner().invoke(app, ["plan", "memory_ablation", *options])
+    assert done.exit_code == 0, done.output
+    first, *rest = done.stdout.splitlines()
+    assert re.fullmatch(r"memory_ablation: \d+ runs are missing", first)
+    assert re.match(r"on H100-80GB, \d+ of them: [\d.]+ GPU hours \([\d.]+ to [\d.]+\) of steps, predicted; ", rest[0])
+    assert re.match(r"\d+ records, about [\d.]+ MB", rest[-1])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,16 @@ def test_auto_asks_the_machine_and_a_list_does_not(probe, tmp_path, asked, speed
     assert Study("glue_lowrank", namespace).precision(asked) == techniques
 
 
+@pytest.mark.parametrize(("said", "techniques"), [("bf16", ["bf16"]), ("fp32", [])])
+def test_where_the_runs_are_for_another_machine_auto_asks_that(probe, tmp_path, monkeypatch, said, techniques):
+    probe(SLOW if techniques else FAST)
+    monkeypatch.setenv(records.PRECISION, said)
+    namespace = project.notebook_parameters("glue_lowrank") | {
+        "results_dir": str(tmp_path / "results"), "out_dir": str(tmp_path),
+    }  # fmt: skip
+    assert Study("glue_lowrank", namespace).precision("auto") == techniques
+
+
 def test_the_reference_never_asks_the_machine():
     for stem in project.studies():
         if "precision" in project.notebook_parameters(stem):

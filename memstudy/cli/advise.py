@@ -7,7 +7,7 @@ from functools import partial
 
 import typer
 
-from memstudy.cli.answers import readable
+from memstudy.cli.answers import WIDTH, duration, readable, time_as_dict
 from memstudy.cli.asked import Asked, Batch, Budget, Keep, about_a_step
 
 
@@ -19,8 +19,9 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
 
     Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
     accumulation in more and more parts, techniques that change the arithmetic, adapters, which train few weights, and
-    4-bit weights beside them. Techniques with a measured time come fastest first, by the memory ablation's reference
-    rows: another model on another machine, so a hint for a GPU. Exit status 0 whether or not anything fits.
+    4-bit weights beside them. What changes as much comes fastest first: on a GPU by the step time predicted for your
+    model with each technique alone; on this CPU, and for a GPU described without its speed, by the memory ablation's
+    reference rows, of another model. Exit status 0 whether or not anything fits.
     """
     from memstudy.profiler.search import check_budget
     from memstudy.studies.ablation import advice
@@ -30,57 +31,62 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
     if asked.gpu is None:
         check_budget(budget_mib)
     asked.run(batch, asked.techniques)  # refuses impossible choices before the search
-    rows = advice.reference()
+    rows = {} if asked.is_timed else advice.reference()
     rungs = advice.climb(
-        rows,
-        asked.advised(batch),
+        asked.alone(batch),
         partial(asked.takes, batch),
         start=asked.techniques,
         parts_of=batch // asked.processes,
         keep=keep,
     )
-    tried = {}
+    tried, times = {}, {}
 
     def fits(rung: tuple[str, ...]) -> bool:
-        report = asked.report(batch, rung)
+        report, run = asked.report(batch, rung), asked.run(batch, rung)
         needed = report.peak_allocated_mib if asked.gpu is None else report.whole_gpu_mib
         row = rows.get(frozenset(rung))
+        measured = row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"]
         tried[rung] = {
             "techniques": rung,
             "needed_mib": needed,
             "fits": needed <= budget_mib if asked.gpu is None else report.out_of_memory is None,
-            "time": row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"],
+            "time": time_as_dict(report, run),
+            "measured_time_ratio": measured,
             "same_result": asked.result(rung),
             "effective_batch": batch,
-            "accumulation": asked.run(batch, rung).accumulation,
+            "accumulation": run.accumulation,
         }
+        times[rung] = duration(report.time) if report.time else f"{measured:.2f} ×" if measured else ""
         return tried[rung]["fits"]
 
     found = advice.first_that_fits(rungs, fits)
-    climbed = [tried[rung] for rung in rungs[: None if found is None else found + 1] if rung in tried]
+    climbed = [rung for rung in rungs[: None if found is None else found + 1] if rung in tried]
     if asked.as_json:
-        typer.echo(json.dumps(climbed, indent=2))
+        typer.echo(json.dumps([tried[rung] for rung in climbed], indent=2))
         return
-    _show(climbed, asked.gpu or "this CPU", rows[frozenset()]["provenance"]["device"])
+    _show([tried[rung] for rung in climbed], [times[rung] for rung in climbed], asked.gpu or "this CPU")
+    if rows:
+        device = rows[frozenset()]["provenance"]["device"]
+        typer.echo(f"step time: relative to no technique, measured on {device} (ablation's model)")
     if found is None:
         typer.echo("nothing fits: take a shorter sequence, a smaller model or a larger GPU")
         return
+    parts = tried[rungs[found]]["accumulation"]
     typer.echo(f"fits: --technique {','.join(rungs[found])}" if rungs[found] else "fits as it is")
-    typer.echo(f"effective batch {batch}: {climbed[-1]['accumulation']} × {batch // climbed[-1]['accumulation']}")
+    typer.echo(f"effective batch {batch}: {parts} × {batch // parts}")
 
 
-def _show(climbed: list[dict], where: str, device: str) -> None:
-    """Print the rungs tried; ``device`` is the machine that measured their step times."""
+def _show(climbed: list[dict], times: list[str], where: str) -> None:
+    """Print the rungs tried, and the ``times`` of their steps."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("techniques", "needs", "step time", "same result", box=None, title=f"on {where}, predicted")
     for column in (1, 2):
         table.columns[column].justify = "right"
-    for row in climbed:
-        time = "" if row["time"] is None else f"{row['time']:.2f} ×"
+    for row, time in zip(climbed, times, strict=True):
         names = ", ".join(row["techniques"]) or "none"
         table.add_row(names, readable(row["needed_mib"]), time, row["same_result"], style="bold" * row["fits"])
     console = Console(highlight=False)
+    console.width = max(console.width, WIDTH)
     console.print(table)
-    console.print(f"step time: relative to no technique, measured on {device} (ablation's model)", soft_wrap=True)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from memstudy.profiler.time import StepTime
     from memstudy.trainers.hub_model import HubModelRun
 
+WIDTH = 100  # of wide tables [characters]; a wider terminal is used
+
 
 def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
     """A prediction as JSON values."""
@@ -72,6 +74,7 @@ class Answer:
             "accumulation": self.accumulation,
             "effective_batch": self.batch_size * self.accumulation,
             "refused_at": self.refused_at,
+            "time": self.found.report.time and asdict(self.found.report.time),
             **{name: getattr(self.found, name) for name in numbers},
         }
 
@@ -87,7 +90,8 @@ class Answer:
         said = "tested" if found.tested else "predicted"
         changes = {"yes": "", "no": "; other arithmetic"}.get(self.result, f"; {self.result} of the weights")
         effective = f"effective batch {self.batch_size * self.accumulation}"
-        return f"{names}: {what}, {parts}{effective} ({said}), {found.headroom_percent:.1f} % left{changes}"
+        time = f"; {duration(found.report.time)} an update" if found.report.time else ""
+        return f"{names}: {what}, {parts}{effective} ({said}), {found.headroom_percent:.1f} % left{time}{changes}"
 
 
 def readable(mib: float) -> str:

@@ -14,6 +14,7 @@ from memstudy.cli.errors import one_line
 
 if TYPE_CHECKING:
     from memstudy.profiler import Gpu, MemoryReport
+    from memstudy.studies.ablation.advice import Alone
     from memstudy.trainers.hub_model import HubModelRun
 
 Batch = Annotated[int, typer.Option(help="Sequences per optimizer update.", min=1, max=2**31)]
@@ -69,6 +70,12 @@ class Asked:
 
         return find_gpu(self.gpu) if self.gpu else None
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether step times are predicted: on a GPU whose speed is known."""
+        card = self.card()
+        return card is not None and card.speed is not None
+
     def sizes(self) -> dict[str, object]:
         """The fields of a `HubModelRun` except the batch and the techniques."""
         names = ("model", "seq_len", "optimizer", "task", "attention", "processes")
@@ -94,6 +101,18 @@ class Asked:
 
         suited = advice.suited(advice.advised(), batch_size=batch_size, **self.sizes())
         return [text for text in suited if self.takes(batch_size, (text,))]
+
+    def alone(self, batch_size: int) -> Alone:
+        """The advised techniques, each alone: predicted for the GPU if its speed is known, otherwise measured."""
+        from rich.console import Console
+
+        from memstudy.studies.ablation import advice
+
+        texts = self.advised(batch_size)
+        if not self.is_timed:
+            return advice.measured_alone(advice.reference(), texts)
+        with Console(stderr=True).status(f"{self.model}: the time of each technique alone on {self.gpu}"):
+            return advice.predicted_alone(self.run(batch_size, ()), texts, self.card())
 
     def takes(self, batch_size: int, techniques: tuple[str, ...]) -> bool:
         """Whether the step can be predicted with ``techniques``; tells on stderr which package is missing."""

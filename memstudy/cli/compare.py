@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memstudy.cli.answers import as_dict, duration, readable, tokens_per_s
+from memstudy.cli.answers import WIDTH, as_dict, duration, readable, tokens_per_s
 from memstudy.cli.asked import Asked, Batch, about_a_step
 
 if TYPE_CHECKING:
     from memstudy.profiler import Gpu, MemoryReport
     from memstudy.trainers.hub_model import HubModelRun
-
-WIDTH = 100  # of the table [characters]; a wider terminal is used
 
 
 @dataclass(frozen=True)

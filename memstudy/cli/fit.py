@@ -38,9 +38,9 @@ def fit(
 
     memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise
 
-    With --advise, techniques are added one by one, those that change least first, until a batch fits; for a batch of
-    your own choice, use `memstudy advise`. With --verify (only without --gpu), the batch found is run on this CPU and
-    reported as tested. Exit status 0 whether or not a batch fits.
+    With --advise, techniques are added one by one, those that change least first, in the order of `memstudy advise`,
+    until a batch fits; for a batch of your own choice, use that command. With --verify (only without --gpu), the batch
+    found is run on this CPU and reported as tested. Exit status 0 whether or not a batch fits.
     """
     from memstudy.studies.ablation.advice import first_that_fits
 
@@ -163,8 +163,7 @@ def _additions(asked: Asked, batch: int, keep: str | None) -> list[tuple[str, ..
 
     parts = (f"accumulation={batch // asked.processes}",) if batch > asked.processes else ()
     rungs = advice.climb(
-        advice.reference(),
-        asked.advised(batch),
+        asked.alone(batch),
         partial(asked.takes, batch),
         start=(*asked.techniques, *parts),
         keep=keep,

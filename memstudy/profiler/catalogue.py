@@ -103,6 +103,11 @@ class Gpu(BaseModel):
         return self
 
     @property
+    def bf16_is_fast(self) -> bool:
+        """Whether its tensor cores multiply bfloat16: from Ampere on."""
+        return self.compute_capability >= (8, 0)
+
+    @property
     def capacity_bytes(self) -> int:
         """Memory left for the caching allocator's segments [bytes]."""
         return int((self.memory_mib - self.context_mib) * MIB)

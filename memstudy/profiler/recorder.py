@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from memstudy.profiler.internals import (
     _default_cpu_stream,
     tree_map_only,
 )  # fmt: skip
-from memstudy.profiler.results import Results, sums_in_place, tensors
+from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors
 from memstudy.profiler.time import WAIT, Work, is_untimed, one_kernel, work_of
 from memstudy.profiler.values import MOST_IN_STEP, Values
 
@@ -211,6 +212,9 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and sums_in_place(*args[:2]):
             self._issue(torch.ops.aten.add_.Tensor, args, kwargs, args[0])
             return args[0]
+        if func in IN_PLACE and is_engines_own(args[0], sys._getframe(1)):
+            with self:
+                return IN_PLACE[func](*args, **kwargs)
         if op.name in OPDEFS:  # a kernel written in Python: its allocations are visible
             with self:
                 return OPDEFS[op.name]._init_fn(*args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 
@@ -21,6 +22,7 @@ from memstudy.profiler.internals import (
     _storage_Use_Count,
 )
 
+_ATEN = torch.ops.aten
 _CPU = torch.device("cpu")
 _PLAIN = {
     bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -169,13 +171,28 @@ def tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield from (item for item in value if isinstance(item, torch.Tensor))
 
 
+# What autograd's formulas call out of place for subclasses of tensors, and in place for others
+# (torch/csrc/autograd/FunctionsManual.cpp, ``areAnyTensorSubclassLike``).
+IN_PLACE = {
+    _ATEN.scatter_add.default: _ATEN.scatter_add_.default,
+    _ATEN.scatter.src: _ATEN.scatter_.src,
+    _ATEN.index_add.default: _ATEN.index_add_.default,
+    _ATEN.index_put.default: _ATEN.index_put_.default,
+    _ATEN.put.default: _ATEN.put_.default,
+}
+
+
 def sums_in_place(gradient: torch.Tensor, other: object) -> bool:
     """Whether autograd's engine asks for the sum of two gradients, and nothing else uses the first one's storage.
 
     It adds in place, but not to fake tensors (``can_accumulate_inplace``, torch/csrc/autograd/input_buffer.cpp).
     """
-    # Frame 1 is __torch_dispatch__, frame 2 the caller of the op.
-    engine_asks = sys._getframe(2).f_code is _engine_run_backward.__code__
     alike = isinstance(other, torch.Tensor) and (gradient.shape, gradient.dtype) == (other.shape, other.dtype)
+    # Frame 1 is __torch_dispatch__, frame 2 the caller of the op.
+    return alike and is_engines_own(gradient, sys._getframe(2))
+
+
+def is_engines_own(tensor: torch.Tensor, caller: FrameType) -> bool:
+    """Whether autograd's engine has called the op, and nothing but ``tensor`` uses its storage."""
     # Two users: the tensor, and the Python object that untyped_storage makes.
-    return engine_asks and alike and _storage_Use_Count(gradient.untyped_storage()._cdata) == 2
+    return caller.f_code is _engine_run_backward.__code__ and _storage_Use_Count(tensor.untyped_storage()._cdata) == 2

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_serializer
 
-from memstudy.profiler import MIB
+from memstudy.profiler import MIB, MemoryReport
 
 PROCESS_MIB = 1500  # host memory of a process besides tensors: Python, PyTorch, data
 SLACK = 1.3  # factor on the predicted peak, for the allocator's cache and for evaluation
+START_MINUTES = 10  # of a job before its first step: imports, weights, data, tokenizer
+MARGIN = 2  # factor on the upper end of the predicted time, for evaluation and whatever else is beside the steps
+
+# Fields that change how many steps are taken, and on what, but not the memory and time of one.
+BESIDE_THE_STEP = {
+    "experiment", "seed", "learning_rate", "measure_steps", "budget_mib", "dataset", "data_hash", "train_steps",
+    "train_rows", "epochs", "eval_rows", "eval_blocks", "validations",
+}  # fmt: skip
+_FORETOLD: dict[tuple[str, str], object] = {}
+T = TypeVar("T")
 
 
 class Run(BaseModel, ABC):
@@ -76,15 +87,44 @@ class Run(BaseModel, ABC):
         """
 
     @abstractmethod
-    def needs(self, gpu: str = "") -> dict[str, int]:
+    def needs(self, gpu: str = "") -> dict[str, object]:
         """Predict what a scheduler job must request for the run; memory in MB (10^6 bytes).
 
         Returns
         -------
         dict
-            ``mem_mb``, host memory of all processes; with ``gpu``, unless the run is itself a prediction, also ``gpu``
-            (number of GPUs) and ``gpu_mem_mb`` (memory of each).
+            ``mem_mb``, host memory of all processes; with ``gpu``, unless the run is itself a prediction, also those of
+            `gpu_needs`.
         """
+
+
+def once_for_equal_steps(run: Run, gpu: str, foretell: Callable[[], T]) -> T:
+    """What ``foretell`` returns for ``run`` on ``gpu``, called once in this process for all runs with the same step."""
+    step = run.model_dump_json(exclude=BESIDE_THE_STEP), gpu
+    if step not in _FORETOLD:
+        _FORETOLD[step] = foretell()
+    return _FORETOLD[step]
+
+
+def gpu_needs(report: MemoryReport, n_steps: int, *, processes: int = 1) -> dict[str, object]:
+    """What a job must request for ``n_steps`` steps as predicted in ``report``.
+
+    Returns
+    -------
+    dict
+        ``gpu`` (number of GPUs), ``gpu_mem_mb`` (memory of each), ``fits``. If the GPU's speed is known, also
+        ``runtime`` [minutes], with `MARGIN` and `START_MINUTES`; ``gpu_s``, the seconds of the steps by a fast, a
+        typical and a slow host, 0 if the step does not fit and the run ends at once; and ``untimed``, what they leave
+        out.
+    """
+    fits = report.out_of_memory is None
+    needs = {"gpu": processes, "gpu_mem_mb": megabytes(report.whole_gpu_mib), "fits": fits}
+    if report.time is None:
+        return needs
+    time = report.time
+    seconds = [round(fits * n_steps * ms / 1e3, 3) for ms in (time.low_ms, time.step_time_ms, time.high_ms)]
+    runtime = START_MINUTES + math.ceil(MARGIN * seconds[-1] / 60)
+    return needs | {"runtime": runtime, "gpu_s": seconds, "untimed": list(time.untimed)}
 
 
 def megabytes(mib: float) -> int:

@@ -78,6 +78,9 @@ class LanguageModelRun(StepRun):
         """A tokenizer trained on the training split of ``loaded``."""
         return data.train_tokenizer(loaded.splits["train"]["text"], self.vocab_size)
 
+    def n_steps(self):
+        return super().n_steps() + self.train_steps
+
     def carry_out(self, checkpoints):
         result = super().carry_out(checkpoints)
         if self.train_steps:

@@ -24,7 +24,7 @@ from memstudy.attention import Unavailable
 from memstudy.profiler import MIB, Gpu, MemoryReport, find_gpu, predict
 from memstudy.profiler.roles import Step
 from memstudy.profiler.search import steps_to_settle
-from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, megabytes
+from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, gpu_needs, megabytes, once_for_equal_steps
 from memstudy.trainers.timing import measured, timed
 from memstudy.trainers.trainer import make_trainer
 
@@ -227,14 +227,22 @@ class StepRun(Run):
         if self.budget_mib and peak_mib > self.budget_mib:
             raise MemoryError(f"peak {peak_mib:.1f} MiB passes the budget of {self.budget_mib:g} MiB")
 
+    def n_steps(self) -> int:
+        """Number of steps that the run takes, without evaluation."""
+        return self.steps_to_settle() + self.measure_steps if self.measure_steps else 0
+
     def needs(self, gpu=""):
+        card = find_gpu(gpu) if gpu else None
         try:
-            report = self.foretell(gpu)
-        except Unavailable:  # the run itself reports why
+            report = once_for_equal_steps(self, gpu, partial(self.foretell, card))
+        except (Unavailable, ValueError):  # the run itself reports why
             return {"mem_mb": megabytes(PROCESS_MIB)}
+        except NotImplementedError:  # sparse rows have no fake tensors: ask for a whole card
+            host = {"mem_mb": self.processes * megabytes(2 * PROCESS_MIB)}
+            return host | ({"gpu": self.processes, "gpu_mem_mb": megabytes(card.memory_mib)} if card else {})
         if gpu:
-            gpus = {"gpu": self.processes, "gpu_mem_mb": megabytes(report.whole_gpu_mib)}
-            return {"mem_mb": self.processes * megabytes(2 * PROCESS_MIB), **gpus}
+            host = {"mem_mb": self.processes * megabytes(2 * PROCESS_MIB)}
+            return host | gpu_needs(report, self.n_steps(), processes=self.processes)
         return {"mem_mb": self.processes * megabytes(PROCESS_MIB + SLACK * report.peak_allocated_mib)}
 
 

@@ -65,7 +65,8 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
     if func.is_view or packet in _NOTHING or (not made and not func._schema.is_mutable):
         return VIEW
-    given = list(tensors((*args, *kwargs.values())))
+    given = [tensor for tensor in tensors((*args, *kwargs.values())) if tensor.layout is torch.strided]
+    made = tuple(tensor for tensor in made if tensor.layout is torch.strided)
     if rule := _PRODUCTS.get(packet):
         shapes = rule(args, made)
         unit = _unit(made[0].dtype)
@@ -110,8 +111,10 @@ def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tens
     whole = [tensor for tensor in (*given, *made) if tensor.dim()]
     if func.overloadpacket in _COPIES:  # also vectorised between types, and where shapes differ
         alike = func.overloadpacket is _ATEN.cat or len({t.stride() for t in whole}) == 1
-    elif torch.Tag.pointwise in func.tags:
-        alike = len({(t.shape, t.stride(), t.dtype) for t in whole}) == 1
+    elif torch.Tag.pointwise in func.tags or func.overloadpacket is _ATEN.native_dropout_backward:
+        # A mask of bool is loaded as what it is; other types are cast to one.
+        types = {t.dtype for t in whole} - {torch.bool}
+        alike = len(types) <= 1 and len({(t.shape, t.stride()) for t in whole}) == 1
     else:
         return 0
     return 0 if alike and all(map(_is_dense, whole)) else min((t.element_size() for t in whole), default=0)

@@ -1,29 +1,43 @@
-"""Which techniques to add, and in which order, by the reference rows of the memory ablation.
+"""Which techniques to add, and in which order.
 
 The study's decision table adds the fastest first. ``memstudy advise`` and ``memstudy fit --advise`` add them by what
-they change: nothing, the arithmetic, which weights are trained, and the weights; the fastest first among the measured.
+they change: nothing, the arithmetic, which weights are trained, and the weights. What changes as much comes fastest
+first: on a GPU by prediction for the model itself, on this CPU by the reference rows of the memory ablation.
 """
 
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+import transformers
 
 from memstudy import machine, records, techniques
+from memstudy.profiler import Gpu
 from memstudy.project import read_parameters
 from memstudy.studies.ablation.experiments import SIZE
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.language_model import LanguageModelRun
 
 STUDIES = "memory_ablation", "memory_combinations"  # whose records have reference steps
-# Added after the techniques of the reference rows; their steps have no measured time.
+# Added after the techniques of the ladder.
 ARITHMETIC = ("pure_bf16",)
 ADAPTER = ("convention=uncast", "lora=16")
 FOUR_BITS = "nf4_weights"
+CUTS = 2, 4  # layers of the models whose step times give that of the whole; even, for techniques of half the layers
+
+
+class Alone(NamedTuple):
+    """Step time, and share of the memory saved, of each technique used alone, relative to none."""
+
+    times: dict[str, float]
+    savings: dict[str, float]
 
 
 def ladder(
@@ -56,8 +70,7 @@ def ladder(
 
 
 def climb(
-    rows: Mapping[frozenset[str], dict],
-    texts: Sequence[str],
+    alone: Alone,
     takes: Callable[[tuple[str, ...]], bool],
     *,
     start: tuple[str, ...] = (),
@@ -72,10 +85,8 @@ def climb(
 
     Parameters
     ----------
-    rows : mapping
-        The `reference` rows, which order the techniques ``texts``.
-    texts : sequence of str
-        Measured techniques to choose from.
+    alone : Alone
+        The techniques to choose from, with what orders them.
     takes : callable
         Whether a list of techniques suits the model and the machine.
     start : tuple of str
@@ -90,12 +101,13 @@ def climb(
     list of tuple of str
         The first list is ``start``.
     """
-    exact = [text for text in texts if techniques.parse((text,))[0].exact]
-    rungs = reference_ladder(rows, exact, start=start)
+    exact = {text: time for text, time in alone.times.items() if techniques.parse((text,))[0].exact}
+    rungs = ladder(exact, alone.savings, start=start)
     rungs += in_more_parts(rungs[-1], parts_of)
     if keep == "exact":
         return rungs
-    rungs += reference_ladder(rows, [text for text in texts if text not in exact], start=rungs[-1])[1:]
+    inexact = {text: time for text, time in alone.times.items() if text not in exact}
+    rungs += ladder(inexact, alone.savings, start=rungs[-1])[1:]
     # bf16_weights takes the same memory as pure_bf16 and loses no small updates.
     more = [] if "bf16_weights" in rungs[-1] else [ARITHMETIC]
     if keep is None:  # a precision in ``start`` takes the place of the adapter's convention
@@ -203,13 +215,71 @@ def reference() -> dict[frozenset[str], dict]:
     return whole.get(machine.device()) or next(iter(whole.values()))
 
 
-def reference_ladder(
-    rows: Mapping[frozenset[str], dict], texts: Sequence[str], *, start: Sequence[str] = ()
-) -> list[tuple[str, ...]]:
-    """The `ladder` of the techniques ``texts`` that were measured alone, by the reference ``rows``."""
-    peak, time = "peak_allocated_mib", "step_time_ms"
-    plain = rows[frozenset()]["metrics"]
-    alone = {text: rows[frozenset([text])]["metrics"] for text in texts if frozenset([text]) in rows}
-    times = {text: metrics[time] / plain[time] for text, metrics in alone.items()}
-    savings = {text: 1 - metrics[peak] / plain[peak] for text, metrics in alone.items()}
-    return ladder(times, savings, start=start)
+def measured_alone(rows: Mapping[frozenset[str], dict], texts: Sequence[str]) -> Alone:
+    """The techniques in ``texts`` that the `reference` ``rows`` measured alone, on the ablation's model."""
+    figures = {
+        text: [rows[name]["metrics"][metric] for metric in ("step_time_ms", "peak_allocated_mib")]
+        for text in ("", *texts)
+        if (name := frozenset(filter(None, [text]))) in rows
+    }
+    return _relative(figures)
+
+
+def predicted_alone(plain: HubModelRun, texts: Sequence[str], card: Gpu) -> Alone:
+    """The techniques ``texts``, each added alone to the step ``plain``, predicted for ``card``, whose speed is known.
+
+    Steps of all layers would take a minute in all. Time is linear in the number of layers, and memory nearly so, hence
+    two steps of a few layers of the model give the whole one. A model whose configuration does not say how many layers
+    it has, or that has few, is predicted whole.
+    """
+    config = plain.config()
+    n_layers = getattr(config, "num_hidden_layers", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        if n_layers > max(CUTS):
+            models = {number: cut(config, number, Path(folder, f"{number}.json")) for number in CUTS}
+        figures = {}
+        for text in ("", *texts):
+            chosen = {"techniques": (text,) if text else ()}
+            at = {
+                number: _figures(HubModelRun(**dict(plain) | chosen | {"model": model}), card)
+                for number, model in (models or {n_layers: plain.model}).items()
+            }
+            figures[text] = _on_line(at, n_layers)
+    return _relative(figures)
+
+
+def cut(config: transformers.PretrainedConfig, n_layers: int, path: Path) -> str:
+    """Write at ``path`` the config.json of a model's first ``n_layers`` layers (of its encoder, if it has two stacks).
+
+    A model with cross-attention keeps all layers of its decoder.
+    """
+    short = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # a kind of layer for each
+            setattr(short, name, value[:n_layers])
+    short.num_hidden_layers = n_layers
+    short.to_json_file(path, use_diff=False)
+    return str(path)
+
+
+def _figures(run: HubModelRun, card: Gpu) -> list[float]:
+    report = run.foretell(card)
+    return [report.time.step_time_ms, report.whole_gpu_mib]
+
+
+def _on_line(at: Mapping[int, Sequence[float]], place: int) -> list[float]:
+    """The figures at ``place`` on the lines through those ``at`` one or two places."""
+    (low, first), (high, last) = min(at.items()), max(at.items())
+    share = (place - low) / (high - low) if high > low else 0.0
+    return [one + share * (other - one) for one, other in zip(first, last, strict=True)]
+
+
+def _relative(figures: Mapping[str, Sequence[float]]) -> Alone:
+    """Times and savings from the step time and the memory of each technique, and of none, whose name is empty."""
+    plain_time, plain_memory = figures[""]
+    alone = {text: figure for text, figure in figures.items() if text}
+    return Alone(
+        {text: time / plain_time for text, (time, _) in alone.items()},
+        {text: 1 - memory / plain_memory for text, (_, memory) in alone.items()},
+    )

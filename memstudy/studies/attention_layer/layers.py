@@ -70,6 +70,12 @@ def execute(run: LayerRun) -> dict:
 
 def peak_bytes(run: LayerRun, follow: Callable[..., MemoryReport], *, device: str = "cpu") -> int:
     """Peak of one step of ``run`` [bytes], by ``follow`` (``measure`` or ``predict``)."""
+    report, before = followed(run, follow, device=device)
+    return max(report.iteration_peaks) - before
+
+
+def followed(run: LayerRun, follow: Callable[..., MemoryReport], *, device: str = "cpu") -> tuple[MemoryReport, int]:
+    """The report of ``follow`` on two steps of ``run``, and what is allocated before them [bytes]."""
     before: list[int] = []
 
     def build() -> Step:
@@ -78,7 +84,7 @@ def peak_bytes(run: LayerRun, follow: Callable[..., MemoryReport], *, device: st
         before.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
         return _step([layer], inputs, direction)
 
-    return max(follow(build, iterations=2).iteration_peaks) - before[0]
+    return follow(build, iterations=2), before[0]
 
 
 def one_step(run: LayerRun) -> Step:

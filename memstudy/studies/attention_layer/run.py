@@ -16,7 +16,8 @@ from memstudy.profiler import MIB, Gpu, MemoryReport, predict
 from memstudy.profiler.roles import Step
 from memstudy.studies.attention_layer import layers
 from memstudy.studies.attention_layer.peers import PEERS
-from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, megabytes
+from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, gpu_needs, megabytes, once_for_equal_steps
+from memstudy.trainers.timing import WARM_UP
 
 
 class LayerRun(Run):
@@ -96,7 +97,10 @@ class LayerRun(Run):
 
     def needs(self, gpu=""):
         try:
-            peak = layers.peak_bytes(self, predict) / MIB
+            follow = partial(layers.followed, self, partial(predict, gpu=gpu or None))
+            report, before = once_for_equal_steps(self, gpu, follow)
         except Unavailable:  # the run itself reports why
             return {"mem_mb": megabytes(PROCESS_MIB)}
-        return {"mem_mb": megabytes(PROCESS_MIB + SLACK * peak)}
+        if gpu:  # the bare projections take less time than a layer that has them too
+            return {"mem_mb": megabytes(2 * PROCESS_MIB), **gpu_needs(report, 2 + 2 * (WARM_UP + self.measure_steps))}
+        return {"mem_mb": megabytes(PROCESS_MIB + SLACK * (max(report.iteration_peaks) - before) / MIB)}

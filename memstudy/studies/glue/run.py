@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -81,6 +82,9 @@ class FineTuneRun(HubModelRun):
         if self.task == "classification":
             tasks.task_of(loaded)
         return loaded
+
+    def n_steps(self):
+        return self.epochs * math.ceil(self.train_rows / self.batch_size)
 
     def carry_out(self, checkpoints):
         return finetuning.execute(self, self.load_data(), checkpoints)

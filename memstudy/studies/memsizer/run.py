@@ -97,6 +97,9 @@ class Seq2SeqRun(StepRun):
         pairs.task_of(loaded)
         return loaded
 
+    def n_steps(self):
+        return super().n_steps() + self.train_steps
+
     def carry_out(self, checkpoints):
         result = super().carry_out(checkpoints)
         if self.generated:
