@@ -5,7 +5,7 @@ import pytest
 
 from memstudy.kinds import parse_run
 from memstudy.studies.published.times import mli_best
-from memstudy.studies.published.times.errors import held_out, summary, summary_of_ratios
+from memstudy.studies.published.times.errors import by_source, held_out, summary, summary_of_ratios
 from memstudy.studies.published.times.tables import TABLES
 from memstudy.studies.published.timings import gpus, runs
 
@@ -61,3 +61,26 @@ def test_summaries_are_those_of_the_errors():
     found = summary_of_ratios(ratios)
     assert (found["n"], found["worst"]) == (3, pytest.approx(50))
     assert found["right"] == pytest.approx(200 / 3)
+
+
+def test_a_source_is_summed_up_by_the_rows_that_the_gpu_bounds():
+    shared = {"in_band": True, "seen": "", "unseen_error_percent": 30.0, "fitted": ""}
+    rows = pd.DataFrame([
+        {"table": "mine", "row": "a", "kind": "step", "bound_by": "GPU", "error_percent": 2.0} | shared,
+        {"table": "mine", "row": "b", "kind": "step", "bound_by": "host", "error_percent": 90.0} | shared,
+        {"table": "mine", "row": "c", "kind": "step", "bound_by": "GPU", "error_percent": -6.0} | shared
+        | {"fitted": "kernel_us"},
+        {"table": "mosaic", "row": "d", "kind": "step", "bound_by": "GPU", "error_percent": -40.0} | shared,
+        {"table": "ours", "row": "e", "kind": "op", "bound_by": "GPU", "error_percent": 12.0} | shared
+        | {"their_old_error_percent": 50.0},
+    ])  # fmt: skip
+    found = by_source(rows)
+    assert found["n"].to_dict() == {
+        "mine": 2, "mosaic, a lower bound": 1, "ours": 1, "all steps": 2, "all steps, held out": 1, "by old": 1,
+        "by us where others are": 1,
+    }  # fmt: skip
+    assert found.loc["mine", ["median", "worst", "worst_row", "n_chosen", "unseen"]].to_list() == [
+        4.0, 6.0, "c", 1, 30.0,
+    ]  # fmt: skip
+    assert found.loc["all steps, held out", "worst_row"] == "mine: a"
+    assert found.loc[["by old", "by us where others are"], "median"].to_list() == [50.0, 12.0]

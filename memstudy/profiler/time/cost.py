@@ -153,8 +153,7 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
     elif work.kind == "products":
         us = max(_product_us(work, gpu), us * known["memory_share"].of(gpu) / known["product_memory_share"].value)
     elif work.kind == "attention":
-        share = known[f"{work.kernel}_{'backward' if work.backward else 'forward'}_share"].of(gpu)
-        us = max(work.flops / (_rate(work.arithmetic, gpu) * share * 1e6), us)
+        us = max(work.flops / (_rate(work.arithmetic, gpu) * known[work.attention].value * 1e6), us)
     elif work.unvectorised:
         each = speed.sms * known["element_gb_s"].of(gpu) * min(work.unvectorised, 4) * 1e3
         us = max(us, work.moved_bytes / each)

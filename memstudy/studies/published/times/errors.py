@@ -65,3 +65,33 @@ def parts(rows: pd.DataFrame) -> pd.DataFrame:
         lines[name] = summary(rows, column)
         lines[f"ours where {name} is"] = summary(rows.dropna(subset=column))
     return pd.DataFrame(lines).T
+
+
+def by_source(rows: pd.DataFrame) -> pd.DataFrame:
+    """A summary for each table of ``rows``, for all steps, and for others' predictions, of rows bound by the GPU.
+
+    Others are compared on the rows that all of them predict. The host's times are known only roughly, so
+    rows bound by the host are left out. Beside `summary`: ``n_chosen`` rows are not `held_out`, and ``unseen`` is the
+    median with no constant of the GPU's generation.
+    """
+    busy = rows[rows.bound_by == "GPU"]
+    steps = busy[(busy.kind == "step") & ~busy.table.isin(LOWER_BOUNDS)]
+    groups = dict(iter(busy.groupby("table", sort=False))) | {
+        "all steps": steps,
+        "all steps, held out": held_out(steps),
+    }
+    lines = {
+        f"{name}, a lower bound" if name in LOWER_BOUNDS else name: summary(group)
+        | {"n_chosen": len(group) - len(held_out(group)), "unseen": group.unseen_error_percent.abs().median()}
+        for name, group in groups.items()
+        if len(group)
+    }
+    theirs = busy.columns[busy.columns.str.startswith("their_")]
+    if len(theirs):
+        common = busy.dropna(subset=theirs)
+        lines["by us where others are"] = summary(common)
+        for column in theirs:
+            lines[f"by {column.removeprefix('their_').removesuffix('_error_percent')}"] = summary(common, column)
+    for name, line in lines.items():
+        line["worst_row"] = line["worst_row"].removeprefix(f"{name.partition(',')[0]}: ")
+    return pd.DataFrame(lines).T.infer_objects()
