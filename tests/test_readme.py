@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from support.tiers import slow_but
 from typer.testing import CliRunner
 
 from memstudy.cli.main import app
 from memstudy.kinds import parse_run
+from memstudy.studies.published.times.errors import by_source, summary_of_ratios
 from memstudy.techniques import parse
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +85,58 @@ def test_the_table_of_a_card_is_that_of_the_committed_rows():
     assert "\n".join(card()) in README
 
 
+SOURCES = {
+    "lambda_bert": "BERT on SQuAD, fp16 and fp32, four GPUs (Lambda)",
+    "hf_v100": "BERT-large, nine combinations of techniques, V100 (2022)",
+    "peft_l40s": "Llama-3.2-3B, PEFT's 27 methods, L40S (2026)",
+    "fms": "santacoder and Mistral-7B: full, LoRA, 4-bit; A100 (2025)",
+    "vision": "vision transformers, RTX 3090 (timm, 2022)",
+    "neusight_models": "whole models in fp32, V100 and A100 (NeuSight, 2025)",
+    "all steps": "all steps",
+    "all steps, held out": "all steps, held out",
+    "by us where others are": "those of NeuSight's that others predict, by us",
+    "by neusight": "the same, by NeuSight",
+    "by habitat": "the same, by Habitat",
+    "by roofline": "the same, by a roofline",
+    "mosaic, a lower bound": "MPT with FSDP, A100 and H100 (MosaicML, 2023): a lower bound, no claim",
+    "mli": "layers and products of BERT-large, V100 and RTX 3090 Ti (2022)",
+    "mli_best": "layers and products at the best batch, five GPUs (2022)",
+    "liger": "single ops, five GPUs (Liger-Kernel, 2024 to 2026)",
+    "neusight_ops": "single ops in fp32, V100 and A100 (NeuSight, 2025)",
+    "vidur": "kernels of decoders in fp16, A100 and H100 (Vidur, 2024)",
+}
+
+SHOWN_ERRORS = {
+    "n": ".0f", "n_chosen": ".0f", "median": ".1f", "p90": ".0f", "worst": ".0f", "bias": "+.1f", "in_band": ".0f",
+    "unseen": ".1f",
+}  # fmt: skip
+
+
+def step_times() -> list[str]:
+    """The lines on predicted times, from the committed records of the published ones."""
+    rows, ratios = [], []
+    for path in sorted((ROOT / "results" / "what_fits").glob("*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        if record["config"]["kind"] == "published_times" and record["status"] == "ok":
+            rows += record["curves"]["rows"]
+            ratios += record["curves"]["ratios"]
+    found = by_source(pd.DataFrame(rows))
+    lines = [
+        "| errors of times [%]: measured by others | rows | chosen on | median | p90 | worst | bias | in band "
+        "| unseen |",
+        "|---" * 9 + "|",
+    ]
+    for source, said in SOURCES.items():
+        texts = [f"{found.at[source, column]:{spec}}".replace("nan", "–") for column, spec in SHOWN_ERRORS.items()]
+        lines.append(f"| {said} | {' | '.join(texts)} |")
+    between = "{n} ratios of steps on one GPU: median error {median:.1f} %, worst {worst:.0f} %; {right:.0f} % have the"
+    return [*lines, "", f"{between.format(**summary_of_ratios(pd.DataFrame(ratios)))} right sign."]
+
+
+def test_the_table_of_step_times_is_that_of_the_committed_rows():
+    assert "\n".join(step_times()) in README
+
+
 COMMANDS = re.findall(r"^\.venv/bin/memstudy (\w+.*)$", README, re.MULTILINE)
 
 
@@ -99,6 +153,14 @@ def test_the_first_command_answers_as_printed():
     result = CliRunner().invoke(app, COMMANDS[0].split())
     assert answer in result.output
     assert all(amount in result.output for amount in re.findall(r"[\d.]+ GiB", README.partition(answer)[0]))
+
+
+def test_the_first_prediction_ends_as_printed():
+    (lines,) = re.findall(
+        r"^```\n(fits: .*?)^```$", README.partition("## On your own model")[2], re.MULTILINE | re.DOTALL
+    )
+    result = CliRunner(env={"COLUMNS": "160"}).invoke(app, COMMANDS[1].split())
+    assert result.output.endswith(lines)
 
 
 def test_the_loop_of_ones_own_runs_as_printed():

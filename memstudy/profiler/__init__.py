@@ -1,4 +1,4 @@
-"""Training memory: measured, predicted for an absent GPU, and the largest batch that fits.
+"""Training memory: measured, predicted for an absent GPU, and the largest batch that fits. Step time: predicted.
 
 This package imports nothing else from memstudy.
 """

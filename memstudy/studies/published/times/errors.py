@@ -80,18 +80,16 @@ def by_source(rows: pd.DataFrame) -> pd.DataFrame:
         "all steps": steps,
         "all steps, held out": held_out(steps),
     }
+    if len(theirs := busy.columns[busy.columns.str.startswith("their_")]):
+        groups["by us where others are"] = common = busy.dropna(subset=theirs)
     lines = {
         f"{name}, a lower bound" if name in LOWER_BOUNDS else name: summary(group)
         | {"n_chosen": len(group) - len(held_out(group)), "unseen": group.unseen_error_percent.abs().median()}
         for name, group in groups.items()
         if len(group)
     }
-    theirs = busy.columns[busy.columns.str.startswith("their_")]
-    if len(theirs):
-        common = busy.dropna(subset=theirs)
-        lines["by us where others are"] = summary(common)
-        for column in theirs:
-            lines[f"by {column.removeprefix('their_').removesuffix('_error_percent')}"] = summary(common, column)
+    for column in theirs:
+        lines[f"by {column.removeprefix('their_').removesuffix('_error_percent')}"] = summary(common, column)
     for name, line in lines.items():
         line["worst_row"] = line["worst_row"].removeprefix(f"{name.partition(',')[0]}: ")
     return pd.DataFrame(lines).T.infer_objects()
