@@ -12,7 +12,6 @@ from memstudy.profiler.internals import OpOverload
 from memstudy.profiler.results import tensors
 
 _ATEN = torch.ops.aten
-_HALF = (torch.float16, torch.bfloat16)
 KINDS = ("products", "attention", "elementwise and norms", "optimizer", "transfers", "host waits")
 
 
@@ -33,7 +32,7 @@ class Work:
     product : tuple of int
         Batch, rows, columns and inner size of a product, or empty.
     arithmetic : str
-        Unit that multiplies: ``half`` or ``tf32`` on tensor cores, ``fp32``.
+        What is multiplied: ``fp16``, ``bf16``, ``tf32``, which tensor cores take if the GPU has them, or ``fp32``.
     attention : str
         An attention kernel's constant in ``constants.yaml``, or empty.
     unvectorised : int
@@ -159,8 +158,8 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _unit(dtype: torch.dtype) -> str:
-    if dtype in _HALF:
-        return "half"
+    if dtype in (torch.float16, torch.bfloat16):
+        return "fp16" if dtype is torch.float16 else "bf16"
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
 
 
