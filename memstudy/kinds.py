@@ -15,11 +15,12 @@ from memstudy.studies.published.timings import PublishedTimesRun
 from memstudy.studies.reformer.run import ReformerRun
 from memstudy.techniques import parse
 from memstudy.trainers.base import ForetellingRun, Run
+from memstudy.trainers.generation import GenerationRun
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.inference import InferenceRun
 from memstudy.trainers.language_model import LanguageModelRun
 
-Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | Seq2SeqRun | LayerRun
+Predictable = LanguageModelRun | ReformerRun | HubModelRun | InferenceRun | GenerationRun | Seq2SeqRun | LayerRun
 
 
 class PredictionRun(ForetellingRun):
@@ -62,10 +63,14 @@ class LargestBatchRun(PredictionRun):
     gpu: str = Field(min_length=1)
 
     def execute(self, checkpoints):
+        def sized(size: int) -> Predictable:
+            return self.of.model_copy(update={"batch_size": size})
+
         found = fit(
-            lambda size: self.of.model_copy(update={"batch_size": size}).build(gpu=self.gpu),
+            lambda size: sized(size).build(gpu=self.gpu),
             gpu=self.gpu,
             processes=self.of.processes,
+            foretell=lambda size, card: sized(size).foretell(card),
         )
         metrics = {
             "largest_batch": found.batch_size,
@@ -79,6 +84,7 @@ KINDS: dict[str, type[Run]] = {
     "language_model": LanguageModelRun,
     "hub_model": HubModelRun,
     "inference": InferenceRun,
+    "generation": GenerationRun,
     "fine_tune": FineTuneRun,
     "layer": LayerRun,
     "reformer": ReformerRun,

@@ -196,8 +196,7 @@ class Study:
         quality_lost : pd.Series
             Rise of the perplexity or fall of the score [%], measured; missing if not measured.
         predicted : mapping
-            By GPU: the columns ``memory`` and ``time`` as predicted for it. In the rows, ``device`` is the GPU, or
-            ``here`` where measured.
+            By GPU: ``memory`` and ``time`` as predicted for it. A row's ``device`` is the GPU, or ``here``.
         """
         by_device = {"here": pd.DataFrame({"memory": memory, "time": time}), **predicted}
         rows = pd.concat(by_device, names=["device", "technique"]).reset_index("device")

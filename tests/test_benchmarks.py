@@ -1,6 +1,5 @@
 """The benchmarks: one run from the command line at a tiny size; refused arguments, targets, missing peers."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,16 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.benchmark import load
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(name: str):
-    """Return ``benchmarks/<name>.py`` as a module; the folder is not a package."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 attention, decoding, memsizer, reformer = map(load, ("attention", "decoding", "memsizer", "reformer"))

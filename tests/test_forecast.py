@@ -109,7 +109,8 @@ def test_what_does_not_fit_is_told_where(models, small_gpu):
 
 PREDICTED = {
     "run", "device", "kind", "waterfall_mib", "peak_allocated_mib", "peak_reserved_mib", "whole_gpu_mib",
-    "peak_by_phase_mib", "fits", "out_of_memory", "unverified", "time",
+    "at_rest_mib", "peak_by_phase_mib", "fits", "out_of_memory", "unverified", "time",
+    "time_by_pass",
 }  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def test_the_json_of_a_prediction_is_the_librarys_report(batch, models, small_gp
     assert given["whole_gpu_mib"] == report.whole_gpu_mib
     assert given["peak_allocated_mib"] == report.peak_allocated_mib <= given["peak_reserved_mib"]
     assert max(given["peak_by_phase_mib"].values()) == given["peak_allocated_mib"]
+    assert given["at_rest_mib"] == report.at_rest_bytes / 2**20 < given["peak_allocated_mib"]
     assert given["fits"] is (batch == 2)
     assert given["out_of_memory"] == (str(report.out_of_memory) if batch == 20_000 else None)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.benchmark import load
 from support.tiers import slow_but
 from support.tiny_models import config_file
 from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
+from memstudy import project
 from memstudy.cli import jobs
 from memstudy.cli.main import app
 from memstudy.kinds import PredictionRun, parse_run
@@ -174,7 +176,21 @@ def test_a_plan_without_a_folder_says_what_the_study_would_take(tmp_path, monkey
     assert re.fullmatch(r"memory_ablation: \d+ runs are missing", first)
     assert re.match(r"on H100-80GB, \d+ of them: [\d.]+ GPU hours \([\d.]+ to [\d.]+\) of steps, predicted; ", rest[0])
     assert re.match(r"\d+ records, about [\d.]+ MB", rest[-1])
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_table_of_gpu_hours_has_the_columns_of_its_command_and_names_every_study():
+    """Its numbers take hours of prediction."""
+    command = load("gpu_hours")
+    page = (ROOT / "docs" / "cluster.rst").read_text("utf-8").splitlines()
+    start = page.index(command.line(command.COLUMNS))
+    rows = page[start + 2 :]
+    assert page[start - 1] == page[start + 1] == command.line(tuple("=" * width for width in command.WIDTHS))
+    end = rows.index(page[start - 1])
+    shown = [row.split()[0] for row in rows[:end]]
+    (left_out,) = [line for line in rows[end:] if line.startswith("Not in the table: ")]
+    named = re.findall(r"``(\w+)``", left_out)
+    assert sorted(shown + named) == project.studies()
 
 
 @pytest.fixture(scope="module")

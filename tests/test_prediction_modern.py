@@ -6,7 +6,7 @@ The bounds are the errors of the day on which they were written, rounded up; the
 import pytest
 
 from memstudy.profiler import MIB
-from memstudy.studies.published import modern, peft
+from memstudy.studies.published import generation, modern, peft
 from memstudy.studies.published.modern import calculators, fms
 from memstudy.studies.published.rows import predicted_rows, published
 
@@ -78,6 +78,10 @@ def test_each_published_row_is_predicted_or_outside_with_a_cause():
     outside = set().union(*(set(rows.query(query).id) for query in modern.OUTSIDE))
     assert all(len(rows.query(query)) for query in modern.OUTSIDE)
     assert len(rows) == len(outside) + len(published("fms")) + len(published("notebook"))
+    texts = generation.published()
+    unread = [texts.query(query) for query in generation.OUTSIDE]
+    assert all(map(len, unread))
+    assert len(texts) == sum(map(len, unread)) + len(published("generation"))
     assert set(peft.CONFIGS) | {"full-finetuning/llama-3.2-3B-lr_0.00001"} == {*published("peft").index}
 
 
@@ -114,3 +118,13 @@ def test_all_of_pefts_comparison():
     assert error.median() < 0.1
     assert error.drop(list(OFF)).max() < 0.4
     assert error.max() < 5.2
+
+
+@pytest.mark.slow
+def test_all_of_generation():
+    error = errors(predicted_rows("generation"))
+    reserved = error.index.str.endswith("reserved")
+    assert len(error) == 58
+    assert reserved.sum() == 21
+    assert error[~reserved].max() < 0.42  # Qwen rounds to 0.5 % of the smallest model
+    assert error[reserved].max() < 0.8  # BetterTransformer, batch 4

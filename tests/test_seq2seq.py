@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import pandas as pd
 import pytest
 import torch
 from pydantic import ValidationError
@@ -12,7 +13,7 @@ from support.tiers import slow_but
 from memstudy import data
 from memstudy.kinds import parse_run
 from memstudy.profiler import measure, predict
-from memstudy.studies.memsizer import pairs, seq2seq
+from memstudy.studies.memsizer import experiments, pairs, seq2seq
 from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM
 from memstudy.studies.memsizer.run import Seq2SeqRun
 
@@ -184,3 +185,21 @@ def test_scores_are_the_libraries():
 
 def test_texts_are_cleaned():
     assert pairs.clean("  Ein »Test«: (kurz) –  Über 3,5 %!") == "ein test kurz über 3,5 !"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "found", "verdict"),
+    [
+        ([1.0, 1.5], "1.00 to 1.50", "reproduced"),
+        ([1.5, 1.5], "1.50", "partly"),
+        ([0.8, 0.9], "0.80 to 0.90", "not reproduced"),
+        ([None, None], "does not fit", "not testable here"),
+    ],
+)
+def test_a_published_speed_is_judged_by_the_nearest_predicted_ratio(ratios, found, verdict):
+    index = pd.MultiIndex.from_tuples([("a", 32, "T4"), ("a", 64, "T4")], names=["task", "source", "gpu"])
+    predicted = pd.Series(ratios, index, dtype=float)
+    ((claim, said, *results),) = experiments.speed_claims(pd.Series({"a": 1.2}), predicted, tolerance=0.1)
+    assert "T4" in claim
+    assert said == "1.20"
+    assert results == [found, "–", verdict]

@@ -24,7 +24,7 @@ def elementwise(moved_bytes: int) -> Work:
     return Work("elementwise and norms", moved_bytes=moved_bytes)
 
 
-def product(rows: int, columns: int, inner: int, arithmetic: str = "half", batch: int = 1) -> Work:
+def product(rows: int, columns: int, inner: int, arithmetic: str = "fp16", batch: int = 1) -> Work:
     moved = 2 * batch * (rows * inner + inner * columns + rows * columns)
     return Work("products", moved_bytes=moved, product=(batch, rows, columns, inner), arithmetic=arithmetic)
 
@@ -104,7 +104,7 @@ def test_products_of_half_precision_run_on_tensor_cores_and_fp32_only_with_tf32(
     def units(dtype=torch.float32):
         return [found.arithmetic for found in work(of_two(lambda left, right: left @ right.t(), 64, 32, dtype=dtype))]
 
-    assert units(torch.bfloat16) == units(torch.float16) == ["half"]
+    assert (units(torch.bfloat16), units(torch.float16)) == (["bf16"], ["fp16"])
     assert units() == ["fp32"]
     run = HubModelRun(experiment="t", model="bert-base-uncased", seq_len=128, batch_size=4, techniques=("tf32",))
     plain = run.model_copy(update={"techniques": ()})
@@ -119,7 +119,11 @@ def test_attention_has_four_flops_for_each_score_and_head_dimension(work, causal
         return partial(nn.functional.scaled_dot_product_attention, query, query, query, is_causal=causal)
 
     (found,) = work(build)
-    assert (found.kind, found.kernel, found.flops) == ("attention", "flash", 4 * 2 * 4 * 64 * 64 * 32 // (1 + causal))
+    assert (found.kind, found.attention, found.flops) == (
+        "attention",
+        "flash_forward_share",
+        4 * 2 * 4 * 64 * 64 * 32 // (1 + causal),
+    )
 
 
 def test_the_fused_optimizer_reads_gradients_and_writes_the_rest(work):
@@ -175,6 +179,13 @@ def test_parts_that_are_not_traced_are_timed():
     assert flops[6] == pytest.approx(flops[2], rel=0.01)
 
 
+def test_bfloat16_is_slow_before_ampere():
+    work = product(4096, 4096, 4096, "bf16")
+    half = product(4096, 4096, 4096, "fp16")
+    assert kernel_us(work, V100) > 5 * kernel_us(half, V100)
+    assert kernel_us(work, A100) == kernel_us(half, A100)
+
+
 # --- properties
 
 
@@ -183,7 +194,7 @@ works = st.lists(
         st.sampled_from(PHASES),
         st.one_of(
             st.builds(elementwise, st.integers(0, 10**9)),
-            st.builds(product, *[st.integers(1, 5000)] * 3, st.sampled_from(["half", "tf32", "fp32"])),
+            st.builds(product, *[st.integers(1, 5000)] * 3, st.sampled_from(["fp16", "bf16", "tf32", "fp32"])),
             st.just(WAIT),
             st.just(Work("elementwise and norms", kernels=0)),
         ),
@@ -222,7 +233,7 @@ def test_no_op_takes_no_time():
     assert (time.step_time_ms, time.low_ms, time.high_ms, time.share_of_peak) == (0, 0, 0, 0)
 
 
-@given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["half", "fp32"]))
+@given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 4096), st.sampled_from(["fp16", "fp32"]))
 @settings(deadline=None)
 def test_twice_the_rows_never_take_less(rows, columns, inner, arithmetic):
     once, twice = (kernel_us(product(n * rows, columns, inner, arithmetic), A100) for n in (1, 2))

@@ -1,6 +1,6 @@
 """Predict published tables of GPU memory, and print the error of each number.
 
-python benchmarks/prediction [ops|bert|inference|modern]... [--rows TEXT] [--json FILE]
+python benchmarks/prediction [ops|bert|inference|modern|generation]... [--rows TEXT] [--json FILE]
 
 ``modern`` is fine-tuning of 2024 to 2026: fms-acceleration's runs, fsdp_qlora's notebook and PEFT's comparison of
 methods. All tables take six minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from memstudy.studies.published import generation as text
 from memstudy.studies.published import modern as fine_tuning
 from memstudy.studies.published import peft
 from memstudy.studies.published.bert import savings
@@ -55,12 +56,20 @@ def modern(text: str) -> list[pd.DataFrame]:
     return [rows, cells, of_peft, others[others.row.str.contains(text, regex=False)]]
 
 
+def generation(rows: str) -> list[pd.DataFrame]:
+    """Generation of 2023 to 2025; as `modern`."""
+    print(f"generation: {text.SOFTWARE}\nnot predicted:")
+    for query, cause in text.OUTSIDE.items():
+        print(f"  {' '.join(text.published().query(query).id)}: {cause}")
+    return [predicted_rows("generation", named("generation", rows))]
+
+
 def named(table: str, text: str) -> list[str]:
     """The rows of ``table`` whose names have ``text`` in them."""
     return [row for row in published(table).index if text in row]
 
 
-TABLES = {"ops": ops, "bert": bert, "inference": inference, "modern": modern}
+TABLES = {"ops": ops, "bert": bert, "inference": inference, "modern": modern, "generation": generation}
 
 
 def show(frame: pd.DataFrame) -> None:

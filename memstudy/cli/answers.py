@@ -23,11 +23,13 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "peak_allocated_mib": report.peak_allocated_mib,
         "peak_reserved_mib": report.peak_reserved_mib,
         "whole_gpu_mib": report.whole_gpu_mib,
+        "at_rest_mib": report.at_rest_bytes / 2**20,
         "peak_by_phase_mib": {phase: size / 2**20 for phase, size in report.peak_by_phase.items()},
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
         "out_of_memory": str(report.out_of_memory) if report.out_of_memory else None,
         "unverified": list(report.unverified),
         "time": time_as_dict(report, run),
+        "time_by_pass": {name: asdict(time) for name, time in report.time_by_pass.items()},
     }
 
 
@@ -107,7 +109,7 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
     parts = report.waterfall_mib()
     whole = sum(parts.values())
     where = report.device if run.processes == 1 else f"each of {run.processes} × {report.device}"
-    table = Table("", "MiB", "of the whole", "", box=None, title=f"training step on {where}, predicted")
+    table = Table("", "MiB", "of the whole", "", box=None, title=f"{run.what} on {where}, predicted")
     for column in (1, 2):
         table.columns[column].justify = "right"
     for name, size in parts.items():
@@ -128,6 +130,10 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
         )
     if report.time:
         show_time(report.time, run)
+    for name, time in report.time_by_pass.items():
+        # generate prepares each pass in Python, which no constant of the host has been fitted on.
+        bound = ", which does more than issue these ops: a lower bound" * (time.bound_by == "host")
+        console.print(f"{name}: {duration(time)}, predicted; bound by the {time.bound_by}{bound}", soft_wrap=True)
 
 
 def duration(time: StepTime) -> str:

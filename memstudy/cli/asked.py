@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
 import typer
@@ -64,6 +64,10 @@ class Asked:
         names = (text.strip() for text in self.technique.split(",") if text.strip())
         return tuple(text for name in names for text in PRESETS.get(name, (name,)))
 
+    def checked(self) -> Asked:
+        """These options, if they don't contradict each other; else ValueError."""
+        return self
+
     def card(self) -> Gpu | None:
         """The GPU of ``--gpu``; None for this CPU."""
         from memstudy.profiler import find_gpu
@@ -92,7 +96,7 @@ class Asked:
         from rich.console import Console
 
         run = self.run(batch_size, techniques)
-        with Console(stderr=True).status(f"tracing two steps of {run.model} on fake tensors"):
+        with Console(stderr=True).status(f"tracing {run.model} on fake tensors: {run.what}"):
             return run.foretell(self.card(), expandable_segments=self.expandable_segments)
 
     def advised(self, batch_size: int) -> list[str]:
@@ -138,16 +142,66 @@ class Asked:
         return "yes" if all(technique.exact for technique in chosen) else "no"
 
 
+@dataclass(frozen=True)
+class AskedOfText(Asked):
+    """As `Asked`; with ``generate``, the memory of generating a text is asked for, and not of a training step."""
+
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence, to train on.", min=2, max=2**31)] = None
+    generate: Annotated[
+        int | None, typer.Option(help="Instead of training, generate that many tokens per sequence.", min=1, max=2**31)
+    ] = None
+    prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt, with --generate.", min=1, max=2**31)] = None
+    cache: Annotated[
+        Literal["growing", "static"] | None,
+        typer.Option(help="With --generate: growing (the default), or static, as long as the whole text at once."),
+    ] = None
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="With --generate: the weights' format; bf16.")
+    ] = None
+
+    def checked(self):
+        if self.generate is None:
+            if self.prompt or self.cache or self.dtype:
+                raise ValueError("--prompt, --cache and --dtype are for --generate")
+            if self.seq_len is None:
+                raise ValueError("missing option --seq-len, to train, or --generate and --prompt")
+            return self
+        if self.seq_len is not None or self.prompt is None:
+            raise ValueError("--generate needs --prompt, the number of tokens before, and no --seq-len")
+        return replace(self, seq_len=self.prompt + self.generate)
+
+    def run(self, batch_size, techniques):
+        if self.generate is None:
+            return super().run(batch_size, techniques)
+        from memstudy.trainers.generation import GenerationRun
+
+        chosen = {name: value for name in ("cache", "dtype") if (value := getattr(self, name))}
+        return GenerationRun(
+            experiment="asked",
+            batch_size=batch_size,
+            techniques=techniques,
+            new_tokens=self.generate,
+            **self.sizes(),
+            **chosen,
+        )
+
+    def result(self, techniques):
+        if self.generate is None:
+            return super().result(techniques)
+        from memstudy.techniques import parse
+
+        return "yes" if all(technique.exact for technique in parse(techniques, trained=False)) else "no"
+
+
 def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of `Asked`.
+    """``command`` with its first parameter, an `Asked`, replaced by one option for each field of its class.
 
     An option of ``command`` takes the place of the shared one of its name, which is then at its default.
     """
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    ]
-    hints = get_type_hints(Asked, include_extras=True)
+    first, *own = inspect.signature(command, eval_str=True).parameters.values()
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    kind = first.annotation
+    hints = get_type_hints(kind, include_extras=True)
     shared = [
         inspect.Parameter(
             field.name,
@@ -155,14 +209,14 @@ def about_a_step(command: Callable[..., None]) -> Callable[..., None]:
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in fields(Asked)
+        for field in fields(kind)
         if field.name not in {parameter.name for parameter in own}
     ]
 
     def with_options(**given) -> None:
-        asked = Asked(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        asked = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         with _one_line():
-            command(asked, **given)
+            command(asked.checked(), **given)
 
     with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
     with_options.__signature__ = inspect.Signature([*shared[:2], *own, *shared[2:]])

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from memstudy.cli.answers import Answer, show
-from memstudy.cli.asked import Asked, Budget, Keep, about_a_step
+from memstudy.cli.asked import Asked, AskedOfText, Budget, Keep, about_a_step
 
 if TYPE_CHECKING:
+    from memstudy.profiler import Gpu, MemoryReport
     from memstudy.trainers.hub_model import HubModelRun
 
 STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs multiply fastest
@@ -20,11 +21,14 @@ STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs m
 
 @about_a_step
 def fit(
-    asked: Asked,
+    asked: AskedOfText,
     budget_mib: Budget = None,
     search: Annotated[
         Literal["batch", "seq-len"],
-        typer.Option(help="seq-len: the longest sequence up to --seq-len, one per batch, in multiples of 8 tokens."),
+        typer.Option(
+            help="seq-len: the longest sequence up to --seq-len, or text up to --prompt and --generate, one per "
+            "batch, in steps of 8 tokens."
+        ),
     ] = "batch",
     effective_batch: Annotated[
         int | None,
@@ -36,7 +40,8 @@ def fit(
 ) -> None:
     """Find the largest batch that fits, by prediction.
 
-    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise
+    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise\n
+    memstudy fit --model qwen2.5-7b --prompt 30720 --generate 2048 --search seq-len --gpu RTX4090
 
     With --advise, techniques are added one by one, those that change least first, in the order of `memstudy advise`,
     until a batch fits; for a batch of your own choice, use that command. With --verify (only without --gpu), the batch
@@ -45,6 +50,8 @@ def fit(
     from memstudy.studies.ablation.advice import first_that_fits
 
     _check(asked, budget_mib, search, verify)
+    if asked.generate and (advise or effective_batch):
+        raise ValueError("--advise and --effective-batch are for training: leave --generate out")
     sought = _Search(asked, budget_mib, search, effective_batch, verify)
     tried: dict[tuple[str, ...], Answer] = {}
 
@@ -71,7 +78,7 @@ def fit(
         typer.echo("add --advise to find techniques that make a batch fit")
 
 
-def _check(asked: Asked, budget_mib: float | None, search: str, verify: bool) -> None:
+def _check(asked: AskedOfText, budget_mib: float | None, search: str, verify: bool) -> None:
     """Raise ValueError for options that exclude each other."""
     if verify and asked.gpu is not None:
         raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
@@ -81,15 +88,16 @@ def _check(asked: Asked, budget_mib: float | None, search: str, verify: bool) ->
         raise ValueError("fit needs a budget: give --gpu, or --budget-mib for this CPU")
     if any(text.partition("=")[0] == "accumulation" for text in asked.techniques):
         raise ValueError("accumulation follows from the batch that fits: give --effective-batch instead")
-    if search == "seq-len" and asked.seq_len < STEP_TOKENS:
-        raise ValueError(f"seq_len={asked.seq_len}: --search seq-len looks for multiples of {STEP_TOKENS} up to it")
+    tokens = asked.prompt or asked.seq_len
+    if search == "seq-len" and tokens < STEP_TOKENS:
+        raise ValueError(f"{tokens} tokens: --search seq-len looks for multiples of {STEP_TOKENS} up to them")
 
 
 @dataclass(frozen=True)
 class _Search:
     """A search for the largest batch, or for the longest sequence with one in each process's batch."""
 
-    asked: Asked
+    asked: AskedOfText
     budget_mib: float | None
     over: str
     effective_batch: int | None
@@ -103,14 +111,20 @@ class _Search:
         from memstudy.profiler.search import LIMIT
 
         processes, over_batch = self.asked.processes, self.over == "batch"
-        limit = LIMIT if over_batch else processes * (self.asked.seq_len // STEP_TOKENS)
+        limit = LIMIT if over_batch else processes * ((self.asked.prompt or self.asked.seq_len) // STEP_TOKENS)
         card = self.asked.card()
         with Console(stderr=True).status("predicting") as status:
 
-            def build(size: int):
+            def run(size: int) -> HubModelRun:
                 batch, seq_len = self._sizes(size)
                 status.update(f"{self.asked.model}: batch {batch}, {seq_len} tokens, {', '.join(techniques)}")
-                return self._sized(batch, seq_len, techniques).build(gpu=card, parts=2)
+                return self._sized(batch, seq_len, techniques)
+
+            def build(size: int):
+                return run(size).build(gpu=card, parts=2)
+
+            def generates(size: int, card: Gpu | None) -> MemoryReport:
+                return run(size).foretell(card, expandable_segments=self.asked.expandable_segments)
 
             found = largest_fit(
                 build,
@@ -121,6 +135,7 @@ class _Search:
                 processes=processes,
                 limit=processes if smallest else limit,
                 run=partial(self._run, build) if self.verify else None,
+                foretell=generates if self.asked.generate else None,
             )
         batch, seq_len = self._sizes(found.batch_size)
         refused = found.refused_at and self._sizes(found.refused_at)[0 if over_batch else 1]
@@ -140,7 +155,7 @@ class _Search:
         """Batch and sequence length of a ``size`` of the search, which are multiples of the number of processes."""
         if self.over == "batch":
             return size, self.asked.seq_len
-        return self.asked.processes, size // self.asked.processes * STEP_TOKENS
+        return self.asked.processes, (self.asked.generate or 0) + size // self.asked.processes * STEP_TOKENS
 
     def _run(self, build, size: int) -> float | None:
         """The measured peak [MiB] of ``size``; None if the step does not fit."""

@@ -29,7 +29,9 @@ class _Block:
     category: str = ""
 
 
-def account(events: Iterable[Event], *, device: str, kind: str, **others) -> MemoryReport:
+def account(
+    events: Iterable[Event], *, device: str, kind: str, categories: tuple[str, ...] = CATEGORIES, **others
+) -> MemoryReport:
     """Replay ``events`` into a report.
 
     Parameters
@@ -37,6 +39,8 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
     events : iterable of Event
         In order of time. A ``free`` of an unknown block is ignored: the block is older than the recording. An ``alloc``
         of a block in use means that another thread, such as a communication library's, has freed the block.
+    categories : tuple of str
+        The names of all categories, ``temporary`` and ``other`` among them.
     device, kind, others
         Passed on to :class:`MemoryReport`.
 
@@ -47,7 +51,7 @@ def account(events: Iterable[Event], *, device: str, kind: str, **others) -> Mem
     """
     events = list(events)
     blocks = _categorise(events)
-    live = dict.fromkeys(CATEGORIES, 0)
+    live = dict.fromkeys(categories, 0)
     forward_end: dict[str, int] = dict(live)
     modules: dict[str, int] = {}
     peak, peak_by_category, workspaces, workspaces_at_peak = 0, dict(live), 0, 0

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, record_function
 from memstudy.profiler.accounting import account
 from memstudy.profiler.events import Event
 from memstudy.profiler.report import MemoryReport
-from memstudy.profiler.roles import Roles, Step, watch_modules
+from memstudy.profiler.roles import ITERATION, Roles, Step, watch_modules
 
-_ITERATION, _MODULE, _MARK = "memstudy.iteration", "memstudy.module:", "memstudy.mark"
+_MODULE, _MARK = "memstudy.module:", "memstudy.mark"
 _BACKWARD, _OPTIMIZER = "autograd::engine::evaluate_function", "Optimizer."
 
 
@@ -69,7 +69,7 @@ def measure(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
         step = build()
         roles.watch_gradients()
         for _ in range(iterations):
-            with record_function(_ITERATION):
+            with record_function(ITERATION):
                 roles.tell_parameters()
                 step()
             if on_cuda:
@@ -124,7 +124,7 @@ def _flatten(tree, device: str) -> Iterator[tuple[int, int, str, object]]:
             if allocation.device.type == device:
                 yield time_ns, serial, "memory", (allocation.ptr, allocation.alloc_size, module)
             continue
-        if name == _ITERATION:
+        if name == ITERATION:
             yield time_ns, serial, "phase", "forward"
             yield time_ns, serial + 1, "iteration", None
             stepping = True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -85,30 +85,55 @@ def predict(
     if processes < 1:
         raise ValueError(f"processes={processes}: at least 1 process must run the step")
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    recorder, events = _follow(build, iterations, card, processes, semantics)
+    recorder, events = follow(build, iterations, card, processes, semantics)
+    return report_of(
+        events,
+        recorder,
+        card,
+        expandable_segments=expandable_segments,
+        requested_bytes=None if card is None else recorder.requested_bytes,
+        uncounted=["NCCL's buffers (not counted)"] * (processes > 1),
+        time=time_of(recorder, card, repeats=repeats, processes=processes),
+    )
+
+
+def report_of(
+    events: Iterable[Event],
+    recorder: Recorder,
+    card: Gpu | None,
+    *,
+    expandable_segments: bool,
+    uncounted: Iterable[str] = (),
+    **others,
+) -> MemoryReport:
+    """The report of predicted ``events``, on a GPU after a replay of its allocator; ``others`` as in `account`."""
     if card is None:
-        return account(events, device="cpu", kind="predicted", unverified=tuple(sorted(recorder.assumed)))
+        assumed = tuple(sorted(recorder.assumed))
+        return account(events, device="cpu", kind="predicted", unverified=assumed, **others)
     replayed = replay(events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
     return account(
         replayed.events,
         device=card.name,
         kind="predicted",
         peak_reserved_bytes=replayed.peak_reserved,
-        requested_bytes=recorder.requested_bytes,
         context_bytes=int(card.context_mib * MIB),
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
-        time=_time(recorder, card, repeats, processes) if card.speed else None,
-        unverified=(
-            *sorted(recorder.below.unverified | recorder.assumed),
-            *["NCCL's buffers (not counted)"] * (processes > 1),
-        ),
+        unverified=(*sorted(recorder.below.unverified | recorder.assumed), *uncounted),
+        **others,
     )
 
 
-def _time(recorder: Recorder, card: Gpu, repeats: int, processes: int) -> StepTime:
-    """The time of the last step, whose last forward and backward pass come ``repeats`` more times."""
-    issued, untimed = recorder.issued, recorder.untimed.copy()
+def time_of(
+    recorder: Recorder, card: Gpu | None, *, step: int = -1, repeats: int = 0, processes: int = 1
+) -> StepTime | None:
+    """The time of the ``step``, by its index, whose last forward and backward pass come ``repeats`` more times.
+
+    None without a GPU of known speed.
+    """
+    if card is None or not card.speed:
+        return None
+    issued, untimed = recorder.issued_by_step[step], recorder.untimed.copy()
     if processes > 1:
         untimed.add("communication between processes")
     if card.speed.watts < 100:
@@ -121,7 +146,7 @@ def _time(recorder: Recorder, card: Gpu, repeats: int, processes: int) -> StepTi
     return step_time(issued, card, untimed=tuple(sorted(untimed)))
 
 
-def _follow(
+def follow(
     build: Callable[[], Step], iterations: int, card: Gpu | None, processes: int, semantics: cuda.Semantics
 ) -> tuple[Recorder, list[Event]]:
     """Run ``build`` and the steps on fake tensors; return the recorder and its events."""
@@ -144,6 +169,7 @@ def _follow(
         stack.enter_context(roles.watch())
         stack.enter_context(recorder.watch_optimizer())
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
+        stack.enter_context(patch("memstudy.profiler.roles.next_iteration", recorder.begin_step))
         stack.enter_context(modules_on_real_tensors())
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
         stack.enter_context(patch("torch.compile", recorder.compiled))

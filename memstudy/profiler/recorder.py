@@ -79,7 +79,8 @@ class Recorder(TorchDispatchMode):
             self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
-        self.issued: list[tuple[str, Work]] = []  # ops of the last step, each with its phase
+        self.issued: list[tuple[str, Work]] = []  # ops of the step, each with its phase
+        self.issued_by_step: list[list[tuple[str, Work]]] = []
         self.untimed: set[str] = set()  # what the step's time leaves out or only bounds
         self._works: dict[tuple, Work] = {}
         self._values = Values()
@@ -100,7 +101,8 @@ class Recorder(TorchDispatchMode):
         self._tell("empty_cache")
 
     def begin_step(self) -> None:
-        self.issued.clear()
+        self.issued = []
+        self.issued_by_step.append(self.issued)
         self._values.most = MOST_IN_STEP
         self._enter("forward")
         self._tell("iteration")

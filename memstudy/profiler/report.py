@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memstudy.profiler.events import CATEGORIES, MIB, OutOfMemory
 from memstudy.profiler.time import StepTime
@@ -49,7 +49,10 @@ class MemoryReport:
         Of a prediction: what had to be assumed; for a GPU also ops that no rule covers, predicted as their CPU kernels,
         and memory not counted.
     time : StepTime or None
-        The predicted time of the last step; None for a measurement, a CPU, and a GPU described without its speed.
+        The predicted time of the last step; None for generation, a measurement, a CPU, and a GPU described without its
+        speed.
+    time_by_pass : dict
+        Of predicted generation, as ``time``: of ``prefill``, and of a ``token`` that comes after the whole text.
     """
 
     device: str
@@ -69,6 +72,7 @@ class MemoryReport:
     out_of_memory: OutOfMemory | None = None
     unverified: tuple[str, ...] = ()
     time: StepTime | None = None
+    time_by_pass: dict[str, StepTime] = field(default_factory=dict)
 
     @property
     def peak_allocated_mib(self) -> float:
@@ -76,9 +80,14 @@ class MemoryReport:
         return self.peak_bytes / MIB
 
     @property
+    def at_rest_bytes(self) -> int:
+        """Bytes allocated after the last step; of generation, after the last token, with the cache."""
+        return sum(self.timeline[-1][2].values())
+
+    @property
     def most_by_category(self) -> dict[str, int]:
         """Most bytes of each category at any time of the last step; at different times, so they don't add up."""
-        return {name: max(live[name] for _, _, live in self.timeline) for name in CATEGORIES}
+        return {name: max(live[name] for _, _, live in self.timeline) for name in self.peak_by_category}
 
     @property
     def peak_reserved_mib(self) -> float | None:

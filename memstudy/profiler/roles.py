@@ -13,10 +13,21 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import record_function
 
 from memstudy.profiler.internals import is_traceable_wrapper_subclass
 
 Step = Callable[[], object]
+ITERATION = "memstudy.iteration"  # the range that begins an iteration in a recording of torch's profiler
+
+
+def next_iteration() -> None:
+    """Begin the next iteration within a step that has several, as generation has one for each token.
+
+    To be called as ``roles.next_iteration()``, which a prediction replaces.
+    """
+    with record_function(ITERATION):
+        pass
 
 
 class Roles:

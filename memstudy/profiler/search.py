@@ -72,6 +72,7 @@ def fit(
     processes: int = 1,
     limit: int = LIMIT,
     run: Callable[[int], float | None] | None = None,
+    foretell: Callable[[int, Gpu | None], MemoryReport] | None = None,
 ) -> Fit:
     """Find the largest batch that fits a GPU, or a budget on this CPU.
 
@@ -96,6 +97,8 @@ def fit(
     run : callable, optional
         Runs a real batch and returns its measured peak [MiB], or None if it did not fit. The predicted batch is run,
         then smaller ones until one fits.
+    foretell : callable, optional
+        Predicts a batch size on a GPU in place of ``build_for_batch``, as of generation.
 
     Raises
     ------
@@ -119,16 +122,21 @@ def fit(
         sizes = [size for size in sizes[: effective_batch // processes] if effective_batch % size == 0]
     reports: dict[int, MemoryReport] = {}
 
+    def of_steps(size: int, card: Gpu | None) -> MemoryReport:
+        return predict(
+            build_for_batch(size),
+            gpu=card,
+            iterations=steps_to_settle(processes),
+            expandable_segments=expandable_segments,
+            processes=processes,
+            repeats=max(0, (effective_batch or 0) // size - 2),
+        )
+
+    predicted = foretell or of_steps
+
     def needed(size: int) -> float:
         if size not in reports:
-            reports[size] = predict(
-                build_for_batch(size),
-                gpu=card,
-                iterations=steps_to_settle(processes),
-                expandable_segments=expandable_segments,
-                processes=processes,
-                repeats=max(0, (effective_batch or 0) // size - 2),
-            )
+            reports[size] = predicted(size, card)
         report = reports[size]
         return report.peak_allocated_mib if card is None else report.whole_gpu_mib
 

@@ -86,8 +86,8 @@ TECHNIQUES: dict[str, type[Technique]] = {
 PRESETS = {"sft": ("convention=trl", "checkpointing")}
 
 
-def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
-    """The techniques that ``texts`` name, in order.
+def parse(texts: Sequence[str], *, trained: bool = True) -> tuple[Technique, ...]:
+    """The techniques that ``texts`` name, in order, for a model that is ``trained`` or only run.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def parse(texts: Sequence[str]) -> tuple[Technique, ...]:
     if {OptimizerInBackward, Accumulation} <= kinds:
         raise ValueError("optimizer_in_backward drops each gradient at once and so excludes accumulation")
     groups = {technique.group for technique in techniques}
-    if "weights" in groups and "adapters" not in groups:
+    if trained and "weights" in groups and "adapters" not in groups:
         raise ValueError(f"techniques {list(texts)}: quantised weights are frozen: add an adapter, as lora=16")
     if "weights" in groups and QLora in kinds:
         raise ValueError("qlora quantises the weights and so excludes nf4_weights and int8_weights: take lora")

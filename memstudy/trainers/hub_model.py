@@ -21,10 +21,10 @@ from memstudy.huggingface.convert import convert_attention
 from memstudy.huggingface.inputs import random_batch
 from memstudy.trainers.step import StepRun
 
-_CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 # Whisper's decoder predicts the next token of the text, as T5's does.
 _LANGUAGE_MODELS = (
-    _CAUSAL
+    CAUSAL
     | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     | set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values())
     | {"WhisperForConditionalGeneration"}
@@ -74,7 +74,7 @@ class HubModelRun(StepRun):
         family = self._family(config)
         positions = _positions(config)
         if positions is not None and self.seq_len > positions:
-            raise ValueError(f"seq_len={self.seq_len} is more than the {positions} positions of {self.model}")
+            raise ValueError(f"{self.length} is more than the {positions} positions of {self.model}")
         tokens = (config.image_size // config.patch_size) ** 2 + 1 if config.model_type == "vit" else self.seq_len
         if self.seq_len != tokens:
             raise ValueError(
@@ -88,7 +88,7 @@ class HubModelRun(StepRun):
                 f"seq_len={self.seq_len}: with the axial positions of {self.model} it trains on "
                 f"{math.prod(config.axial_pos_shape)} tokens only; take learned positions"
             )
-        if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in _CAUSAL):
+        if "chunked_loss" in self.techniques and (self.task != "lm" or family.__name__ not in CAUSAL):
             raise ValueError(f"chunked_loss is for causal language models; {self.model} with task {self.task} is none")
         for text, technique in zip(self.techniques, self.parsed_techniques(), strict=True):
             if technique.group == "optimizer" and self.optimizer != "adamw":
@@ -110,6 +110,20 @@ class HubModelRun(StepRun):
         if max_len < self.seq_len:
             raise ValueError(f"max_len={max_len} is less than seq_len={self.seq_len}")
         return self
+
+    @property
+    def what(self) -> str:
+        """What is run, in words."""
+        return "training step"
+
+    @property
+    def length(self) -> str:
+        """The number of tokens, in words."""
+        return f"seq_len={self.seq_len}"
+
+    def weights_dtype(self) -> torch.dtype:
+        """The format in which the model is made."""
+        return torch.float32
 
     def mixer(self) -> AttentionConfig | None:
         """Config of the variant that replaces the model's attention; None for an unchanged model."""
@@ -159,14 +173,14 @@ class HubModelRun(StepRun):
         return getattr(transformers, name)
 
     def make_model(self) -> transformers.PreTrainedModel:
-        """The model with random weights in fp32, whatever dtype its config names, converted."""
+        """The model with random weights, in fp32 to train whatever dtype its config names, converted."""
         config = self.config()
         family = self._family(config)
         if self.task == "classification" and family.main_input_name == "input_ids" and config.pad_token_id is None:
             config.pad_token_id = 0  # a decoder's classifier reads the last token that is not padding
         # A family with only its own attention calls it eager.
         attention = self.attention if family._supports_sdpa else "eager"
-        model = family._from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = family._from_config(config, attn_implementation=attention, dtype=self.weights_dtype())
         if "LMHead" in family.__name__:
             model.loss_type = "ForCausalLM"  # transformers would guess it from the class name and warn
         if self.task == "contrastive":  # without labels, only a flag makes CLIP return its loss

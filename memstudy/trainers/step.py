@@ -237,7 +237,7 @@ class StepRun(Run):
             report = once_for_equal_steps(self, gpu, partial(self.foretell, card))
         except (Unavailable, ValueError):  # the run itself reports why
             return {"mem_mb": megabytes(PROCESS_MIB)}
-        except NotImplementedError:  # sparse rows have no fake tensors: ask for a whole card
+        except (NotImplementedError, ImportError):  # no fake tensors for it, or no package here: ask for a whole card
             host = {"mem_mb": self.processes * megabytes(2 * PROCESS_MIB)}
             return host | ({"gpu": self.processes, "gpu_mem_mb": megabytes(card.memory_mib)} if card else {})
         if gpu:

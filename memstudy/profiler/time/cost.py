@@ -153,8 +153,7 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
     elif work.kind == "products":
         us = max(_product_us(work, gpu), us * known["memory_share"].of(gpu) / known["product_memory_share"].value)
     elif work.kind == "attention":
-        share = known[f"{work.kernel}_{'backward' if work.backward else 'forward'}_share"].of(gpu)
-        us = max(work.flops / (_rate(work.arithmetic, gpu) * share * 1e6), us)
+        us = max(work.flops / (_rate(work.arithmetic, gpu) * known[work.attention].value * 1e6), us)
     elif work.unvectorised:
         each = speed.sms * known["element_gb_s"].of(gpu) * min(work.unvectorised, 4) * 1e3
         us = max(us, work.moved_bytes / each)
@@ -164,11 +163,11 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
 
 
 def _rate(arithmetic: str, gpu: Gpu) -> float:
-    """What the unit that multiplies reaches in products [TFLOP/s]; without that unit, ordinary fp32 arithmetic."""
+    """What products reach [TFLOP/s]: on tensor cores, or by ordinary fp32 arithmetic where they lack the type."""
     known, speed = constants(), gpu.speed
-    if arithmetic == "fp32" or (arithmetic == "tf32" and not speed.tf32_tflops):
-        return speed.fp32_tflops * known["fp32_share"].of(gpu)
-    return (speed.tensor_tflops if arithmetic == "half" else speed.tf32_tflops) * known["tensor_share"].of(gpu)
+    bf16 = speed.tensor_tflops if gpu.compute_capability >= (8, 0) else None
+    peak = {"fp16": speed.tensor_tflops, "bf16": bf16, "tf32": speed.tf32_tflops, "fp32": None}[arithmetic]
+    return peak * known["tensor_share"].of(gpu) if peak else speed.fp32_tflops * known["fp32_share"].of(gpu)
 
 
 def step_us(work: Work, gpu: Gpu) -> float:
@@ -179,7 +178,7 @@ def step_us(work: Work, gpu: Gpu) -> float:
     us, known = kernel_us(work, gpu), constants()
     if work.arithmetic == "fp32" or work.kind not in ("products", "attention"):
         return us
-    limit = gpu.speed.watts * known["tflops_per_watt"].of(gpu) / (1 if work.arithmetic == "half" else 2)
+    limit = gpu.speed.watts * known["tflops_per_watt"].of(gpu) / (2 if work.arithmetic == "tf32" else 1)
     return max(us / known["sustained"].of(gpu), _flops(work) / (limit * 1e6))
 
 

@@ -12,7 +12,6 @@ from memstudy.profiler.internals import OpOverload
 from memstudy.profiler.results import tensors
 
 _ATEN = torch.ops.aten
-_HALF = (torch.float16, torch.bfloat16)
 KINDS = ("products", "attention", "elementwise and norms", "optimizer", "transfers", "host waits")
 
 
@@ -33,11 +32,9 @@ class Work:
     product : tuple of int
         Batch, rows, columns and inner size of a product, or empty.
     arithmetic : str
-        Unit that multiplies: ``half`` or ``tf32`` on tensor cores, ``fp32``.
-    kernel : str
-        The attention kernel: ``flash``, ``efficient`` or ``cudnn``.
-    backward : bool
-        Whether an attention kernel makes gradients.
+        What is multiplied: ``fp16``, ``bf16``, ``tf32``, which tensor cores take if the GPU has them, or ``fp32``.
+    attention : str
+        An attention kernel's constant in ``constants.yaml``, or empty.
     unvectorised : int
         Bytes of the smallest element, where the kernel loads elements one by one; otherwise 0.
     """
@@ -48,8 +45,7 @@ class Work:
     flops: int = 0
     product: tuple[int, ...] = ()
     arithmetic: str = "fp32"
-    kernel: str = ""
-    backward: bool = False
+    attention: str = ""
     unvectorised: int = 0
 
 
@@ -67,25 +63,25 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
         return VIEW
     given = [tensor for tensor in tensors((*args, *kwargs.values())) if tensor.layout is torch.strided]
     made = tuple(tensor for tensor in made if tensor.layout is torch.strided)
+    arguments = func._schema.arguments
+    named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
     if rule := _PRODUCTS.get(packet):
         shapes = rule(args, made)
         unit = _unit(made[0].dtype)
         return Work("products", 1, sum(map(_size, (*given, *made))), product=shapes, arithmetic=unit)
     if packet in _ATTENTION:
-        kernel, backward = _ATTENTION[packet]
-        query, key = args[1:3] if backward else args[:2]
-        flops = (10 if backward else 4) * query.numel() * key.shape[-2]
+        constant, kernels = _ATTENTION[packet]
+        query, key = args[1:3] if kernels > 1 else args[:2]  # in backward, the gradient comes first
+        flops = (10 if kernels > 1 else 4) * query.numel() * key.shape[-2] // (2 if named.get("is_causal") else 1)
         moved = sum(map(_size, (*given, *made)))
-        flops //= 2 if _is_causal(func, args, kwargs) else 1
-        kernels = {"flash": 3, "efficient": 2, "cudnn": 2}[kernel] if backward else 1
-        return Work("attention", kernels, moved, flops, arithmetic=_unit(query.dtype), kernel=kernel, backward=backward)
-    own = {storage._cdata for storage in (tensor.untyped_storage() for tensor in given)}
+        return Work("attention", kernels, moved, flops, arithmetic=_unit(query.dtype), attention=constant)
+    own = {tensor.untyped_storage()._cdata for tensor in given}
     new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in own]
     if not new and not func._schema.is_mutable:
         return VIEW  # a reshape that needed no copy
     read, written, largest = 0, sum(map(_size, new)), max(map(_size, new), default=0)
-    for argument, value in zip(func._schema.arguments, (*args, *map(kwargs.get, _missing(func, args))), strict=False):
-        size = sum(map(_size, tensors((value,))))
+    for argument in arguments:
+        size = sum(map(_size, tensors((named.get(argument.name),))))
         written += size if (writes := argument.alias_info is not None and argument.alias_info.is_write) else 0
         read += 0 if packet in _READS_RESULT or argument.is_out or (writes and packet in _OVERWRITES) else size
     if packet in _READS_RESULT:  # only the rows that are asked for are read
@@ -99,7 +95,7 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     *passes, kernels = _PASSES.get(packet, (0, 0, 0, 1))
     moved = read + written + int(passes[_row(given[0])] * _size(given[0]) if given else 0)
     if packet in _CHUNKED or func._schema.name.startswith("aten::_foreach"):
-        kernels = _launches(args, len(list(filter(None, map(_is_list, args)))))
+        kernels = _launches([value for value in args if _is_list(value)])
     return Work("elementwise and norms", kernels, moved, unvectorised=_element(func, given, made))
 
 
@@ -121,13 +117,8 @@ def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tens
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.numel() * tensor.element_size() == _span(tensor)
-
-
-def _span(tensor: torch.Tensor) -> int:
-    """Bytes from the first to the last element."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+    return tensor.numel() == 1 + sum((size - 1) * stride for size, stride in steps)
 
 
 def _row(tensor: torch.Tensor) -> int:
@@ -146,21 +137,16 @@ def is_untimed(func: OpOverload) -> bool:
     return func._schema.name.startswith(_UNTIMED)
 
 
-def _missing(func: OpOverload, args: tuple) -> list[str]:
-    return [argument.name for argument in func._schema.arguments[len(args) :]]
-
-
 def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value)
 
 
-def _launches(args: tuple, depth: int) -> int:
+def _launches(lists: list) -> int:
     """Kernels of a multi-tensor op: aten/src/ATen/native/cuda/MultiTensorApply.cuh, ``depth_to_max_tensors``.
 
     A launch takes so many tensors, and 320 chunks of 65,536 elements.
     """
-    lists = [value for value in args if _is_list(value)]
-    tensors_in_launch = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}[min(max(depth, 1), 5)]
+    tensors_in_launch = {1: 110, 2: 64, 3: 48, 4: 36}.get(len(lists), 30)
     chunks = sum(-(-tensor.numel() // 65_536) for tensor in lists[0])
     return max(1, -(-len(lists[0]) // tensors_in_launch), -(-chunks // 320))
 
@@ -172,15 +158,9 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _unit(dtype: torch.dtype) -> str:
-    if dtype in _HALF:
-        return "half"
+    if dtype in (torch.float16, torch.bfloat16):
+        return "fp16" if dtype is torch.float16 else "bf16"
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
-
-
-def _is_causal(func: OpOverload, args: tuple, kwargs: dict) -> bool:
-    names = [argument.name for argument in func._schema.arguments]
-    place = names.index("is_causal")
-    return bool(args[place] if len(args) > place else kwargs.get("is_causal"))
 
 
 def _rows(args: tuple, made: tuple) -> tuple[int, ...]:
@@ -226,13 +206,14 @@ _PRODUCTS: dict[object, Callable[[tuple, tuple], tuple[int, ...]]] = {
     _ATEN.convolution: _convolution,
     _ATEN.convolution_backward: _convolution_backward,
 }
+# The constant of each kernel, and how many kernels it is; cuDNN's counts as flash attention.
 _ATTENTION = {
-    _ATEN._scaled_dot_product_flash_attention: ("flash", False),
-    _ATEN._scaled_dot_product_flash_attention_backward: ("flash", True),
-    _ATEN._scaled_dot_product_efficient_attention: ("efficient", False),
-    _ATEN._scaled_dot_product_efficient_attention_backward: ("efficient", True),
-    _ATEN._scaled_dot_product_cudnn_attention: ("cudnn", False),
-    _ATEN._scaled_dot_product_cudnn_attention_backward: ("cudnn", True),
+    _ATEN._scaled_dot_product_flash_attention: ("flash_forward_share", 1),
+    _ATEN._scaled_dot_product_flash_attention_backward: ("flash_backward_share", 3),
+    _ATEN._scaled_dot_product_cudnn_attention: ("flash_forward_share", 1),
+    _ATEN._scaled_dot_product_cudnn_attention_backward: ("flash_backward_share", 3),
+    _ATEN._scaled_dot_product_efficient_attention: ("efficient_forward_share", 1),
+    _ATEN._scaled_dot_product_efficient_attention_backward: ("efficient_backward_share", 2),
 }
 _UNTIMED = (
     "aten::linalg_", "aten::_linalg", "aten::_fft", "aten::sort", "aten::topk", "aten::_scaled_mm", "c10d::", "_c10d",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import pandas as pd
 import seaborn as sns
@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from memstudy.attention import ATTENTION, MemSizerAttention, MemSizerConfig
 from memstudy.attention.settings import mixer_of
 from memstudy.figures import MARKERS, small_multiples
+from memstudy.huggingface.catalogue import model_config
 from memstudy.profiler import MIB
 from memstudy.studies.attention_layer.peers import PEERS
 from memstudy.studies.attention_layer.run import LayerRun
+from memstudy.trainers.generation import GenerationRun
 
 # Settings as the papers recommend them.
 LAYERS: dict[str, dict] = {
@@ -86,6 +88,40 @@ def kept_mib(run: LayerRun) -> float:
 def state_mib(run: LayerRun) -> float:
     """Memory that decoding keeps after ``run.seq_len`` tokens [MiB], in closed form."""
     return 4 * run.mixer().state_elements(*_shape(run)) / MIB
+
+
+def while_decoding(
+    models: Iterable[str],
+    variants: Mapping[str, dict],
+    lengths: Sequence[int],
+    *,
+    like: str,
+    batch_size: int,
+    gpu: str,
+) -> pd.DataFrame:
+    """Memory [MiB] that decoding keeps beside the weights, a row for each of ``lengths`` [tokens].
+
+    A column for each of ``models``, whose caches of keys and values or states are predicted on ``gpu``; and one for
+    each of ``variants``, in fp32 and closed form, in as many layers of the shape that the model ``like`` has.
+    """
+    table = pd.DataFrame(index=pd.Index(lengths, name="seq_len"))
+    for model in models:
+        run = GenerationRun(experiment="decoding", model=model, seq_len=lengths[0], new_tokens=2, batch_size=batch_size)
+        reports = [run.model_copy(update={"seq_len": length}).foretell(gpu) for length in lengths]
+        table[model] = [report.timeline[-1][2]["cache"] / MIB for report in reports]
+    config = model_config(like).get_text_config()
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    for name, settings in variants.items():
+        kept = [mixer_of(_at_length(settings, n)).state_elements(batch_size, heads, n, width) for n in lengths]
+        table[name] = [4 * config.num_hidden_layers * elements / MIB for elements in kept]
+    return table
+
+
+def crossover(table: pd.DataFrame, growing: str, constant: str) -> float:
+    """The length [tokens] at which the column ``growing`` of `while_decoding` passes ``constant``, by a line."""
+    first, last = table.index[[0, -1]]
+    slope = (table[growing][last] - table[growing][first]) / (last - first)
+    return first + (table[constant][first] - table[growing][first]) / slope
 
 
 def patterns(variants: Collection[str], n_tokens: int) -> dict[str, torch.Tensor]:

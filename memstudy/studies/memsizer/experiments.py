@@ -6,11 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from memstudy.data import place_value
 from memstudy.studies.memsizer import pairs
 from memstudy.studies.memsizer.run import Seq2SeqRun
+from memstudy.study import verdict
 
 SCORES = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "perplexity": "perplexity"}
 PARTS = {"test": "interpolation", "extrapolate": "extrapolation"}  # splits of the questions
@@ -177,3 +179,19 @@ def timed(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     first = [next((look for look in curves["right"] if look[2] >= share), [math.nan] * 3) for curves in rows["curves"]]
     updates, seconds, _ = zip(*first, strict=True)
     return rows.assign(epoch_s=rows["train_time_s"] / rows["epochs"], updates_to=updates, seconds_to=seconds)
+
+
+def speed_claims(said: pd.Series, predicted: pd.Series, tolerance: float) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the ledger: the published ratio of speeds by task, and the range ``predicted`` over lengths, by GPU.
+
+    ``predicted`` has the levels ``task`` and ``gpu`` in its index, and no value where a step does not fit. The value of
+    the range that is nearest to the published one is judged, with ``tolerance`` as a share of it.
+    """
+    rows = []
+    for (task, gpu), (low, high) in predicted.groupby(["task", "gpu"], sort=False).agg(["min", "max"]).iterrows():
+        claimed, nearest = (100 * (ratio - 1) for ratio in (said[task], np.clip(said[task], low, high)))
+        found = f"{low:.2f} to {high:.2f}" if low < high else "does not fit" if np.isnan(low) else f"{low:.2f}"
+        judged = verdict(nearest, claimed, claimed, 100 * tolerance * said[task])
+        claim = f"speed, {task}, in training, predicted for the {gpu}: MemSizer / Transformer"
+        rows.append((claim, f"{said[task]:.2f}", found, "–", judged))
+    return rows

@@ -9,13 +9,13 @@ import pandas as pd
 from pydantic import model_validator
 from tqdm import tqdm
 
-from memstudy.studies.published import GPUS, Figures, bert, frame_of, inference, ops, peft
+from memstudy.studies.published import GPUS, Figures, bert, frame_of, generation, inference, ops, peft
 from memstudy.studies.published.modern import fms, notebook
 from memstudy.trainers.base import ForetellingRun
 
 _FIGURES: dict[str, Callable[..., Figures]] = {
     "ops": ops.figures, "inference": inference.figures, "bert": bert.figures, "fms": fms.figures,
-    "notebook": notebook.figures, "peft": peft.figures,
+    "notebook": notebook.figures, "peft": peft.figures, "generation": generation.figures,
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class PublishedRowRun(ForetellingRun):
     """The prediction of one published reading of a GPU's memory: the row ``of`` of ``table`` (`published.rows`)."""
 
     kind: Literal["published_row"] = "published_row"
-    table: Literal["ops", "inference", "bert", "fms", "notebook", "peft"]
+    table: Literal["ops", "inference", "bert", "fms", "notebook", "peft", "generation"]
     of: str
     gpu: str
 

@@ -126,7 +126,7 @@ def readings(model_id: str, method: str, batch: int, seq: int, processes: int) -
     """Predicted bytes of one run, by reading."""
     build = partial(fine_tune, model_id, method, batch, seq, processes)
     report = predict(build, gpu=GPUS["fms"], processes=processes)
-    return {"peak": report.peak_bytes, "at rest": sum(report.timeline[-1][2].values())}
+    return {"peak": report.peak_bytes, "at rest": report.at_rest_bytes}
 
 
 def figures() -> Figures:

@@ -76,7 +76,7 @@ def readings(method: str, seq: int, backward_before: bool) -> dict[str, float]:
     return {
         "model": sum(report.timeline[0][2].values()),
         "forward": sum(report.forward_end_by_category.values()),
-        "backward": sum(report.timeline[-1][2].values()),
+        "backward": report.at_rest_bytes,
     }
 
 
