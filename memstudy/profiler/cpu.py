@@ -49,6 +49,9 @@ class BelowDispatch:
         """To be called before ``func``: the previous op has its node in autograd's graph by now."""
         if self._saved is None or func.namespace == "prim":  # prim.device is called before the result has its node
             return
+        saved = self._saved[1]()
+        if func.is_view and saved is not None and saved._is_view():
+            return  # autograd may be making the view's node anew, under a lock that asking for the node would wait for
         (block, result), self._saved = self._saved, None
         node = None if result() is None else result().grad_fn
         if node is None:
