@@ -17,7 +17,7 @@ from memstudy.profiler.time import StepTime, step_time
 from memstudy.profiler.time.cost import constants
 
 HERE = Path(__file__).parent
-UNNAMED = (0, 0)  # a compute capability that no constant names
+UNNAMED = (99, 0)  # a compute capability that no constant names; its tensor cores take every type
 
 
 @dataclass(frozen=True)
