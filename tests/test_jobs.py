@@ -103,7 +103,7 @@ TRAINED = {"dataset": "miniature", "data_hash": "0" * 64}
     ids=["measured", "trained", "two processes"],
 )
 def test_a_job_asks_for_the_time_of_its_steps(run, steps):
-    time, asked = run.foretell("T4").time, run.needs(gpu="T4")
+    time, asked = run.foretell("RTX4090").time, run.needs(gpu="RTX4090")
     assert asked["gpu_s"] == pytest.approx(
         [steps * ms / 1e3 for ms in (time.low_ms, time.step_time_ms, time.high_ms)], abs=1e-3
     )
@@ -121,13 +121,13 @@ def test_a_fine_tuning_takes_its_epochs():
 
 def test_a_layer_on_a_gpu_asks_for_one():
     layer = LayerRun(experiment="layer", attention={"variant": "softmax"}, seq_len=64, is_causal=True)
-    asked = layer.needs(gpu="T4")
+    asked = layer.needs(gpu="RTX4090")
     assert (asked["gpu"], asked["fits"]) == (1, True)
     assert asked["gpu_s"][1] > 0
 
 
 def test_what_does_not_fit_takes_no_time():
-    asked = tiny_run(batch_size=2**16, seq_len=512, measure_steps=100).needs(gpu="T4")
+    asked = tiny_run(batch_size=2**16, seq_len=512, measure_steps=100).needs(gpu="RTX4090")
     assert (asked["fits"], asked["gpu_s"], asked["runtime"]) == (False, [0, 0, 0], START_MINUTES)
 
 
@@ -150,17 +150,17 @@ def test_what_cannot_be_predicted_asks_for_a_whole_card_and_is_counted(tmp_path)
 def test_a_plan_adds_up_what_its_jobs_take():
     runs = [
         tiny_run(measure_steps=0, train_steps=10**6, **TRAINED), tiny_run(processes=2),
-        tiny_run(batch_size=2**16, seq_len=512), PredictionRun(experiment="foretold", of=tiny_run(), gpu="T4"),
+        tiny_run(batch_size=2**16, seq_len=512), PredictionRun(experiment="foretold", of=tiny_run(), gpu="RTX4090"),
     ]  # fmt: skip
-    needs = jobs.needs({str(n): run.model_dump(mode="json") for n, run in enumerate(runs)}, "T4", of="tiny")
+    needs = jobs.needs({str(n): run.model_dump(mode="json") for n, run in enumerate(runs)}, "RTX4090", of="tiny")
     total = jobs.Total.of("lab4_grid", needs)
     assert (total.runs, total.on_gpu, total.refused, total.unpredicted) == (4, 3, 1, 0)
     hours = [(needs["0"]["gpu_s"][n] + 2 * needs["1"]["gpu_s"][n]) / 3600 for n in range(3)]
     assert total.hours == pytest.approx(hours)
     assert total.requested_hours * 60 == needs["0"]["runtime"] + 2 * needs["1"]["runtime"] + START_MINUTES
-    said = total.lines("T4")
+    said = total.lines("RTX4090")
     assert said[0].startswith(
-        f"on T4, 3 of them: {hours[1]:,.1f} GPU hours ({hours[0]:,.1f} to {hours[2]:,.1f}) of steps"
+        f"on RTX4090, 3 of them: {hours[1]:,.1f} GPU hours ({hours[0]:,.1f} to {hours[2]:,.1f}) of steps"
     )
     assert said[1:3] == ["1 do not fit it and end at once", "not in the hours: communication between processes"]
     assert said[-1].startswith("4 records, about 0.")

@@ -33,7 +33,7 @@ def test_parameter_files_set_what_the_notebook_has(stem, scale):
 @pytest.mark.parametrize("kind", ["table", "figure"])
 def test_every_table_and_figure_is_made_and_used(stem, kind):
     source = "\n".join(cell.source for cell in code_cells(stem))
-    made = set(re.findall(rf'study\.{kind}\(\w+, "(\w+)"', source))
+    made = set(re.findall(rf'study\.{kind}\(.+?, "(\w+)"', source))
     section = (ROOT / "report" / "sections" / f"{stem}.tex").read_text()
     used = re.findall(rf"\\study{kind}\*?(?:\[\w+\])?{{{stem}}}{{(\w+)}}", section)
     assert made
@@ -54,7 +54,7 @@ def test_a_notebook_tells_a_story_and_defines_nothing(stem):
     for cell in cells:
         assert not re.search(r"^\s*(def|class|try)\b", cell.source, re.MULTILINE), cell.source
     strict = [cell for cell in cells if "nbval-check-output" in cell.metadata.get("tags", [])]
-    assert len(strict) >= 3
+    assert len(strict) >= 2
     assert all(cell.outputs and cell.execution_count for cell in strict), (
         "a strict cell has no numbered output, so nothing to compare with: run the notebook"
     )
