@@ -13,7 +13,6 @@ import pytest
 import yaml
 from support.benchmark import load
 from support.tiers import slow_but
-from support.tiny_models import config_file
 from support.tiny_run import tiny_run
 from typer.testing import CliRunner
 
@@ -26,7 +25,7 @@ from memstudy.records import run_id
 from memstudy.studies.attention_layer.run import LayerRun
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.trainers.base import MARGIN, PROCESS_MIB, SLACK, START_MINUTES
-from memstudy.trainers.inference import InferenceRun
+from memstudy.trainers.language_model import LanguageModelRun
 
 ROOT = Path(__file__).parents[1]
 STUDY = "what_fits"  # fastest to plan
@@ -137,11 +136,13 @@ def test_without_the_gpus_speed_no_time_is_asked_for(tmp_path):
     assert tiny_run().needs(gpu=str(path)).keys() == {"mem_mb", "gpu", "gpu_mem_mb", "fits"}
 
 
-def test_what_cannot_be_predicted_asks_for_a_whole_card_and_is_counted(tmp_path):
-    model = config_file(tmp_path, "bert")
-    run = InferenceRun(experiment="sparse", model=model, techniques=("sparse=0.9",), batch_size=1, seq_len=8)
-    needs = jobs.needs({"sparse": run.model_dump(mode="json")}, "T4", of="tiny")
-    assert needs["sparse"]["gpu_mem_mb"] == pytest.approx(find_gpu("T4").memory_mib * MIB / 1e6, abs=1)
+def test_what_cannot_be_predicted_asks_for_a_whole_card_and_is_counted(monkeypatch):
+    def has_no_fake_kernel(self, gpu):
+        raise NotImplementedError
+
+    monkeypatch.setattr(LanguageModelRun, "foretell", has_no_fake_kernel)
+    needs = jobs.needs({"odd": tiny_run().model_dump(mode="json")}, "T4", of="tiny")
+    assert needs["odd"]["gpu_mem_mb"] == pytest.approx(find_gpu("T4").memory_mib * MIB / 1e6, abs=1)
     total = jobs.Total.of("memory_ablation", needs)
     assert (total.on_gpu, total.unpredicted, total.hours) == (1, 1, (0, 0, 0))
     assert total.lines("T4")[1] == "1 have no predicted time, and are not in the hours"
