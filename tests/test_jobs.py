@@ -141,7 +141,8 @@ def test_what_cannot_be_predicted_asks_for_a_whole_card_and_is_counted(monkeypat
         raise NotImplementedError
 
     monkeypatch.setattr(LanguageModelRun, "foretell", has_no_fake_kernel)
-    needs = jobs.needs({"odd": tiny_run().model_dump(mode="json")}, "T4", of="tiny")
+    odd = tiny_run(seq_len=11)  # no other test's step, which would be remembered
+    needs = jobs.needs({"odd": odd.model_dump(mode="json")}, "T4", of="tiny")
     assert needs["odd"]["gpu_mem_mb"] == pytest.approx(find_gpu("T4").memory_mib * MIB / 1e6, abs=1)
     total = jobs.Total.of("memory_ablation", needs)
     assert (total.on_gpu, total.unpredicted, total.hours) == (1, 1, (0, 0, 0))

@@ -95,7 +95,7 @@ def committed() -> list[dict]:
         packages = {package for t in parse(config["of"].get("techniques", ())) for package in t.packages}
         if all(map(find_spec, packages)):
             key = path.parent.name, config["of"]["kind"], config.get("gpu", "")
-            tokens = config["of"]["batch_size"] * config["of"]["seq_len"]
+            tokens = config["of"].get("batch_size", 1) * config["of"]["seq_len"]
             if key not in fewest or tokens < fewest[key]["tokens"]:
                 fewest[key] = record | {"tokens": tokens}
     return list(fewest.values())
