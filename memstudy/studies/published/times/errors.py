@@ -31,7 +31,7 @@ def held_out(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame, column: str = "error_percent") -> dict[str, object]:
-    """Count, median and 90th percentile of |error| [%], bias, the worst row, and how many rows lie in the band [%]."""
+    """Count, median and 90th percentile of the error's size [%], bias, the worst row, and rows within the band [%]."""
     rows = rows.dropna(subset=column)
     size = rows[column].abs()
     ours = column == "error_percent"
@@ -47,7 +47,7 @@ def summary(rows: pd.DataFrame, column: str = "error_percent") -> dict[str, obje
 
 
 def summary_of_ratios(ratios: pd.DataFrame) -> dict[str, float]:
-    """Count, median and worst |error| [%] of ratios, and of how many it is predicted which of two takes longer [%]."""
+    """Count, median and worst size of ratios' errors [%], and how often the longer of two is predicted longer [%]."""
     size = ratios.error_percent.abs()
     right = (ratios.published_ratio > 1) == (ratios.predicted_ratio > 1)
     return {"n": len(ratios), "median": size.median(), "worst": size.max(), "right": 100 * right.mean()}

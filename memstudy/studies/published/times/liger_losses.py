@@ -147,10 +147,10 @@ def _distilled(tokens: int, H: int, V: int, dtype: torch.dtype, soft_loss: Calla
 def megatron_cross_entropy(vocab: int, S: int, B: int, TP: int) -> Timed:
     logits = torch.randn(S, B, vocab, dtype=torch.bfloat16, requires_grad=True)
     target = torch.randint(vocab, (S, B))
-    return Timed(lambda: VocabParallelCrossEntropy.apply(logits, target), (logits,))
+    return Timed(lambda: _VocabParallelCrossEntropy.apply(logits, target), (logits,))
 
 
-class VocabParallelCrossEntropy(torch.autograd.Function):
+class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Megatron's loss on one GPU, unfused (megatron/core/tensor_parallel/cross_entropy.py), in place where it is."""
 
     @staticmethod
