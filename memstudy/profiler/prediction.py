@@ -133,7 +133,7 @@ def time_of(
     """
     if card is None or not card.speed:
         return None
-    issued, untimed = recorder.issued_by_step[step], recorder.untimed.copy()
+    issued, untimed = recorder.issued.by_step[step], recorder.issued.untimed.copy()
     if processes > 1:
         untimed.add("communication between processes")
     if card.speed.watts < 100:

@@ -29,8 +29,8 @@ from memstudy.profiler.internals import (
     _default_cpu_stream,
     tree_map_only,
 )  # fmt: skip
+from memstudy.profiler.issued import Issued
 from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors
-from memstudy.profiler.time import WAIT, Work, is_untimed, one_kernel, work_of
 from memstudy.profiler.values import MOST_IN_STEP, Values
 
 _EAGER = "compiled modules (followed as they run without compilation)"
@@ -79,10 +79,7 @@ class Recorder(TorchDispatchMode):
             self.below = cuda.BelowDispatch(self._tell, semantics.workspace_bytes(card))
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
-        self.issued: list[tuple[str, Work]] = []  # ops of the step, each with its phase
-        self.issued_by_step: list[list[tuple[str, Work]]] = []
-        self.untimed: set[str] = set()  # what the step's time leaves out or only bounds
-        self._works: dict[tuple, Work] = {}
+        self.issued = Issued()
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -101,8 +98,7 @@ class Recorder(TorchDispatchMode):
         self._tell("empty_cache")
 
     def begin_step(self) -> None:
-        self.issued = []
-        self.issued_by_step.append(self.issued)
+        self.issued.begin_step()
         self._values.most = MOST_IN_STEP
         self._enter("forward")
         self._tell("iteration")
@@ -175,17 +171,14 @@ class Recorder(TorchDispatchMode):
             for tensor in made:
                 self._alive.pop(key_of(tensor), None)
                 self._note(tensor.untyped_storage())
-            self.issued.append((self._phase, one_kernel(tensors((*args, *kwargs.values())), made)))
-            self.untimed.add("compiled functions (each counted as one kernel)")
+            self.issued.note_compiled(self._phase, tensors((*args, *kwargs.values())), made)
             return result
 
         return run
 
     def transfer(self, tensor: torch.Tensor, *, to_host: bool) -> None:
-        """Note a copy between the GPU and the host's pinned memory; the host waits for one to itself."""
-        self.issued.append((self._phase, Work("transfers", moved_bytes=tensor.numel() * tensor.element_size())))
-        if to_host:
-            self.issued.append((self._phase, WAIT))
+        """To be called for each tensor that moves between the GPU and the host."""
+        self.issued.note_transfer(self._phase, tensor, to_host=to_host)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -226,11 +219,11 @@ class Recorder(TorchDispatchMode):
             if result is not None:
                 return result
         if kernel := self._in_python.get(op.name):
-            before = len(self.issued)
+            before = len(self.issued.now)
             with self:
                 result = kernel(*args, **kwargs)
             if result is not NotImplemented:
-                if not any(work.kernels for _, work in self.issued[before:]):  # it only made the result
+                if not any(work.kernels for _, work in self.issued.now[before:]):  # it only made the result
                     self._issue(func, args, kwargs, result)
                 self.assumed |= by_shape.assumed(kernel) | cuda.assumed(kernel, args)
                 return result
@@ -266,17 +259,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _issue(self, func: OpOverload, args: tuple, kwargs: dict, result: object, key: tuple | None = None) -> None:
-        """Note the work of an op; ops of equal ``key`` have equal work."""
-        if self._phase == "build" or self._in_one_kernel or self._card is None:
-            return
-        work = self._works.get(key) if key else None
-        if work is None:
-            work = work_of(func, args, kwargs, result)
-            if is_untimed(func):
-                self.untimed.add(func._schema.name)
-            if key:
-                self._works[key] = work
-        self.issued.append((self._phase, work))
+        if self._phase != "build" and not self._in_one_kernel and self._card is not None:
+            self.issued.note(self._phase, func, args, kwargs, result, key)
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
