@@ -27,7 +27,7 @@ from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMod
 from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
 from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
-from memstudy.profiler.roles import Roles, Step, watch_modules
+from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
 from memstudy.profiler.time import StepTime, step_time
 
@@ -167,7 +167,7 @@ def follow(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # Trainer counts parameters by it
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         stack.enter_context(roles.watch())
-        stack.enter_context(recorder.watch_optimizer())
+        stack.enter_context(watch_optimizers(recorder.begin_optimizer, recorder.end_optimizer))
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
         stack.enter_context(patch("memstudy.profiler.roles.next_iteration", recorder.begin_step))
         stack.enter_context(modules_on_real_tensors())

@@ -7,13 +7,11 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from memstudy.profiler import by_shape, cpu, cuda
 from memstudy.profiler.catalogue import Gpu
@@ -108,21 +106,12 @@ class Recorder(TorchDispatchMode):
         for key in keys:
             self._tell("is", block=key, label=category)
 
-    @contextmanager
-    def watch_optimizer(self) -> Iterator[None]:
-        def begin(optimizer, args, kwargs):
-            self._in_optimizer = True
-            self._enter("optimizer")
+    def begin_optimizer(self) -> None:
+        self._in_optimizer = True
+        self._enter("optimizer")
 
-        def end(optimizer, args, kwargs):
-            self._in_optimizer = False
-
-        handles = [register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def end_optimizer(self) -> None:
+        self._in_optimizer = False
 
     def noting(self, make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Wrap ``make`` to count its tensor, which no dispatch mode sees."""

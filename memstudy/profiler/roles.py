@@ -12,7 +12,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
     register_module_parameter_registration_hook,
 )
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import record_function
 
 from memstudy.profiler.internals import is_traceable_wrapper_subclass
@@ -131,6 +131,20 @@ def watch_modules(enter: Callable[[str], None], leave: Callable[[], None]) -> It
     handles = [
         register_module_forward_pre_hook(before),
         register_module_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_optimizers(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Call ``begin()`` and ``end()`` around every optimizer's step in the block."""
+    handles = [
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: begin()),
+        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: end()),
     ]
     try:
         yield
