@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from memstudy.profiler import find_gpu, gpus, predict
+from memstudy.profiler.cuda import TODAY
+from memstudy.profiler.prediction import follow
 from memstudy.profiler.time import WAIT, Work, step_time
 from memstudy.profiler.time.cost import Constant, constants, kernel_us, step_us
 from memstudy.trainers.hub_model import HubModelRun
@@ -37,20 +39,10 @@ def time_of(function, gpu="A100-80GB"):
 # --- work of single ops
 
 
-@pytest.fixture
-def work(monkeypatch):
-    """A function that gives the works of a step."""
-
-    def works(build):
-        seen = []
-        monkeypatch.setattr(
-            "memstudy.profiler.prediction.step_time",
-            lambda issued, gpu, **options: seen.extend(work for _, work in issued) or step_time(issued, gpu, **options),
-        )
-        predict(build, gpu=A100, iterations=1)
-        return [work for work in seen if work.kernels]
-
-    return works
+def work(build):
+    """The works of a step that launch a kernel."""
+    recorder, _ = follow(build, 1, A100, 1, TODAY)
+    return [work for _, work in recorder.issued.by_step[-1] if work.kernels]
 
 
 def of_two(function, *shape, dtype=torch.float32):
@@ -76,12 +68,12 @@ def of_two(function, *shape, dtype=torch.float32):
     ],
     ids=["add", "in place", "copy", "fill", "broadcast", "expanded", "out"],
 )
-def test_an_elementwise_op_moves_what_it_reads_and_writes(work, function, moved):
+def test_an_elementwise_op_moves_what_it_reads_and_writes(function, moved):
     (found,) = work(of_two(function, 64, 32))
     assert (found.kind, found.moved_bytes, found.kernels) == ("elementwise and norms", moved, 1)
 
 
-def test_a_view_launches_no_kernel_and_a_reshape_that_copies_launches_one(work):
+def test_a_view_launches_no_kernel_and_a_reshape_that_copies_launches_one():
     assert work(of_two(lambda left, right: left.t().view(32, 64).expand(3, 32, 64), 64, 32)) == []
     assert len(work(of_two(lambda left, right: left.t().reshape(-1), 64, 32))) == 1
 
@@ -96,11 +88,11 @@ def test_a_view_launches_no_kernel_and_a_reshape_that_copies_launches_one(work):
     ],
     ids=["matrix", "batch", "bias", "convolution"],
 )
-def test_a_product_has_its_sizes(work, function, shape, sizes):
+def test_a_product_has_its_sizes(function, shape, sizes):
     assert [found.product for found in work(of_two(function, *shape)) if found.kind == "products"] == [sizes]
 
 
-def test_products_of_half_precision_run_on_tensor_cores_and_fp32_only_with_tf32(work):
+def test_products_of_half_precision_run_on_tensor_cores_and_fp32_only_with_tf32():
     def units(dtype=torch.float32):
         return [found.arithmetic for found in work(of_two(lambda left, right: left @ right.t(), 64, 32, dtype=dtype))]
 
@@ -113,7 +105,7 @@ def test_products_of_half_precision_run_on_tensor_cores_and_fp32_only_with_tf32(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_has_four_flops_for_each_score_and_head_dimension(work, causal):
+def test_attention_has_four_flops_for_each_score_and_head_dimension(causal):
     def build():
         query = torch.randn(2, 4, 64, 32, dtype=torch.bfloat16)
         return partial(nn.functional.scaled_dot_product_attention, query, query, query, is_causal=causal)
@@ -126,7 +118,7 @@ def test_attention_has_four_flops_for_each_score_and_head_dimension(work, causal
     )
 
 
-def test_the_fused_optimizer_reads_gradients_and_writes_the_rest(work):
+def test_the_fused_optimizer_reads_gradients_and_writes_the_rest():
     def build():
         layer = nn.Linear(64, 64, bias=False)
         optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -137,7 +129,7 @@ def test_the_fused_optimizer_reads_gradients_and_writes_the_rest(work):
     assert moved == pytest.approx(7 * 4 * 64 * 64, rel=0.01)  # reads weight, gradient, two moments; writes three
 
 
-def test_a_multi_tensor_op_launches_so_many_kernels_that_each_takes_few_tensors(work):
+def test_a_multi_tensor_op_launches_so_many_kernels_that_each_takes_few_tensors():
     def build():
         many = [torch.zeros(10) for _ in range(200)]
         return partial(torch._foreach_mul_, many, 2.0)

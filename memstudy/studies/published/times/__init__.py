@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import pandas as pd
 from tqdm import tqdm
 
-from memstudy.profiler import predict
+from memstudy.profiler import find_gpu
 from memstudy.profiler.cuda import TODAY, Semantics
+from memstudy.profiler.prediction import follow, time_of
 from memstudy.profiler.roles import Step
-from memstudy.profiler.time import StepTime, step_time
+from memstudy.profiler.time import StepTime
 from memstudy.profiler.time.cost import constants
 
 HERE = Path(__file__).parent
@@ -57,14 +57,10 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
     """
     lines = []
     for row in tqdm(list(rows), leave=False):
-        unseen = []
-
-        def times(issued, gpu, *, unseen=unseen, **options):
-            unseen.append(step_time(issued, gpu.model_copy(update={"compute_capability": UNNAMED})))
-            return step_time(issued, gpu, **options)
-
-        with patch("memstudy.profiler.prediction.step_time", times):
-            time = predict(row.build, gpu=row.gpu, semantics=row.semantics).time
+        card = find_gpu(row.gpu)
+        recorder, _ = follow(row.build, 2, card, 1, row.semantics)
+        time = time_of(recorder, card)
+        unseen = time_of(recorder, card.model_copy(update={"compute_capability": UNNAMED}))
         ms = _timed_as(row, time)
         lines.append(
             {
@@ -77,7 +73,7 @@ def predicted(rows: Iterable[Row]) -> pd.DataFrame:
                 "low_ms": time.low_ms * ms / time.step_time_ms,
                 "high_ms": time.high_ms * ms / time.step_time_ms,
                 "bound_by": time.bound_by,
-                "unseen_ms": _timed_as(row, unseen[0]),
+                "unseen_ms": _timed_as(row, unseen),
                 "fitted": _chosen_by(row, "fitted_on"),
                 "seen": _chosen_by(row, "seen"),
             }
