@@ -78,8 +78,9 @@ def small_multiples(titles: Sequence[str], *, columns: int, height: float, margi
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
     _, panels = plt.subplots(rows, columns, figsize=(WIDTH, margin + height * rows), squeeze=False, **options)
-    for axes in panels.flat[len(titles) :]:
-        axes.set_visible(False)
+    for place in range(len(titles), panels.size):
+        panels.flat[place].set_visible(False)
+        panels.flat[place - columns].tick_params(labelbottom=True)  # a shared axis has its labels there alone
     return dict(zip(titles, panels.flat, strict=False))
 
 
