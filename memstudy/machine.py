@@ -17,7 +17,7 @@ from pathlib import Path
 
 _ABOVE = Path(__file__).resolve().parents[1]
 # Whether the package lies in its repository, beside notebooks/ and params/; from a wheel, it does not.
-IN_REPOSITORY = (_ABOVE / "pyproject.toml").is_file()
+IN_REPOSITORY = (_ABOVE / "notebooks").is_dir() and (_ABOVE / "params").is_dir()
 # The folder of results/, build/ and data/: the repository's root; for a package from a wheel, the current folder.
 ROOT = _ABOVE if IN_REPOSITORY else Path.cwd()
 PROBE_SIZE = 384  # rows and columns of the test matrices: a product takes 0.1 s where bfloat16 is emulated

@@ -160,7 +160,7 @@ def test_what_suits_a_model():
 
 
 def test_the_reference_is_that_of_the_committed_records():
-    assert reference.FILE.read_text("utf-8") == reference.text()
+    assert reference.FILE.read_text("utf-8") == reference.text(), "run python -m memstudy.studies.ablation.reference"
     rows = reference.reference().rows
     assert len(rows) > 20
     rungs = advice.ladder(*advice.measured_alone(rows, reference.advised()))
