@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 NOTEBOOKS := notebooks/attention.ipynb notebooks/what_fits.ipynb
 NBVAL     := --nbval-lax --nbval-current-env
 
-.PHONY: help report paper test test-all docs lab clean
+.PHONY: help report paper test test-all docs wheel lab clean
 
 help:
 	@echo 'memstudy: which memory technique for which Transformer?'
@@ -25,9 +25,10 @@ help:
 	@echo '  make paper    typeset the committed reference rows; runs no experiment'
 	@echo '  make test     ruff, the tests, two notebooks against their stored outputs, make docs'
 	@echo '  make test-all the same with every slow test and every notebook'
-	@echo '  make docs     the API reference, from the docstrings: build/docs/index.html'
+	@echo '  make docs     tutorials and API reference: build/docs/index.html'
 	@echo '  make lab      open the notebooks in JupyterLab'
-	@echo '  make clean    remove build/; results/ and $(VENV) stay'
+	@echo '  make wheel    a wheel for other environments, without studies: dist/'
+	@echo '  make clean    remove build/ and dist/; results/ and $(VENV) stay'
 	@echo
 	@echo 'Each sets up $(VENV) by itself, once. Stopped half-way? Repeat the command: it continues.'
 	@echo 'More: $(BIN)/memstudy --help (after the first make)'
@@ -47,7 +48,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 	@echo '== 3/4 two notebooks, run and compared with what they store'
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(NBVAL) $(NOTEBOOKS)
-	@echo '== 4/4 API reference, warnings are errors'
+	@echo '== 4/4 tutorials and API reference, warnings are errors'
 	@$(MAKE) --no-print-directory docs
 
 test-all: $(READY)
@@ -57,18 +58,24 @@ test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m 'not gpu and not by_hand' --hypothesis-profile thousand
 	@echo '== 3/4 notebooks, run and compared with what they store'
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(NBVAL) notebooks
-	@echo '== 4/4 API reference, warnings are errors'
+	@echo '== 4/4 tutorials and API reference, warnings are errors'
 	@$(MAKE) --no-print-directory docs
 
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
 	@echo build/docs/index.html
 
+# setuptools would also pack what an earlier build left in build/lib.
+wheel: $(READY)
+	@rm -rf build/lib dist
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
 lab: $(READY)
 	cd notebooks && ../$(BIN)/jupyter lab
 
 clean:
-	rm -rf build
+	rm -rf build dist
 
 # The stamp is removed first and written last, so that a broken set-up never counts as complete.
 # Without a stamp, the environment is built from nothing; with an old stamp, it is updated.

@@ -1,11 +1,11 @@
-"""The API reference, from the docstrings: `make docs`."""
+"""The tutorials, and the API reference from the docstrings: `make docs`."""
 
 project = "memstudy"
 author = "memstudy authors"
 extensions = ["sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["api/modules.rst"]
 html_theme = "furo"
-html_title = "memstudy: API reference"
+html_title = "memstudy"
 
 apidoc_modules = [
     {"path": "../memstudy", "destination": "api", "separate_modules": True, "module_first": True},

@@ -1,4 +1,4 @@
-"""The machine's name and packages in records, and whether its bfloat16 matrix products are fast.
+"""The machine's name and packages in records, its folders, and whether its bfloat16 matrix products are fast.
 
 Timings are compared only within one machine. A machine's name includes the instruction sets, since two processors of
 one model name may differ sixty-fold in bfloat16.
@@ -15,6 +15,11 @@ import platform
 import time
 from pathlib import Path
 
+_ABOVE = Path(__file__).resolve().parents[1]
+# Whether the package lies in its repository, beside notebooks/ and params/; from a wheel, it does not.
+IN_REPOSITORY = (_ABOVE / "notebooks").is_dir() and (_ABOVE / "params").is_dir()
+# The folder of results/, build/ and data/: the repository's root; for a package from a wheel, the current folder.
+ROOT = _ABOVE if IN_REPOSITORY else Path.cwd()
 PROBE_SIZE = 384  # rows and columns of the test matrices: a product takes 0.1 s where bfloat16 is emulated
 FAST = 0.8  # bfloat16 counts as fast from this multiple of the fp32 speed
 # Instruction set: the flags in /proc/cpuinfo (x86 or Arm) that show it.

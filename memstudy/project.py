@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from memstudy.machine import IN_REPOSITORY, ROOT
+
 SMOKE = "smoke"  # the scale of a notebook's own defaults: a minute, offline
 SYNTHESIS = "synthesis"  # the notebook over all studies
 
@@ -43,7 +44,18 @@ def parameters_in(source: str) -> dict[str, tuple[ast.expr, object]]:
 
 
 def studies() -> list[str]:
-    """The stems of all studies: every notebook except the synthesis over them."""
+    """The stems of all studies: every notebook except the synthesis over them.
+
+    Raises
+    ------
+    ValueError
+        When the package was installed without its repository.
+    """
+    if not IN_REPOSITORY:
+        raise ValueError(
+            f"studies are notebooks in memstudy's repository, and {Path(__file__).parent} was installed without them: "
+            "clone the repository, call make there, and use its .venv/bin/memstudy"
+        )
     return sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb") if path.stem != SYNTHESIS)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from memstudy import machine
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = machine.ROOT
 FORMAT = 1
 FIELDS = {"format", "run_id", "config", "status", "reason", "metrics", "curves", "data", "provenance"}
 PROVENANCE = {
@@ -261,6 +261,8 @@ def make_record(config: dict, status: str, reason: str, started: str) -> dict:
 
 def git_state() -> dict:
     """``commit`` (``unknown`` outside git), and ``dirty``: whether the sources of runs differ from the commit."""
+    if not machine.IN_REPOSITORY:  # the current folder may be of another repository
+        return {"commit": "unknown", "dirty": True}
     sources = ["memstudy", "pyproject.toml", "constraints.txt"]
     try:
         commit = _git("rev-parse", "HEAD")

@@ -13,8 +13,7 @@ from support.tiny_models import config_file
 from memstudy import records, techniques
 from memstudy.huggingface.catalogue import model_config
 from memstudy.profiler import find_gpu
-from memstudy.project import read_parameters
-from memstudy.studies.ablation import advice
+from memstudy.studies.ablation import advice, reference
 from memstudy.trainers.hub_model import HubModelRun
 
 OFFERED = [
@@ -74,7 +73,7 @@ def changes(rung):
 
 
 def measured():
-    return advice.measured_alone(advice.reference(), TEXTS)
+    return advice.measured_alone(reference.reference().rows, TEXTS)
 
 
 def climb(**options):
@@ -160,13 +159,11 @@ def test_what_suits_a_model():
     assert advice.suited(texts, model="gpt2", **sizes | {"batch_size": 6}) == ("bf16", "chunked_loss")
 
 
-def test_the_reference_is_the_studys_model_at_full_scale():
-    rows, size = advice.reference(), read_parameters("memory_ablation", "full")
+def test_the_reference_is_that_of_the_committed_records():
+    assert reference.FILE.read_text("utf-8") == reference.text(), "run python -m memstudy.studies.ablation.reference"
+    rows = reference.reference().rows
     assert len(rows) > 20
-    for chosen, record in rows.items():
-        assert record["config"]["hidden_size"] == size["hidden_size"]
-        assert set(record["config"].get("techniques", ())) == chosen
-    rungs = advice.ladder(*advice.measured_alone(rows, advice.advised()))
+    rungs = advice.ladder(*advice.measured_alone(rows, reference.advised()))
     assert len(rungs) > 4
     for rung in rungs:
         HubModelRun(experiment="test", model="gpt2", seq_len=8, batch_size=8, techniques=rung)
@@ -175,7 +172,7 @@ def test_the_reference_is_the_studys_model_at_full_scale():
 def test_without_reference_rows_it_is_said_how_to_make_them(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"no reference rows in .*: run memstudy report memory_ablation --scale full"):
-        advice.reference()
+        reference.made()
 
 
 # --- alone, by prediction

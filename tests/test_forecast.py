@@ -13,7 +13,7 @@ from support.tiny_run import tiny_run  # noqa: F401  (limits PyTorch to one thre
 from memstudy import profiler
 from memstudy.attention import Unavailable
 from memstudy.huggingface.catalogue import hub_models
-from memstudy.studies.ablation import advice
+from memstudy.studies.ablation import advice, reference
 from memstudy.techniques import TECHNIQUES, check_available, parse
 from memstudy.trainers.hub_model import HubModelRun
 
@@ -309,8 +309,8 @@ def there(text):
 
 def rungs(*, start=(), without=(), **options):
     """The ladder of the installed techniques by the reference rows, without those in `without`."""
-    offered = [text for text in advice.advised() if there(text) and text not in without]
-    alone = advice.measured_alone(advice.reference(), offered)
+    offered = [text for text in reference.advised() if there(text) and text not in without]
+    alone = advice.measured_alone(reference.reference().rows, offered)
     found = advice.climb(alone, lambda rung: True, start=start, **options)
     assert len(found) > 3
     return found
@@ -429,7 +429,7 @@ def test_on_a_gpu_the_quickest_by_prediction_comes_first(gpu, models):
         assert (row["time"], row["needed_mib"]) == (said["time"], said["whole_gpu_mib"])
         assert row["measured_time_ratio"] is None
     offered = advice.suited(
-        [text for text in advice.advised() if there(text)], model="gpt2", batch_size=2048, seq_len=64
+        [text for text in reference.advised() if there(text)], model="gpt2", batch_size=2048, seq_len=64
     )
     run = HubModelRun(experiment="a", model=models["large gpt2"], batch_size=2048, seq_len=64)
     alone = advice.predicted_alone(run, offered, profiler.find_gpu(gpu))

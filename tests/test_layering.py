@@ -95,6 +95,14 @@ def test_every_file_that_is_no_module_is_installed_too():
     assert there == installed
 
 
+def test_the_profiler_imports_little_besides_torch():
+    """The rest of its second of imports is pydantic's, for the catalogue of GPUs."""
+    heavy = {"transformers", "accelerate", "datasets", "pandas", "matplotlib", "scipy", "bitsandbytes", "peft"}
+    code = f"import sys; from memstudy.profiler import fit, measure, predict; print({heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_rows_tables_and_figures_need_no_torch():
     code = "import sys, memstudy.records, memstudy.study; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

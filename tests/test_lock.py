@@ -2,16 +2,14 @@
 
 import importlib.metadata
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support.distributions import closure, declared
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -19,45 +17,31 @@ PINS = {
 LATER = {"setuptools", "pip"}  # these make environments and are not pinned
 
 
-def declared(*extras: str) -> list[Requirement]:
-    texts = [*PROJECT["dependencies"], *(text for name in extras for text in PROJECT["optional-dependencies"][name])]
-    return [requirement for text in texts if (requirement := Requirement(text)).name != "memstudy"]
-
-
-def closure(names: set[str]) -> set[str]:
-    """`names` and the installed distributions that they need, directly or not, on this platform."""
-    found: set[tuple[str, str]] = set()
-    left = [(canonicalize_name(name), "") for name in names]
-    while left:
-        name, extra = left.pop()
-        if (name, extra) in found:
-            continue
-        found.add((name, extra))
-        for text in importlib.metadata.requires(name) or []:
-            needed = Requirement(text)
-            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-                left += [(canonicalize_name(needed.name), each) for each in ("", *needed.extras)]
-    return {name for name, _ in found}
-
-
 def test_each_line_pins_one_version():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert len(PINS) == len(lines) > 100
 
 
-@pytest.mark.parametrize("requirement", declared("test", "techniques", "bench", "cluster"), ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "requirement", declared("study", "test", "techniques", "bench", "cluster"), ids=lambda r: r.name
+)
 def test_what_is_declared_is_pinned_to_a_version_that_it_allows(requirement):
     assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
 
 
 def test_what_is_installed_for_the_tests_is_what_is_pinned():
-    needed = closure({requirement.name for requirement in declared("test", "cluster")})
+    needed = closure(declared("study", "test", "cluster"))
     assert len(needed) > 100
     here = {name: importlib.metadata.version(name) for name in needed}
     assert needed - PINS.keys() <= LATER
     # "2.13.0+cpu" is version 2.13.0, built for CPUs.
     off = {name: v for name, v in here.items() if name not in LATER and v.partition("+")[0] != PINS[name]}
     assert off == {}
+
+
+def test_predicting_needs_nothing_of_the_studies():
+    there = closure(declared())
+    assert not there & {"jupyterlab", "snakemake", "flask", "sacrebleu", "pandas", "scipy", "matplotlib", "datasets"}
 
 
 def test_conda_gets_the_same_pytorch():

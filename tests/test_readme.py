@@ -6,13 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import papermill
 import pytest
+from matplotlib.image import imread
 from support.tiers import slow_but
 from typer.testing import CliRunner
 
 from memstudy.cli.main import app
 from memstudy.kinds import parse_run
+from memstudy.project import read_parameters, studies
 from memstudy.studies.published.times.errors import by_source, summary_of_ratios
 from memstudy.techniques import parse
 
@@ -175,6 +179,19 @@ def test_the_loop_of_ones_own_runs_as_printed():
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`make (\w+)", README))))
 def test_every_target_of_make_is_there(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", re.findall(r"\(figures/(\w+)\.png\)", README))
+def test_a_figure_is_that_of_the_committed_rows(name, tmp_path):
+    (stem,) = (stem for stem in studies() if name.startswith(f"{stem}_"))
+    places = {"results_dir": str(ROOT / "results"), "out_dir": str(tmp_path), "run_missing": False}
+    papermill.execute_notebook(
+        ROOT / "notebooks" / f"{stem}.ipynb", None, parameters=read_parameters(stem, "full") | places,
+        cwd=ROOT / "notebooks", kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    drawn, shown = (imread(folder / "figures" / f"{name}.png") for folder in (tmp_path, ROOT))
+    assert np.array_equal(drawn, shown)
 
 
 def test_what_it_links_to_is_there():

@@ -25,13 +25,14 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
     """
     from memstudy.profiler.search import check_budget
     from memstudy.studies.ablation import advice
+    from memstudy.studies.ablation.reference import reference
 
     if (asked.gpu is None) == (budget_mib is None):
         raise ValueError("advise needs one budget: give --gpu, or --budget-mib for this CPU")
     if asked.gpu is None:
         check_budget(budget_mib)
     asked.run(batch, asked.techniques)  # refuses impossible choices before the search
-    rows = {} if asked.is_timed else advice.reference()
+    elsewhere = None if asked.is_timed else reference()
     rungs = advice.climb(
         asked.alone(batch),
         partial(asked.takes, batch),
@@ -44,8 +45,7 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
     def fits(rung: tuple[str, ...]) -> bool:
         report, run = asked.report(batch, rung), asked.run(batch, rung)
         needed = report.peak_allocated_mib if asked.gpu is None else report.whole_gpu_mib
-        row = rows.get(frozenset(rung))
-        measured = row and row["metrics"]["step_time_ms"] / rows[frozenset()]["metrics"]["step_time_ms"]
+        measured = elsewhere and elsewhere.time_ratio(rung)
         tried[rung] = {
             "techniques": rung,
             "needed_mib": needed,
@@ -65,9 +65,8 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
         typer.echo(json.dumps([tried[rung] for rung in climbed], indent=2))
         return
     _show([tried[rung] for rung in climbed], [times[rung] for rung in climbed], asked.gpu or "this CPU")
-    if rows:
-        device = rows[frozenset()]["provenance"]["device"]
-        typer.echo(f"step time: relative to no technique, measured on {device} (ablation's model)")
+    if elsewhere:
+        typer.echo(f"step time: relative to no technique, measured on {elsewhere.device} (ablation's model)")
     if found is None:
         typer.echo("nothing fits: take a shorter sequence, a smaller model or a larger GPU")
         return

@@ -101,20 +101,20 @@ class Asked:
 
     def advised(self, batch_size: int) -> list[str]:
         """The techniques advised by the memory ablation that suit the model and are available here."""
-        from memstudy.studies.ablation import advice
+        from memstudy.studies.ablation import advice, reference
 
-        suited = advice.suited(advice.advised(), batch_size=batch_size, **self.sizes())
+        suited = advice.suited(reference.advised(), batch_size=batch_size, **self.sizes())
         return [text for text in suited if self.takes(batch_size, (text,))]
 
     def alone(self, batch_size: int) -> Alone:
         """The advised techniques, each alone: predicted for the GPU if its speed is known, otherwise measured."""
         from rich.console import Console
 
-        from memstudy.studies.ablation import advice
+        from memstudy.studies.ablation import advice, reference
 
         texts = self.advised(batch_size)
         if not self.is_timed:
-            return advice.measured_alone(advice.reference(), texts)
+            return advice.measured_alone(reference.reference().rows, texts)
         with Console(stderr=True).status(f"{self.model}: the time of each technique alone on {self.gpu}"):
             return advice.predicted_alone(self.run(batch_size, ()), texts, self.card())
 

@@ -10,9 +10,14 @@ import typer
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn a ``ValueError`` into one line on stderr and exit status 2."""
+    """Turn a ``ValueError``, or a package that is not installed, into one line on stderr and exit status 2."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("memstudy"):
+            raise
+        typer.echo(f"error: {error.name} is not installed: pip install 'memstudy[study]'", err=True)
+        raise typer.Exit(2) from None
     except ValueError as error:
         from pydantic import ValidationError
 

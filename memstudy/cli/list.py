@@ -50,7 +50,14 @@ def list_(
 def _variants(results: Path) -> list[dict]:
     from memstudy.attention import ATTENTION
 
-    return [{"variant": name, "causal": config.causal, "paper": config.paper} for name, config in ATTENTION.items()]
+    return [
+        {
+            "variant": name,
+            "for": ", ".join(["encoders"] * (False in config.causal) + ["decoders"] * (True in config.causal)),
+            "paper": config.paper,
+        }
+        for name, config in ATTENTION.items()
+    ]
 
 
 def _techniques(results: Path) -> list[dict]:

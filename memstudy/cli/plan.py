@@ -11,6 +11,7 @@ import typer
 from memstudy import records
 from memstudy.cli.errors import one_line
 from memstudy.cli.list import RESULTS
+from memstudy.project import read_parameters
 
 
 def plan(
@@ -31,6 +32,7 @@ def plan(
     then memstudy report --no-run. What a job needs: memory, and for a GPU whose speed is known the run's time.
     """
     with one_line():
+        read_parameters(study, scale)  # refuses before the imports, which take seconds
         from memstudy.cli import jobs
 
         configs = jobs.missing(study, scale, results, gpu)

@@ -46,6 +46,7 @@ def report(
         chosen = {stem: project.read_parameters(stem, scale) for stem in stems}
         if not reference:
             records.check_writable(results)
+        import papermill  # noqa: F401 - if not installed, to be said before the first study
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # also in the notebooks, which cannot see whether stderr is a terminal
     generated = records.ROOT if scale == "full" else records.ROOT / "build" / scale

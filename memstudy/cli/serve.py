@@ -43,6 +43,8 @@ def serve(
     small ones first. Ctrl-C stops the server.
     """
     with one_line():
+        import flask  # noqa: F401 - if not installed, to be said before six minutes of training
+
         if not train and not any(models.glob("*/run.json")):
             typer.echo(f"no trained models in {models}", err=True)
             train = typer.confirm("Train two small ones now? That takes about six minutes", abort=True, err=True)

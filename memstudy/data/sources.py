@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from memstudy.data import place_value
 from memstudy.data.cache import cached, hash_of
+from memstudy.machine import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARES = {"train": 85, "validation": 10, "test": 5}  # percent, where a set has no splits of its own
 ONLINE_DEADLINE_S = 2.5
 

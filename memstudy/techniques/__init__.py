@@ -148,7 +148,7 @@ def check_available(techniques: Sequence[Technique], *, capability: tuple[int, i
         name = next(name for name, known in TECHNIQUES.items() if known is type(technique))
         for package in () if predicted and technique.predicted_by_rules else technique.packages:
             if importlib.util.find_spec(package) is None:
-                raise Unavailable(f"{name} needs {package}, which is not installed: pip install -e '.[techniques]'")
+                raise Unavailable(f"{name} needs {package}, which is not installed: pip install 'memstudy[techniques]'")
         if technique.requires == "cuda" and capability is None:
             raise Unavailable(f"{name} needs a CUDA device, and there is none")
         if capability is not None and technique.capability > capability:

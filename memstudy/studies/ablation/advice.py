@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +17,11 @@ from typing import Literal, NamedTuple
 import torch
 import transformers
 
-from memstudy import machine, records, techniques
+from memstudy import techniques
 from memstudy.profiler import Gpu
-from memstudy.project import read_parameters
-from memstudy.studies.ablation.experiments import SIZE
+from memstudy.studies.ablation.reference import METRICS
 from memstudy.trainers.hub_model import HubModelRun
-from memstudy.trainers.language_model import LanguageModelRun
 
-STUDIES = "memory_ablation", "memory_combinations"  # whose records have reference steps
 # Added after the techniques of the ladder.
 ARITHMETIC = ("pure_bf16",)
 ADAPTER = ("convention=uncast", "lora=16")
@@ -160,11 +156,6 @@ def first_that_fits(rungs: Sequence[tuple[str, ...]], fits: Callable[[tuple[str,
     return 1 + bisect.bisect_left(range(1, len(rungs) - 1), True, key=lambda place: fits(rungs[place]))
 
 
-def advised() -> list[str]:
-    """The techniques that the decision table chooses from at full scale."""
-    return read_parameters("memory_combinations", "full")["advised"]
-
-
 def suited(texts: Sequence[str], **choices: object) -> tuple[str, ...]:
     """The techniques in ``texts`` that a `HubModelRun` with ``choices`` accepts."""
 
@@ -183,42 +174,10 @@ def step(model: str, texts: Sequence[str], **choices: object) -> HubModelRun:
     return HubModelRun(experiment=model, model=model, techniques=suited(texts, model=model, **choices), **choices)
 
 
-def reference() -> dict[frozenset[str], dict]:
-    """Records of the memory ablation's steps at full scale, by techniques; from this machine if it has the baseline.
-
-    Returns
-    -------
-    dict
-        One record for each set of techniques, including the empty set, the baseline.
-
-    Raises
-    ------
-    ValueError
-        When there is no record of the baseline.
-    """
-    parameters = read_parameters(STUDIES[0], "full")
-    results = records.ROOT / "results"
-    found = itertools.chain.from_iterable(records.read_records(results / study) for study in STUDIES)
-    by_device: dict[str, dict[frozenset[str], dict]] = {}
-    for record in found:
-        if record["config"]["kind"] != "language_model" or record["status"] != "ok":
-            continue
-        run = LanguageModelRun.model_validate(record["config"])
-        if all(getattr(run, name) == parameters[name] for name in SIZE):
-            device = record["provenance"]["device"]
-            by_device.setdefault(device, {})[frozenset(run.techniques)] = record
-    whole = {device: rows for device, rows in by_device.items() if frozenset() in rows}
-    if not whole:
-        raise ValueError(
-            f"no reference rows in {results} to order techniques by: run memstudy report {STUDIES[0]} --scale full"
-        )
-    return whole.get(machine.device()) or next(iter(whole.values()))
-
-
-def measured_alone(rows: Mapping[frozenset[str], dict], texts: Sequence[str]) -> Alone:
-    """The techniques in ``texts`` that the `reference` ``rows`` measured alone, on the ablation's model."""
+def measured_alone(rows: Mapping[frozenset[str], Mapping[str, float]], texts: Sequence[str]) -> Alone:
+    """The techniques in ``texts`` that a `Reference`'s ``rows`` measured alone, on the ablation's model."""
     figures = {
-        text: [rows[name]["metrics"][metric] for metric in ("step_time_ms", "peak_allocated_mib")]
+        text: [rows[name][metric] for metric in METRICS]
         for text in ("", *texts)
         if (name := frozenset(filter(None, [text]))) in rows
     }
