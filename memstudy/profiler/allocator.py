@@ -24,7 +24,7 @@ ROUND_LARGE = 2 * MIB  # kRoundLarge: rounded up to a multiple of this
 ENDLESS = 2**40  # granules of an expandable segment's addresses
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Block:
     size: int
     address: int
@@ -72,10 +72,13 @@ class _Pool:
             self.unmapped.remove(block)
 
     def best_fit(self, size: int) -> _Block | None:
-        index = bisect.bisect_left(self.keys, (size, -1))
-        if index == len(self.keys):
+        keys = self.keys
+        index = bisect.bisect_left(keys, (size, -1))
+        if index == len(keys):
             return None
-        best = self.blocks[self.keys[index]]
+        best = self.blocks[keys[index]]
+        if not self.unmapped:
+            return best
         # get_free_block: an expandable block counts with the size that it can grow to.
         for following in range(index + 1, len(self.keys)):
             larger = self.blocks[self.keys[following]]
@@ -122,14 +125,30 @@ class CachingAllocator:
         if block is None:
             block = self._map(pool, size) if self._expandable else self._segment(pool, size)
         pool.remove(block)
-        rest = block.size - size
-        # should_split: in a large segment, a tail of up to 1 MiB stays with the block.
-        if rest >= ROUND if pool.small or self._expandable else rest > SMALL:
+        if self._splits(pool, block.size - size):
             self._split(block, size)
         block.free = False
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
+
+    def pass_through(self, size: int, stream: int = 0) -> None:
+        """Request a block and free it at once: with a free block at hand, only the peak can change."""
+        rounded = -(-size // ROUND) * ROUND
+        pool = self._pool(stream, small=rounded <= SMALL)
+        block = pool.best_fit(rounded)
+        if block is None:
+            self.free(self.malloc(size, stream))
+            return
+        used = rounded if self._splits(pool, block.size - rounded) else block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated + used)
+
+    def state(self) -> tuple:
+        """What decides where later requests go, besides the blocks in use."""
+        return tuple(
+            (name, *pool.keys, *((hole.address, hole.size) for hole in pool.unmapped))
+            for name, pool in self._pools.items()
+        )
 
     def free(self, block: _Block) -> None:
         """Take ``block`` back and merge it with free neighbours."""
@@ -146,6 +165,10 @@ class CachingAllocator:
                 elif block.before is None and block.after is None:
                     pool.remove(block)
                     self.reserved -= block.size
+
+    def _splits(self, pool: _Pool, rest: int) -> bool:
+        """should_split: in a large segment, a tail of up to 1 MiB stays with the block."""
+        return rest >= ROUND if pool.small or self._expandable else rest > SMALL
 
     def _pool(self, stream: int, *, small: bool) -> _Pool:
         if (stream, small) not in self._pools:
