@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from memstudy.profiler import find_gpu, fit
 from memstudy.studies.attention_layer.run import LayerRun
+from memstudy.studies.fine_tuning.epoch import EpochRun
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
@@ -91,6 +92,7 @@ KINDS: dict[str, type[Run]] = {
     "seq2seq": Seq2SeqRun,
     "prediction": PredictionRun,
     "largest_batch": LargestBatchRun,
+    "epoch": EpochRun,
     "published_row": PublishedRowRun,
     "published_times": PublishedTimesRun,
 }

@@ -1,13 +1,17 @@
 """Batches of unequal lengths: predicted and measured memory agree to the byte in every step, and so do replays."""
 
+import json
 import random
 
 import pytest
+import torch
 import transformers as hf
+from support.command_line import assert_one_line, invoke
 from support.tiers import slow_but
 from support.tiny_models import SIZES, TINY
 
-from memstudy.profiler import StepShape, measure, predict
+from memstudy.data.lengths import batches
+from memstudy.profiler import Gpu, StepShape, measure, over_lengths, predict
 from memstudy.trainers.hub_model import HubModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
@@ -49,3 +53,162 @@ def test_each_of_fifty_steps_takes_what_is_predicted(model, techniques, longest,
     measured = measure(run.build(shapes=asked), iterations=50)
     assert predicted.step_peaks == measured.iteration_peaks
     assert predicted.traced < len(set(asked)) - 2
+
+
+@pytest.mark.parametrize("expandable", slow_but([False], [False, True]))
+@pytest.mark.parametrize("flattened", slow_but([False], [False, True]))
+def test_on_a_gpu_the_steps_that_follow_are_those_that_a_whole_trace_has(expandable, flattened, models):
+    asked = shapes(16, 400)
+    if flattened:
+        asked = [StepShape.of((shape.tokens, 17 + place, 30), flattened=True) for place, shape in enumerate(asked)]
+    run = step_of(models["llama"], techniques=("bf16",), attention="flash" if flattened else "sdpa")
+    followed = run.foretell_lengths(asked, "RTX4090", expandable_segments=expandable)
+    whole = predict(
+        run.build(gpu="RTX4090", shapes=asked), gpu="RTX4090", iterations=16, expandable_segments=expandable
+    )
+    assert followed.step_peaks == whole.iteration_peaks
+    assert max(followed.reserved_peaks) == whole.peak_reserved_bytes
+    assert followed.traced < 15
+
+
+WIDTH = 64
+
+
+def perceptron(asked):
+    """A step whose blocks are on a line in tokens, but for one that a kernel makes from 100 tokens on."""
+
+    def build():
+        weight = torch.ones(WIDTH, WIDTH, requires_grad=True)
+        updates = torch.optim.SGD([weight])
+        waiting = iter(asked)
+
+        def step():
+            rows = torch.ones(next(waiting).tokens, WIDTH)
+            loss = (rows @ weight).square().sum()
+            if len(rows) >= 100:
+                loss = loss + rows.mean()
+            loss.backward()
+            updates.step()
+            updates.zero_grad()
+
+        return step
+
+    return build
+
+
+def test_a_kernel_that_changes_with_the_length_is_found():
+    asked = [StepShape(tokens) for tokens in random.Random(0).sample(range(2, 400), 120)]
+    followed = over_lengths(perceptron, asked)
+    assert followed.step_peaks == predict(perceptron(asked), iterations=120).iteration_peaks
+    assert followed.traced < 60
+
+
+def small_gpu(memory_mib):
+    return Gpu(name="small", compute_capability=(8, 0), memory_mib=memory_mib, context_mib=10)
+
+
+def test_the_first_step_without_room_is_named_and_the_others_go_on():
+    asked = [StepShape(tokens) for tokens in (1000, 2000, 90_000, 3000, 100_000, 1000)]
+    report = over_lengths(perceptron, asked, gpu=small_gpu(110))
+    assert report.refused == (3, 5)
+    assert report.out_of_memory.iteration == 3
+    assert report.worst == 5
+    whole = over_lengths(perceptron, asked, gpu=small_gpu(1000))
+    assert (whole.refused, whole.out_of_memory) == ((), None)
+    assert whole.step_peaks == report.step_peaks
+
+
+def test_an_emptied_cache_lets_the_reserved_memory_fall():
+    asked = [StepShape(tokens) for tokens in (1000, 90_000, 1000, 1000, 1000, 1000)]
+    kept = over_lengths(perceptron, asked, gpu=small_gpu(1000)).step_reserved
+    emptied = over_lengths(perceptron, asked, gpu=small_gpu(1000), empty_cache_every=4).step_reserved
+    assert kept[1:] == (kept[1],) * 5
+    assert emptied[:4] == kept[:4]
+    assert emptied[4] == emptied[5] < kept[4]
+
+
+def test_a_line_through_two_lengths_meets_the_others():
+    report = over_lengths(perceptron, [StepShape(tokens) for tokens in range(100, 200)])
+    assert report.bytes_per_token == pytest.approx(4 * WIDTH * 4, rel=0.3)
+    assert report.worst_deviation < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("asked", "choices", "said"),
+    [
+        ([], {}, "no lengths"), ([0], {}, "step 1 has 1 × 0 tokens"), ([4], {"empty_cache_every": 0}, "every=0"),
+        ([4], {"gpu": "none"}, "none"),
+    ],
+)  # fmt: skip
+def test_impossible_sequences_are_refused(asked, choices, said):
+    with pytest.raises(ValueError, match=said):
+        over_lengths(perceptron, asked, **choices)
+
+
+@pytest.fixture
+def counts(tmp_path):
+    path = tmp_path / "lengths.csv"
+    path.write_text("tokens\n" + "\n".join(str(number) for number in (5, 30, 12, 30, 7, 64, 9, 21)))
+    return path
+
+
+def test_the_command_line_says_which_step_is_the_worst(counts, models, tmp_path):
+    asked = ("--model", models["gpt2"], "--batch", 2, "--lengths", counts)
+    printed = invoke("predict", *asked, "--figure", tmp_path / "peaks.pdf")
+    assert printed.exit_code == 0, printed.output
+    assert "4 steps on cpu, predicted" in printed.stdout
+    assert "8 texts, shuffled; padding:" in printed.stdout
+    assert "× 64 tokens" in printed.stdout
+    assert all((tmp_path / f"peaks.{kind}").stat().st_size for kind in ("pdf", "png"))
+    found = json.loads(invoke("predict", *asked, "--sampler", "grouped", "--json").stdout)
+    assert found["worst_step"] == 1  # transformers puts the longest first
+    assert found["quantiles"]["allocated_mib"]["max"] == max(found["step_peaks"]) / 2**20
+
+
+def test_the_largest_batch_survives_the_whole_epoch(counts, models):
+    run = HubModelRun(experiment="tiny", model=models["gpt2"], batch_size=1, seq_len=64)
+    sizes = {size: [StepShape.of(batch) for batch in batches([5, 30, 12, 30, 7, 64, 9, 21], size)] for size in (2, 3)}
+    two, three = (run.foretell_lengths(shapes).peak_allocated_mib for shapes in sizes.values())
+    asked = ("fit", "--model", models["gpt2"], "--lengths", counts, "--budget-mib")
+    (found,) = json.loads(invoke(*asked, (two + three) / 2, "--json").stdout)
+    assert (found["batch_size"], found["refused_at"]) == (2, 3)
+
+
+@pytest.mark.slow
+def test_advice_begins_with_the_batches(counts, models):
+    asked = ("--model", models["llama"], "--batch", 4, "--lengths", counts, "--json")
+    way = ("shuffled", "grouped", "shuffled, without padding", "packed")
+    found = json.loads(invoke("advise", *asked, "--budget-mib", 1).stdout)
+    assert tuple(answer["batches"] for answer in found[:4]) == way
+    assert not any(answer["fits"] for answer in found)
+    assert found[0]["padded_share"] > found[1]["padded_share"] > found[2]["padded_share"] == 0
+    found = json.loads(invoke("advise", *asked, "--budget-mib", 1000).stdout)
+    assert [answer["fits"] for answer in found] == [True]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lengths", "none.csv"), ("none.csv", "No such file")),
+        (("--lengths", "zero.csv"), ("zero.csv", "line 2", "'0'")),
+        (("--lengths", "empty.csv"), ("empty.csv", "empty")),
+        (("--lengths", "words.csv"), ("words.csv", "line 2", "'many'")),
+        (("--lengths", "long.csv"), ("text 2 has 2,000 tokens", "1,024 positions", "--seq-len 1024")),
+        (("--lengths", "long.csv", "--dataset", "alpaca"), ("--lengths has counts already",)),
+        (("--lengths", "long.csv", "--seq-len", "64", "--generate", "8"), ("--generate",)),
+        (("--lengths", "long.csv", "--sampler", "packed"), ("--sampler packed needs --seq-len",)),
+        (("--dataset", "texts.txt"), ("--dataset needs --tokenizer",)),
+        (("--dataset", "texts.txt", "--tokenizer", "./none"), ("tokenizer './none' not found",)),
+        (("--dataset", "nowhere", "--tokenizer", "./none"), ("unknown data set 'nowhere'",)),
+        (("--seq-len", "64", "--sampler", "grouped"), ("--sampler is for batches of unequal lengths",)),
+        (("--seq-len", "64", "--figure", "peaks.pdf"), ("--figure peaks.pdf",)),
+        (("--lengths", "long.csv", "--seq-len", "64", "--technique", "accumulation=2"), ("without accumulation",)),
+    ],
+    ids=lambda given: given[0],
+)
+def test_bad_lengths_are_one_line(options, words, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"zero": "4\n0\n", "empty": "", "words": "4\nmany\n", "long": "4\n2000\n"}.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    (tmp_path / "texts.txt").write_text("some text\n")
+    assert_one_line(invoke("predict", "--model", models["gpt2"], "--batch", 2, *options), *words)

@@ -9,7 +9,7 @@ formula meets all, as where a kernel changes between two lengths, the range is h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +47,13 @@ class StepShape(NamedTuple):
     rows: int = 1
     padded: bool = False
     sequences: int = 0
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, flattened: bool = False) -> StepShape:
+        """The shape of a batch of texts of ``lengths``: padded to the longest, or ``flattened`` to one row."""
+        if flattened:
+            return cls(sum(lengths), 1, False, len(lengths))
+        return cls(max(lengths), len(lengths), min(lengths) < max(lengths))
 
     @property
     def form(self) -> tuple[int, bool, bool, bool]:
@@ -104,6 +111,7 @@ class LengthsReport:
     worst_deviation: float
     traced: int
     unverified: tuple[str, ...]
+    time: None = None  # that of unequal steps is not predicted
 
     @property
     def worst(self) -> int:
@@ -111,9 +119,14 @@ class LengthsReport:
         return max(range(len(self.step_peaks)), key=self.step_peaks.__getitem__) + 1
 
     @property
-    def needed_mib(self) -> float:
-        """The whole memory of a GPU's process, at most; on a CPU the highest peak [MiB]."""
-        return (max(self.reserved_peaks or self.step_peaks) + self.context_bytes) / MIB
+    def peak_allocated_mib(self) -> float:
+        """The highest peak [MiB]."""
+        return max(self.step_peaks) / MIB
+
+    @property
+    def whole_gpu_mib(self) -> float | None:
+        """The process's memory at most, with the context [MiB]; None on a CPU."""
+        return (max(self.reserved_peaks) + self.context_bytes) / MIB if self.reserved_peaks else None
 
 
 def over_lengths(
@@ -123,6 +136,7 @@ def over_lengths(
     gpu: str | Gpu | None = None,
     expandable_segments: bool = False,
     empty_cache_every: int | None = None,
+    progress: Callable[[Sequence[StepShape]], Iterable[StepShape]] = iter,
 ) -> LengthsReport:
     """Predict the memory of each of a sequence of steps with batches of unequal lengths.
 
@@ -136,6 +150,8 @@ def over_lengths(
         As in `predict`.
     empty_cache_every : int, optional
         ``torch.cuda.empty_cache()`` is called before the first step and each ``empty_cache_every`` steps.
+    progress : callable
+        Iterates over the shapes as they are replayed, to show how far the replay is.
 
     Raises
     ------
@@ -154,7 +170,7 @@ def over_lengths(
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     known = _Known(build_for, wanted, card)
     replayed = Replay(known.building, card, expandable_segments=expandable_segments)
-    for place, shape in enumerate(wanted):
+    for place, shape in enumerate(progress(wanted)):
         if empty_cache_every and place % empty_cache_every == 0:
             replayed.empty_cache()
         replayed.step(*known.at(place, shape), name=shape if place >= HEAD else place)
@@ -209,7 +225,7 @@ class _Known:
         return formulas.program, formulas.sizes([shape])[0]
 
     def line(self, peaks: Sequence[int]) -> tuple[float, float, float]:
-        """Bytes besides tokens and for each, and the worst deviation, of the ``peaks`` of the commonest form's steps."""
+        """Bytes besides tokens and for each, and the worst deviation, of the ``peaks`` of the commonest form."""
         steps = [(place, shape) for place, shape in enumerate(self._wanted) if place >= HEAD] or [(0, self._wanted[0])]
         common = Counter(shape.form[:3] for _, shape in steps).most_common(1)[0][0]
         points = {
@@ -223,7 +239,7 @@ class _Known:
         return besides, slope, max(abs(besides + slope * tokens - peak) / peak for tokens, peak in points.items())
 
     def _learn(self, stretches: list[list[StepShape]]) -> None:
-        """Find formulas for each of ``stretches``, shapes of one form in order of length; halve where there are none."""
+        """Find formulas for each of ``stretches``, sorted shapes of one form; halve where there is none."""
         while stretches:
             missed = [stretch for stretch in stretches if not self._follow(stretch)]
             self._trace([shape for stretch in missed for shape in _spread(stretch, MORE)])

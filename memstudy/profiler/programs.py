@@ -1,7 +1,7 @@
 """Steps as programs, which make and free blocks in one order whatever the blocks' sizes; and their replay.
 
-A sequence of a thousand steps has tens of millions of events, so the replay keeps none: it notes the peaks of each step,
-and takes a step of a known shape that finds the allocator as before, and leaves it so, for done.
+A sequence of a thousand steps has tens of millions of events, so the replay keeps none: it notes each step's peaks, and
+takes a step of a known shape that finds the allocator as before, and leaves it so, for done.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def programs_of(events: Iterable[Event]) -> list[tuple[Program, np.ndarray]]:
 def _program(told: list[dict], number: int) -> tuple[Program, np.ndarray]:
     one = told[number]
     count = len(one["made"])
-    taken = {(number - step, sorted(told[step]["left"]).index(slot)): turn for (step, slot), turn in one["taken"].items()}
+    taken = {
+        (number - step, sorted(told[step]["left"]).index(slot)): turn for (step, slot), turn in one["taken"].items()
+    }
     slots = {taken[where]: count + place for place, where in enumerate(sorted(taken))}
     turns = tuple(slots.get(turn, turn) for turn in one["turns"])
     program = Program(turns, tuple(one["made"]), tuple(sorted(taken)), tuple(sorted(one["left"])))

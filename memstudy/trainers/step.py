@@ -176,7 +176,7 @@ class StepRun(Run):
             return collate([{"input_ids": [0] * length} for length in lengths])
         if shape.padded and shape.rows * shape.tokens > MOST_IN_STEP:
             raise ValueError(
-                f"a padded batch of {shape.rows} × {shape.tokens} tokens: masks of up to {MOST_IN_STEP:,} can be followed"
+                f"a padded batch of {shape.rows} × {shape.tokens} tokens: up to {MOST_IN_STEP:,} can be followed"
             )
         batch = self.model_copy(update={"batch_size": shape.rows, "seq_len": shape.tokens}).make_batch()
         mask = torch.ones_like(batch["input_ids"])
@@ -197,19 +197,16 @@ class StepRun(Run):
         self,
         shapes: Sequence[StepShape],
         gpu: str | Gpu | None = None,
-        *,
-        expandable_segments: bool = False,
-        empty_cache_every: int | None = None,
+        **choices,
     ) -> LengthsReport:
-        """Predict steps with batches of ``shapes``, as `over_lengths`; raises as `build`."""
+        """Predict steps with batches of ``shapes``; raises as `build`. ``choices`` are those of `over_lengths`."""
         if self.accumulation > 1 or self.processes > 1:
             raise ValueError("batches of unequal lengths are predicted without accumulation and for one process")
         return over_lengths(
             lambda some: self.build(gpu=gpu or None, shapes=some),
             shapes,
             gpu=gpu or None,
-            expandable_segments=expandable_segments,
-            empty_cache_every=empty_cache_every,
+            **choices,
         )
 
     def steps_to_settle(self) -> int:
