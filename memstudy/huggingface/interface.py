@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
 
 from memstudy.attention import ATTENTION, AttentionConfig, SoftmaxConfig, Unavailable
@@ -152,13 +153,14 @@ def _flash(
     """
     if attention_mask is not None:
         raise ValueError("attention flash is for batches without padding: flatten or pack them")
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"attention flash needs half precision, and this is {query.dtype}: add technique bf16")
+    dtype = get_target_dtype(query, module) or query.dtype  # positions in fp32 have made the query so
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention flash needs half precision, and this is {dtype}: add technique bf16")
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError as error:
         raise Unavailable(f"attention flash needs a GPU and the flash_attn package ({error})") from None
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
     options = {
         "dropout_p": dropout,
         "softmax_scale": scaling,

@@ -120,6 +120,8 @@ class StepRun(Run):
         chosen = self.parsed_techniques()
         card = find_gpu(gpu) if isinstance(gpu, str) else gpu
         techniques.check_available(chosen, capability=card and card.compute_capability)
+        if card and getattr(self, "attention", "") == "flash" and card.compute_capability < (8, 0):
+            raise Unavailable(f"attention flash needs a GPU from Ampere on (capability 8.0), and this is {card.name}")
         if card and str(self.flags().get("optim", "")).startswith("paged_"):
             raise Unavailable(
                 "a paged optimizer is not predicted: the GPU driver decides where its state is kept; technique "

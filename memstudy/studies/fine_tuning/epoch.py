@@ -29,7 +29,8 @@ def text_lengths(dataset: str) -> list[int]:
     """
     table = pd.read_csv(HISTOGRAMS)
     if dataset not in set(table["dataset"]):
-        raise ValueError(f"dataset {dataset!r}: no histogram of its lengths; known: {', '.join(table['dataset'].unique())}")
+        known = ", ".join(table["dataset"].unique())
+        raise ValueError(f"dataset {dataset!r}: no histogram of its lengths; known: {known}")
     rows = table[table["dataset"] == dataset]
     lengths = np.repeat(rows["tokens"].to_numpy(), rows["texts"].to_numpy())
     return np.random.default_rng(0).permutation(lengths).tolist()
