@@ -16,10 +16,10 @@ from memstudy.trainers.hub_model import HubModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
-LONG = {"max_position_embeddings": 1024}
+LONG = {"max_position_embeddings": 1024, "num_hidden_layers": 1}
 MODELS = {
     "llama": lambda: hf.LlamaConfig(**SIZES | LONG, num_key_value_heads=2, architectures=["LlamaForCausalLM"]),
-    "gpt2": lambda: hf.GPT2Config(**TINY["gpt2"]().to_dict() | {"n_positions": 1024}),
+    "gpt2": lambda: hf.GPT2Config(**TINY["gpt2"]().to_dict() | {"n_positions": 1024, "n_layer": 1}),
 }
 
 
@@ -42,17 +42,17 @@ def shapes(count, longest, seed=0):
 
 
 CASES = [
-    ("gpt2", (), 200), ("llama", ("lora=4",), 150), ("llama", (), 1024), ("llama", ("checkpointing",), 300),
+    ("gpt2", (), 60), ("gpt2", (), 200), ("llama", ("lora=4",), 150), ("llama", (), 1024), ("llama", ("checkpointing",), 300),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "techniques", "longest"), slow_but(CASES[:2], CASES))
+@pytest.mark.parametrize(("model", "techniques", "longest"), slow_but(CASES[:1], CASES))
 def test_each_of_fifty_steps_takes_what_is_predicted(model, techniques, longest, models):
     run, asked = step_of(models[model], techniques=techniques), shapes(50, longest)
     predicted = run.foretell_lengths(asked)
     measured = measure(run.build(shapes=asked), iterations=50)
     assert predicted.step_peaks == measured.iteration_peaks
-    assert predicted.traced < len(set(asked)) - 2
+    assert predicted.traced < len(set(asked)) - 2  # the others follow
 
 
 @pytest.mark.parametrize("expandable", slow_but([False], [False, True]))
@@ -161,12 +161,13 @@ def test_the_command_line_says_which_step_is_the_worst(counts, models, tmp_path)
     assert "× 64 tokens" in printed.stdout
     assert all((tmp_path / f"peaks.{kind}").stat().st_size for kind in ("pdf", "png"))
     found = json.loads(invoke("predict", *asked, "--sampler", "grouped", "--json").stdout)
-    assert found["worst_step"] == 1  # transformers puts the longest first
+    assert (found["sampler"], found["steps"]) == ("grouped", 4)
     assert found["quantiles"]["allocated_mib"]["max"] == max(found["step_peaks"]) / 2**20
 
 
+@pytest.mark.slow
 def test_the_largest_batch_survives_the_whole_epoch(counts, models):
-    run = HubModelRun(experiment="tiny", model=models["gpt2"], batch_size=1, seq_len=64)
+    run = step_of(models["gpt2"])
     sizes = {size: [StepShape.of(batch) for batch in batches([5, 30, 12, 30, 7, 64, 9, 21], size)] for size in (2, 3)}
     two, three = (run.foretell_lengths(shapes).peak_allocated_mib for shapes in sizes.values())
     asked = ("fit", "--model", models["gpt2"], "--lengths", counts, "--budget-mib")

@@ -132,7 +132,8 @@ class OfLengths:
 
         run = self.run(batch_size, techniques)
         shapes = [StepShape.of(batch, flattened=self.flattened) for batch in self.batches(batch_size)]
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{run.model}, batch {batch_size}: tracing some lengths", total=None)
 
             def watched(steps: Sequence[StepShape]) -> Iterable[StepShape]:
@@ -237,9 +238,13 @@ def show_epoch(asked: OfLengths, batch_size: int, report: LengthsReport) -> None
     lines = [
         f"{len(asked.texts):,} texts, {asked.how}; padding: {100 * asked.padding(batch_size):.1f} % of the tokens",
         f"worst step: {report.worst:,}, {worst.rows} × {worst.tokens:,} tokens",
-        f"by tokens: {readable(report.bytes_besides / 2**20)} and {report.bytes_per_token / 1024:,.1f} KiB for each; "
-        f"the line is within {100 * report.worst_deviation:.2g} % of all of {report.traced} lengths traced",
     ]
+    if report.bytes_per_token:
+        besides, each = readable(report.bytes_besides / 2**20), report.bytes_per_token / 1024
+        lines.append(
+            f"by tokens: {besides} and {each:,.1f} KiB for each; line within {100 * report.worst_deviation:.2g} % of "
+            f"{report.traced} lengths traced"
+        )
     if report.memory_bytes is not None:
         whole, have = readable(report.whole_gpu_mib), readable(report.memory_bytes / 2**20)
         if report.out_of_memory is None:

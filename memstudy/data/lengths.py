@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ def _rows(name: str) -> datasets.Dataset:
                 ) from None
     if not path.is_file():
         raise ValueError(f"{name}: no such file")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:

@@ -112,9 +112,26 @@ def _program(told: list[dict], number: int) -> tuple[Program, np.ndarray]:
         (number - step, sorted(told[step]["left"]).index(slot)): turn for (step, slot), turn in one["taken"].items()
     }
     slots = {taken[where]: count + place for place, where in enumerate(sorted(taken))}
-    turns = tuple(slots.get(turn, turn) for turn in one["turns"])
+    turns = _sorted_frees([slots.get(turn, turn) for turn in one["turns"]], count)
     program = Program(turns, tuple(one["made"]), tuple(sorted(taken)), tuple(sorted(one["left"])))
     return program, np.array(one["sizes"], dtype=np.int64)
+
+
+def _sorted_frees(turns: list[int], count: int) -> tuple[int, ...]:
+    """``turns`` with blocks that are freed one after another in one order: autocast's cache frees its casts in any.
+
+    The allocator is left the same by each order. The latest blocks come first.
+    """
+    made, told, freed = 0, [], []
+    for turn in turns:
+        if made <= turn < count or turn == EMPTY:
+            told += sorted(freed, key=lambda slot: (slot >= count, -slot))
+            freed = []
+            told.append(turn)
+            made += turn != EMPTY
+        else:
+            freed.append(turn)
+    return tuple(told + sorted(freed, key=lambda slot: (slot >= count, -slot)))
 
 
 @dataclass
