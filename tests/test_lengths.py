@@ -10,8 +10,11 @@ from support.command_line import assert_one_line, invoke
 from support.tiers import slow_but
 from support.tiny_models import SIZES, TINY
 
+from memstudy.attention import Unavailable
 from memstudy.data.lengths import batches
+from memstudy.kinds import parse_run
 from memstudy.profiler import Gpu, StepShape, measure, over_lengths, predict
+from memstudy.studies.fine_tuning.epoch import EpochRun
 from memstudy.trainers.hub_model import HubModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
@@ -42,7 +45,8 @@ def shapes(count, longest, seed=0):
 
 
 CASES = [
-    ("gpt2", (), 60), ("gpt2", (), 200), ("llama", ("lora=4",), 150), ("llama", (), 1024), ("llama", ("checkpointing",), 300),
+    ("gpt2", (), 60), ("gpt2", (), 200), ("llama", ("lora=4",), 150),
+    ("llama", (), 1024), ("llama", ("checkpointing",), 300),
 ]  # fmt: skip
 
 
@@ -213,3 +217,44 @@ def test_bad_lengths_are_one_line(options, words, models, tmp_path, monkeypatch)
         (tmp_path / f"{name}.csv").write_text(text)
     (tmp_path / "texts.txt").write_text("some text\n")
     assert_one_line(invoke("predict", "--model", models["gpt2"], "--batch", 2, *options), *words)
+
+
+def test_an_epoch_of_a_study_leaves_its_distribution(models):
+    run = EpochRun(
+        experiment="packed",
+        of=step_of(models["llama"], techniques=("bf16",), attention="flash").model_copy(update={"seq_len": 256}),
+        gpu="RTX4090",
+        dataset="openorca",
+        sampler="packed",
+        flattened=True,
+        steps=5,
+    )
+    assert parse_run(run.model_dump(mode="json")) == run
+    made = run.execute(None)
+    metrics = made["metrics"]
+    assert (metrics["n_steps"], metrics["padded_percent"], metrics["fits"]) == (5, 0.0, True)
+    assert metrics["step_peak_median_mib"] <= metrics["step_peak_p99_mib"] <= metrics["step_peak_max_mib"]
+    assert max(peak for peak, _ in made["curves"]["step_mib"]) <= metrics["whole_gpu_mib"]
+    assert sum(map(sum, run.batches())) == metrics["n_tokens"] <= 5 * 2 * 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset": "none"}, "no histogram"), ({"sampler": "packed"}, "share a row"), ({"gpu": "none"}, "none"),
+    ],
+)  # fmt: skip
+def test_an_impossible_epoch_is_refused(changes, said, models):
+    given = {"experiment": "x", "of": step_of(models["llama"]), "gpu": "T4", "dataset": "alpaca"}
+    with pytest.raises(ValueError, match=said):
+        EpochRun(**given | changes)
+
+
+def test_flash_attention_is_for_cards_and_batches_that_have_it(models):
+    padded = [StepShape(64, 2, True)]
+    with pytest.raises(Unavailable, match="Ampere"):
+        step_of(models["llama"], techniques=("fp16",), attention="flash").foretell_lengths(padded, "T4")
+    with pytest.raises(ValueError, match="without padding"):
+        step_of(models["llama"], techniques=("bf16",), attention="flash").foretell_lengths(padded, "RTX4090")
+    with pytest.raises(ValueError, match="half precision"):
+        step_of(models["llama"], attention="flash").foretell_lengths([StepShape(64, 1, False, 3)], "RTX4090")

@@ -172,14 +172,16 @@ class StepRun(Run):
 
     def batch_of(self, shape: StepShape) -> dict[str, torch.Tensor]:
         """A batch of ``shape`` as a collator makes it: with a mask, or with positions where sequences share a row."""
+        attention = getattr(self, "attention", "")
+        if shape.rows * shape.tokens > MOST_IN_STEP and (shape.padded or shape.sequences) and attention != "flash":
+            raise ValueError(
+                f"a batch of {shape.rows} × {shape.tokens} tokens, padded or in one row: up to {MOST_IN_STEP:,} can be "
+                "followed, take a smaller batch"
+            )
         if shape.sequences:
             lengths = [len(part) for part in np.array_split(range(shape.tokens), shape.sequences)]
             collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
             return collate([{"input_ids": [0] * length} for length in lengths])
-        if shape.padded and shape.rows * shape.tokens > MOST_IN_STEP:
-            raise ValueError(
-                f"a padded batch of {shape.rows} × {shape.tokens} tokens: up to {MOST_IN_STEP:,} can be followed"
-            )
         batch = self.model_copy(update={"batch_size": shape.rows, "seq_len": shape.tokens}).make_batch()
         mask = torch.ones_like(batch["input_ids"])
         if shape.padded:
