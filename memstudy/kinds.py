@@ -91,8 +91,8 @@ KINDS: dict[str, type[Run]] = {
     "reformer": ReformerRun,
     "seq2seq": Seq2SeqRun,
     "prediction": PredictionRun,
-    "largest_batch": LargestBatchRun,
     "epoch": EpochRun,
+    "largest_batch": LargestBatchRun,
     "published_row": PublishedRowRun,
     "published_times": PublishedTimesRun,
 }
