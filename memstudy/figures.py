@@ -75,7 +75,7 @@ def steps_over_budget(
             )
     if budget is not None:
         axes.axhline(budget / 2**30, color="0.3", linewidth=0.8, linestyle="--", label=device)
-    axes.set(xlabel="step", ylabel="most memory of a step [GiB], predicted", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="peak of a step\n[GiB], predicted", ylim=(0, None))
     legend_above(axes, 3)
 
 
