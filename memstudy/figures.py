@@ -115,3 +115,23 @@ def name_points(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> None:
         above, below = (((drawn[beside, 1] - y) * way > 2) & ((drawn[beside, 1] - y) * way < 12) for way in (1, -1))
         offset = (4, 4 if above.sum() < below.sum() else -8)
         axes.annotate(name, where, xytext=offset, textcoords="offset points", fontsize=6)
+
+
+def trade_off_panel(axes: Axes, rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
+    """Draw ``memory`` against ``time`` of ``rows``, both relative to a baseline at 1, on logarithmic axes.
+
+    ``quality`` chooses the colour and ``study`` the marker; the ``technique`` of each study that takes least memory is
+    named.
+    """
+    for (study, quality), points in rows.groupby(["study", "quality"]):
+        look = {"color": colors[quality], "markersize": 5, "alpha": 0.8}
+        axes.plot(points["time"], points["memory"], markers[study], **look)
+    axes.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
+    axes.axvline(1, color="0.5", linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", yscale="log")
+    for axis, ticks in ((axes.xaxis, (0.25, 0.5, 1, 2, 4, 8)), (axes.yaxis, (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 2))):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(0.15)  # room for the names
+    least = rows.loc[rows.groupby("study")["memory"].idxmin()].set_index("technique")
+    name_points(axes, rows[["time", "memory"]], least[["time", "memory"]])

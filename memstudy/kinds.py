@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from memstudy.profiler import find_gpu, fit
+from memstudy.profiler.search import STEP_TOKENS
 from memstudy.studies.attention_layer.run import LayerRun
 from memstudy.studies.fine_tuning.epoch import EpochRun
 from memstudy.studies.glue.run import FineTuneRun
@@ -63,22 +64,46 @@ class LargestBatchRun(PredictionRun):
     kind: Literal["largest_batch"] = "largest_batch"  # type: ignore[assignment]
     gpu: str = Field(min_length=1)
 
-    def execute(self, checkpoints):
-        def sized(size: int) -> Predictable:
-            return self.of.model_copy(update={"batch_size": size})
+    def sized(self, size: int) -> Predictable:
+        """The run with the batch, or the length, of that ``size`` of the search."""
+        return self.of.model_copy(update={"batch_size": size})
 
+    def found(self, size: int) -> dict[str, int]:
+        """The metric of the largest ``size`` that fits."""
+        return {"largest_batch": size}
+
+    def execute(self, checkpoints):
         found = fit(
-            lambda size: sized(size).build(gpu=self.gpu),
+            lambda size: self.sized(size).build(gpu=self.gpu),
             gpu=self.gpu,
             processes=self.of.processes,
-            foretell=lambda size, card: sized(size).foretell(card),
+            foretell=lambda size, card: self.sized(size).foretell(card),
         )
-        metrics = {
-            "largest_batch": found.batch_size,
-            "headroom_percent": found.headroom_percent,
-        } | found.report.scalars()
+        metrics = self.found(found.batch_size) | {"headroom_percent": found.headroom_percent} | found.report.scalars()
         curves = {"unverified_ops": list(found.report.unverified)}
         return {"metrics": metrics | {"whole_gpu_mib": found.needed_mib}, "curves": curves, "data": {}}
+
+
+class LongestSequenceRun(LargestBatchRun):
+    """The search for the longest sequences of the run ``of``, which has one process, on ``gpu``, in steps of 8 tokens.
+
+    The batch is the run's own; its length does not matter.
+    """
+
+    kind: Literal["longest_sequence"] = "longest_sequence"  # type: ignore[assignment]
+
+    @field_validator("of")
+    @classmethod
+    def _in_one_process(cls, of: Predictable) -> Predictable:
+        if of.processes > 1:
+            raise ValueError(f"processes={of.processes}: the longest sequence is searched in one process")
+        return of
+
+    def sized(self, size):
+        return self.of.model_copy(update={"seq_len": size * STEP_TOKENS})
+
+    def found(self, size):
+        return {"longest_seq_len": size * STEP_TOKENS}
 
 
 KINDS: dict[str, type[Run]] = {
@@ -93,6 +118,7 @@ KINDS: dict[str, type[Run]] = {
     "prediction": PredictionRun,
     "epoch": EpochRun,
     "largest_batch": LargestBatchRun,
+    "longest_sequence": LongestSequenceRun,
     "published_row": PublishedRowRun,
     "published_times": PublishedTimesRun,
 }

@@ -9,8 +9,8 @@ from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 
 from memstudy import records
-from memstudy.kinds import LargestBatchRun, PredictionRun, parse_run
-from memstudy.profiler import MIB, fit, predict
+from memstudy.kinds import LargestBatchRun, LongestSequenceRun, PredictionRun, parse_run
+from memstudy.profiler import MIB, find_gpu, fit, predict
 from memstudy.studies.reformer.run import ReformerRun
 from memstudy.techniques import parse
 from memstudy.trainers.inference import InferenceRun
@@ -66,6 +66,19 @@ def test_the_largest_batch_is_what_fit_finds_whatever_the_batch_of_the_run(tmp_p
     assert metrics["whole_gpu_mib"] == found.report.whole_gpu_mib
     with pytest.raises(ValidationError, match="gpu"):
         LargestBatchRun(experiment="tiny", of=tiny_run(), gpu="")
+
+
+def test_the_longest_sequence_is_the_last_that_fits(tmp_path):
+    search = LongestSequenceRun(experiment="tiny", of=tiny_run(batch_size=2**12), gpu="T4")
+    assert parse_run(json.loads(search.model_dump_json())) == search
+    metrics = search.execute(tmp_path)["metrics"]
+    longest = metrics["longest_seq_len"]
+    assert longest % 8 == 0
+
+    def whole_gpu_mib(seq_len):
+        return search.of.model_copy(update={"seq_len": seq_len}).foretell("T4").whole_gpu_mib
+
+    assert metrics["whole_gpu_mib"] == whole_gpu_mib(longest) <= find_gpu("T4").memory_mib < whole_gpu_mib(longest + 8)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_the_table_has_what_saves_memory_in_the_order_of_its_price(generated):
 def test_the_figure_and_the_number_of_rows_are_written(generated):
     assert (generated / "figures" / "synthesis_prices.pdf").stat().st_size > 5000
     assert (generated / "figures" / "synthesis_prices.png").exists()
+    assert (generated / "figures" / "synthesis_gpus.pdf").stat().st_size > 5000
     values = (generated / "report" / "values" / "synthesis.tex").read_text("utf-8")
     assert r"\defval{synthesis.n_rows}{7}" in values
     assert r"\defval{synthesis.n_predicted}{7}" in values

@@ -14,6 +14,7 @@ from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Step
 
 LIMIT = 65_536  # largest batch to consider
+STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs multiply fastest
 
 
 @dataclass(frozen=True)

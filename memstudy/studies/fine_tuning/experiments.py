@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import pandas as pd
 import torch
 
 from memstudy.studies.fine_tuning.epoch import EpochRun
 from memstudy.studies.glue.run import FineTuneRun
+from memstudy.studies.published import HERE
 from memstudy.trainers.hub_model import HubModelRun
 
 
@@ -71,6 +73,12 @@ def fine_tunings(
         for name, method in methods.items()
         for seed in seeds
     ]
+
+
+def published_limits(gpus: Iterable[str]) -> pd.DataFrame:
+    """The longest sequences [tokens] that others published, on cards with the memory of ``gpus``; 0: none fits."""
+    published = pd.read_csv(HERE / "context_lengths.csv")
+    return published[published["gpu"].isin(gpus)]
 
 
 def stored_bytes(layer: torch.nn.Module) -> int:

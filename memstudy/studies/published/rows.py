@@ -64,18 +64,29 @@ class PublishedRowRun(ForetellingRun):
         return {"metrics": {"predicted_mib": predicted_mib(self.table, self.of)}, "curves": {}, "data": {}}
 
 
-def runs(table: str) -> list[PublishedRowRun]:
-    """The predictions of ``table`` as runs, one for each row."""
-    return [PublishedRowRun(experiment=table, table=table, of=row, gpu=GPUS[table]) for row in published(table).index]
+def runs(table: str, text: str = "") -> list[PublishedRowRun]:
+    """The predictions of ``table`` as runs, one for each row that has ``text`` in its name."""
+    names = [row for row in published(table).index if text in row]
+    return [PublishedRowRun(experiment=table, table=table, of=row, gpu=GPUS[table]) for row in names]
 
 
-def compared(table: str, predicted: Iterable[float]) -> pd.DataFrame:
-    """The published figures of ``table`` beside those ``predicted`` [MiB], in the order of :func:`runs`.
+def compared(predicted: pd.DataFrame) -> pd.DataFrame:
+    """The published figures beside the ``predicted`` ones [MiB], the rows of a sweep over `runs`.
 
     Columns: ``table``, ``row``, ``published_mib``, ``predicted_mib``, ``error_percent``.
     """
-    said = published(table)
-    return frame_of(table, zip(said.index, said, predicted, strict=True))
+    frames = []
+    for table, rows in predicted.groupby("table", sort=False):
+        said = published(table)[rows["of"]]
+        frames.append(frame_of(table, zip(said.index, said, rows["predicted_mib"], strict=True)))
+    return pd.concat(frames, ignore_index=True)
+
+
+def chosen_on(table: str, row: str) -> bool:
+    """Whether the ``row`` of a ``table`` of fine-tuning chose a rule or a constant of its prediction."""
+    if table == "fms":
+        return bool(fms.chosen_on(row))
+    return table == "notebook" or row == peft.CHOSEN_ON
 
 
 def predicted_rows(table: str, only: Collection[str] | None = None, **options) -> pd.DataFrame:
