@@ -87,8 +87,8 @@ def test_bad_counts_are_named(text, said, tmp_path):
 def test_texts_are_counted_by_their_tokenizer(tokenizer, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"question": "ab", "answer": "cde"}\n{"question": "f", "answer": ""}\n')
-    assert token_lengths(str(path), tokenizer, ["question", "answer"]) == [2 + 1 + 3, 1 + 1]
-    assert token_lengths(str(path), tokenizer, ["question"]) == [2, 1]
+    assert token_lengths(str(path), tokenizer, ("question", "answer")) == [2 + 1 + 3, 1 + 1]
+    assert token_lengths(str(path), tokenizer, ("question",)) == [2, 1]
 
 
 @pytest.mark.parametrize(

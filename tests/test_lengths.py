@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.tiers import slow_but
 from support.tiny_models import SIZES, TINY
 
 from memstudy.attention import Unavailable
+from memstudy.cli.of_lengths import AskedOfAny, quantiles, show_epoch
 from memstudy.data.lengths import batches
 from memstudy.kinds import parse_run
 from memstudy.profiler import Gpu, StepShape, measure, over_lengths, predict
@@ -101,10 +103,24 @@ def perceptron(asked):
 
 
 def test_a_kernel_that_changes_with_the_length_is_found():
-    asked = [StepShape(tokens) for tokens in random.Random(0).sample(range(2, 400), 120)]
+    asked = [StepShape(tokens) for tokens in random.Random(0).sample(range(2, 200), 70)]
     followed = over_lengths(perceptron, asked)
-    assert followed.step_peaks == predict(perceptron(asked), iterations=120).iteration_peaks
-    assert followed.traced < 60
+    assert followed.step_peaks == predict(perceptron(asked), iterations=70).iteration_peaks
+    assert followed.traced < 50
+
+
+def test_blocks_that_follow_no_formula_are_refused(monkeypatch):
+    monkeypatch.setattr("memstudy.profiler.lengths.MOST_TRACED", 20)
+    sizes = random.Random(0)
+
+    def of_random_sizes(asked):
+        def build():
+            return lambda: torch.ones(sizes.randrange(1, 2**20))
+
+        return build
+
+    with pytest.raises(ValueError, match="no 20 lengths: pad the lengths to multiples of 64"):
+        over_lengths(of_random_sizes, range(2, 90))
 
 
 def small_gpu(memory_mib):
@@ -167,6 +183,19 @@ def test_the_command_line_says_which_step_is_the_worst(counts, models, tmp_path)
     found = json.loads(invoke("predict", *asked, "--sampler", "grouped", "--json").stdout)
     assert (found["sampler"], found["steps"]) == ("grouped", 4)
     assert found["quantiles"]["allocated_mib"]["max"] == max(found["step_peaks"]) / 2**20
+
+
+def test_the_first_step_without_room_is_printed(capsys, tmp_path):
+    (tmp_path / "lengths.csv").write_text("1000\n90000\n2000\n")
+    asked = AskedOfAny(model="any", lengths=tmp_path / "lengths.csv", sampler="buckets")
+    report = over_lengths(perceptron, [StepShape.of(batch) for batch in asked.batches(1)], gpu=small_gpu(110))
+    show_epoch(asked, 1, report)
+    printed = capsys.readouterr().out
+    assert "3 steps on small, predicted" in printed
+    assert "3 texts, buckets; padding: 0.0 % of the tokens" in printed
+    assert "worst step: 1, 1 × 90,000 tokens" in printed
+    assert re.search(r"does not fit: out of memory in \w+ of step 1, asking for .* 1 of 3 steps do not fit", printed)
+    assert quantiles(report)["tokens"] == {"median": 2000, "p90": 72_400, "p99": 88_240, "max": 90_000}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ def read_lengths(path: Path, column: str | None = None) -> list[int]:
     return lengths
 
 
-def token_lengths(name: str, tokenizer: str, fields: Sequence[str] = ()) -> list[int]:
+@functools.cache
+def token_lengths(name: str, tokenizer: str, fields: tuple[str, ...] = ()) -> list[int]:
     """The tokens of each training text of a data set, with those that the tokenizer adds.
 
     Parameters
@@ -68,7 +70,7 @@ def token_lengths(name: str, tokenizer: str, fields: Sequence[str] = ()) -> list
         A name that `load` knows, or the path of a ``.csv``, ``.parquet``, ``.jsonl`` or ``.txt``.
     tokenizer : str
         A folder, or a name on the Hugging Face hub.
-    fields : sequence of str
+    fields : tuple of str
         The columns that are joined to a text; by default the only one that holds text.
 
     Raises

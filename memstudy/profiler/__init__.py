@@ -15,7 +15,7 @@ _PLACES = {
     "fit": "search",
     "Gpu": "catalogue",
     "LengthsReport": "lengths",
-    "StepShape": "lengths",
+    "StepShape": "formulas",
     "over_lengths": "lengths",
     "find_gpu": "catalogue",
     "gpus": "catalogue",
