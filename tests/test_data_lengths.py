@@ -1,16 +1,22 @@
 """Token counts of texts, and the batches that samplers make: every text once; bad input is one line."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.benchmark import load
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from memstudy.data.lengths import batches, padded_share, read_lengths, token_lengths
 from memstudy.data.text import train_tokenizer
+from memstudy.studies.fine_tuning.epoch import HISTOGRAMS, text_lengths
 
 pytestmark = pytest.mark.usefixtures("cache")
 
+REAL_DATA = Path(__file__).parents[2] / "shared/data"
 SAMPLERS = ("shuffled", "grouped", "buckets", "packed")
 
 
@@ -53,6 +59,12 @@ def test_buckets_are_sorted_longest_first_in_the_order_given():
 def test_packs_are_filled_best_fit_decreasing():
     packs = batches([5, 3, 6, 2, 4], 1, "packed", longest=10)
     assert sorted(map(sorted, packs)) == [[2, 3, 5], [4, 6]]
+
+
+def test_a_histogram_gives_its_texts_in_one_order():
+    lengths = text_lengths("openorca")
+    assert (len(lengths), max(lengths)) == (251, 1837)
+    assert lengths == text_lengths("openorca") != sorted(lengths)
 
 
 def test_grouping_saves_padding():
@@ -113,3 +125,9 @@ def test_what_is_not_there_is_named(tokenizer, tmp_path, monkeypatch):
         token_lengths(str(tmp_path / "texts.txt"), str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"none\.csv: No such file"):
         read_lengths(tmp_path / "none.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the folder of real data is not here")
+def test_the_committed_histograms_are_those_of_the_texts():
+    assert load("lengths").histograms().equals(pd.read_csv(HISTOGRAMS))
