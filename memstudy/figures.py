@@ -61,6 +61,24 @@ def memory_timeline(axes: Axes, x: pd.Series, parts: pd.DataFrame, phases: pd.Se
     return begins
 
 
+def steps_over_budget(
+    axes: Axes, peaks: Mapping[str, Sequence[int]], context: int, budget: int | None, device: str
+) -> None:
+    """Draw the ``peaks`` of each step, in bytes by name, and as a line the ``budget`` of ``device``.
+
+    ``context`` [bytes] lies beside the peaks.
+    """
+    for name, values in peaks.items():
+        if values:
+            axes.plot(
+                range(1, len(values) + 1), [(value + context) / 2**30 for value in values], linewidth=0.8, label=name
+            )
+    if budget is not None:
+        axes.axhline(budget / 2**30, color="0.3", linewidth=0.8, linestyle="--", label=device)
+    axes.set(xlabel="step", ylabel="peak of a step\n[GiB], predicted", ylim=(0, None))
+    legend_above(axes, 3)
+
+
 def mark_gpus(axes: Axes, memory: Mapping[str, float]) -> None:
     """Write each GPU's name, rotated by 90°, at its ``memory`` on the horizontal axis."""
     for name, amount in memory.items():

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from memstudy.profiler import find_gpu, fit
 from memstudy.profiler.search import STEP_TOKENS
 from memstudy.studies.attention_layer.run import LayerRun
+from memstudy.studies.fine_tuning.epoch import EpochRun
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
@@ -115,6 +116,7 @@ KINDS: dict[str, type[Run]] = {
     "reformer": ReformerRun,
     "seq2seq": Seq2SeqRun,
     "prediction": PredictionRun,
+    "epoch": EpochRun,
     "largest_batch": LargestBatchRun,
     "longest_sequence": LongestSequenceRun,
     "published_row": PublishedRowRun,

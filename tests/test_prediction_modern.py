@@ -3,10 +3,14 @@
 The bounds are the errors of the day on which they were written, rounded up; they hold what was reached.
 """
 
+import json
+
+import numpy as np
+import pandas as pd
 import pytest
 
 from memstudy.profiler import MIB
-from memstudy.studies.published import generation, modern, peft
+from memstudy.studies.published import HERE, generation, modern, peft
 from memstudy.studies.published.modern import calculators, fms
 from memstudy.studies.published.rows import predicted_rows, published
 
@@ -118,6 +122,18 @@ def test_all_of_pefts_comparison():
     assert error.median() < 0.1
     assert error.drop(list(OFF)).max() < 0.4
     assert error.max() < 5.2
+
+
+@pytest.mark.slow
+def test_each_step_of_a_run_of_pefts_comparison():
+    """Held out: the texts' spread and the longest are chosen on the row of rank 32, whose mean is published."""
+    name = "lora/llama-3.2-3B-rank64"
+    row = pd.read_csv(HERE / "peft_method_comparison.csv").set_index("experiment").loc[name]
+    report = peft.over_the_run(name, json.loads(row.optimizer_kwargs), 1000)
+    reserved = np.array(report.step_reserved)
+    assert reserved.mean() == pytest.approx(row.memory_reserved_avg_bytes, rel=0.03)
+    assert np.quantile(reserved, 0.99) == pytest.approx(row.memory_reserved_99th_bytes, rel=0.05)
+    assert max(report.reserved_peaks) == pytest.approx(row.memory_reserved_max_bytes, rel=0.03)
 
 
 @pytest.mark.slow

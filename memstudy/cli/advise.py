@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import typer
 
 from memstudy.cli.answers import WIDTH, duration, readable, time_as_dict
-from memstudy.cli.asked import Asked, Batch, Budget, Keep, about_a_step
+from memstudy.cli.asked import Batch, Budget, Keep, about_a_step
+from memstudy.cli.of_lengths import AskedOfTraining
 
 
 @about_a_step
-def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = None) -> None:
+def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep: Keep = None) -> None:
     """Find the techniques that make a batch fit, those that change least first.
 
-    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048\n
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --lengths lengths.csv
 
     Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
     accumulation in more and more parts, techniques that change the arithmetic, adapters, which train few weights, and
     4-bit weights beside them. What changes as much comes fastest first: on a GPU by the step time predicted for your
     model with each technique alone; on this CPU, and for a GPU described without its speed, by the memory ablation's
-    reference rows, of another model. Exit status 0 whether or not anything fits.
+    reference rows, of another model.
+
+    With --lengths or --dataset, all steps of an epoch have to fit. The batches come first: as asked, grouped by length,
+    without padding, and packed to --seq-len or the longest text; then techniques, for the batches that need least. Exit
+    status 0 whether or not anything fits.
     """
     from memstudy.profiler.search import check_budget
     from memstudy.studies.ablation import advice
@@ -32,17 +39,30 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
     if asked.gpu is None:
         check_budget(budget_mib)
     asked.run(batch, asked.techniques)  # refuses impossible choices before the search
-    elsewhere = None if asked.is_timed else reference()
+    ways: list[dict] = []
+    if asked.of_lengths:
+        asked, ways = _ways_to_batch(asked, batch, budget_mib, keep)
+        if any(way["fits"] for way in ways):
+            _finish(asked, batch, ways, [""] * len(ways))
+            return
+    elsewhere = None if asked.is_timed or asked.of_lengths else reference()
     rungs = advice.climb(
         asked.alone(batch),
         partial(asked.takes, batch),
         start=asked.techniques,
-        parts_of=batch // asked.processes,
+        parts_of=1 if asked.of_lengths else batch // asked.processes,
         keep=keep,
     )
     tried, times = {}, {}
+    if ways:
+        tried[asked.techniques], times[asked.techniques] = min(ways, key=_needed), ""
 
     def fits(rung: tuple[str, ...]) -> bool:
+        if rung in tried:
+            return tried[rung]["fits"]
+        if asked.of_lengths:
+            tried[rung], times[rung] = _epoch(asked, batch, rung, budget_mib), ""
+            return tried[rung]["fits"]
         report, run = asked.report(batch, rung), asked.run(batch, rung)
         needed = report.peak_allocated_mib if asked.gpu is None else report.whole_gpu_mib
         measured = elsewhere and elsewhere.time_ratio(rung)
@@ -61,31 +81,94 @@ def advise(asked: Asked, batch: Batch, budget_mib: Budget = None, keep: Keep = N
 
     found = advice.first_that_fits(rungs, fits)
     climbed = [rung for rung in rungs[: None if found is None else found + 1] if rung in tried]
-    if asked.as_json:
-        typer.echo(json.dumps([tried[rung] for rung in climbed], indent=2))
-        return
-    _show([tried[rung] for rung in climbed], [times[rung] for rung in climbed], asked.gpu or "this CPU")
-    if elsewhere:
+    answers = [way for way in ways if way is not tried.get(asked.techniques)] + [tried[rung] for rung in climbed]
+    lasted = [""] * (len(answers) - len(climbed)) + [times[rung] for rung in climbed]
+    _finish(asked, batch, answers, lasted)
+    if elsewhere and not asked.as_json:
         typer.echo(f"step time: relative to no technique, measured on {elsewhere.device} (ablation's model)")
-    if found is None:
+
+
+def _needed(answer: dict) -> float:
+    return answer["needed_mib"]
+
+
+def _ways_to_batch(
+    asked: AskedOfTraining, batch: int, budget_mib: float | None, keep: str | None
+) -> tuple[AskedOfTraining, list[dict]]:
+    """Answers for each way of making batches until one fits, and the options of that or of the one that needs least.
+
+    Batches without padding take flash attention where the GPU and the number format have it: other attention gets a
+    mask of all pairs of tokens instead.
+    """
+    from memstudy.techniques import parse
+
+    card = asked.card()
+    has_flash = card is not None and card.compute_capability >= (8, 0)
+    half = any(technique.in_bf16 for technique in parse(asked.techniques))
+    attention = "flash" if has_flash and half else asked.attention
+    ways = [asked, replace(asked, padding_free=True, attention=attention)]
+    if keep != "exact":
+        ways.insert(1, replace(asked, sampler="grouped"))
+        ways.append(replace(asked, sampler="packed", attention=attention))
+    answers: list[dict] = []
+    for way in dict.fromkeys(ways):
+        answers.append(_epoch(way, batch, asked.techniques, budget_mib))
+        if answers[-1]["fits"]:
+            return way, answers
+    return [*dict.fromkeys(ways)][min(range(len(answers)), key=lambda place: _needed(answers[place]))], answers
+
+
+def _epoch(asked: AskedOfTraining, batch: int, techniques: tuple[str, ...], budget_mib: float | None) -> dict:
+    """The answer for all steps of an epoch, as JSON values."""
+    report = asked.epoch(batch, techniques)
+    needed = report.peak_allocated_mib if asked.gpu is None else report.whole_gpu_mib
+    same = asked.result(techniques)
+    if asked.sampler in ("grouped", "packed") and same == "yes":
+        same = "other batches" if asked.sampler == "packed" else "other order"
+    return {
+        "techniques": techniques,
+        "batches": asked.how,
+        "padded_share": asked.padding(batch),
+        "needed_mib": needed,
+        "fits": needed <= budget_mib if asked.gpu is None else not report.refused,
+        "steps_out_of_memory": len(report.refused),
+        "steps": len(report.shapes),
+        "same_result": same,
+        "effective_batch": batch,
+        "accumulation": 1,
+    }
+
+
+def _finish(asked: AskedOfTraining, batch: int, answers: list[dict], times: list[str]) -> None:
+    """Print the answers, in order of the search, and the last one's options if it fits."""
+    if asked.as_json:
+        typer.echo(json.dumps(answers, indent=2))
+        return
+    _show(answers, times, asked.gpu or "this CPU")
+    if not answers[-1]["fits"]:
         typer.echo("nothing fits: take a shorter sequence, a smaller model or a larger GPU")
         return
-    parts = tried[rungs[found]]["accumulation"]
-    typer.echo(f"fits: --technique {','.join(rungs[found])}" if rungs[found] else "fits as it is")
+    options = [f"--technique {','.join(answers[-1]['techniques'])}"] if answers[-1]["techniques"] else []
+    options += [asked.options] if asked.of_lengths and asked.options else []
+    typer.echo(f"fits: {' '.join(options)}" if options else "fits as it is")
+    parts = answers[-1]["accumulation"]
     typer.echo(f"effective batch {batch}: {parts} × {batch // parts}")
 
 
-def _show(climbed: list[dict], times: list[str], where: str) -> None:
-    """Print the rungs tried, and the ``times`` of their steps."""
+def _show(answers: list[dict], times: list[str], where: str) -> None:
+    """Print the answers tried, and the ``times`` of their steps."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("techniques", "needs", "step time", "same result", box=None, title=f"on {where}, predicted")
-    for column in (1, 2):
-        table.columns[column].justify = "right"
-    for row, time in zip(climbed, times, strict=True):
-        names = ", ".join(row["techniques"]) or "none"
-        table.add_row(names, readable(row["needed_mib"]), time, row["same_result"], style="bold" * row["fits"])
+    of_lengths = "batches" in answers[0]
+    columns = ["batches", "padding", "techniques", "needs"] if of_lengths else ["techniques", "needs", "step time"]
+    table = Table(*columns, "same result", box=None, title=f"on {where}, predicted")
+    for column in table.columns[1:-1]:
+        column.justify = "left" if column.header == "techniques" else "right"
+    for row, time in zip(answers, times, strict=True):
+        cells = [", ".join(row["techniques"]) or "none", readable(row["needed_mib"])]
+        cells = [row["batches"], f"{100 * row['padded_share']:.1f} %", *cells] if of_lengths else [*cells, time]
+        table.add_row(*cells, row["same_result"], style="bold" * row["fits"])
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
     console.print(table)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from memstudy.cli.answers import Answer, show
-from memstudy.cli.asked import Asked, AskedOfText, Budget, Keep, about_a_step
+from memstudy.cli.asked import Asked, Budget, Keep, about_a_step
+from memstudy.cli.of_lengths import AskedOfAny, show_epoch
 
 if TYPE_CHECKING:
-    from memstudy.profiler import Gpu, MemoryReport
+    from memstudy.profiler import Gpu, LengthsReport, MemoryReport
     from memstudy.trainers.hub_model import HubModelRun
 
 STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs multiply fastest
@@ -21,7 +22,7 @@ STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs m
 
 @about_a_step
 def fit(
-    asked: AskedOfText,
+    asked: AskedOfAny,
     budget_mib: Budget = None,
     search: Annotated[
         Literal["batch", "seq-len"],
@@ -41,15 +42,17 @@ def fit(
     """Find the largest batch that fits, by prediction.
 
     memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise\n
-    memstudy fit --model qwen2.5-7b --prompt 30720 --generate 2048 --search seq-len --gpu RTX4090
+    memstudy fit --model qwen2.5-7b --prompt 30720 --generate 2048 --search seq-len --gpu RTX4090\n
+    memstudy fit --model gpt2-large --gpu RTX4090 --lengths lengths.csv
 
-    With --advise, techniques are added one by one, those that change least first, in the order of `memstudy advise`,
-    until a batch fits; for a batch of your own choice, use that command. With --verify (only without --gpu), the batch
-    found is run on this CPU and reported as tested. Exit status 0 whether or not a batch fits.
+    With --lengths or --dataset, the largest batch with which all steps of an epoch fit. With --advise, techniques are
+    added one by one, those that change least first, in the order of `memstudy advise`, until a batch fits; for a batch
+    of your own choice, use that command. With --verify (only without --gpu), the batch found is run on this CPU and
+    reported as tested. Exit status 0 whether or not a batch fits.
     """
     from memstudy.studies.ablation.advice import first_that_fits
 
-    _check(asked, budget_mib, search, verify)
+    _check(asked, budget_mib, search, verify, effective_batch)
     if asked.generate and (advise or effective_batch):
         raise ValueError("--advise and --effective-batch are for training: leave --generate out")
     sought = _Search(asked, budget_mib, search, effective_batch, verify)
@@ -72,13 +75,15 @@ def fit(
         return
     for answer in answers:
         typer.echo(answer.line(search))
-    if answers[-1].fits:
+    if answers[-1].fits and asked.of_lengths:
+        show_epoch(asked, answers[-1].batch_size, answers[-1].found.report)
+    elif answers[-1].fits:
         show(answers[-1].found.report, sought.run(answers[-1]))
     elif not advise:
         typer.echo("add --advise to find techniques that make a batch fit")
 
 
-def _check(asked: AskedOfText, budget_mib: float | None, search: str, verify: bool) -> None:
+def _check(asked: AskedOfAny, budget_mib: float | None, search: str, verify: bool, effective_batch: int | None) -> None:
     """Raise ValueError for options that exclude each other."""
     if verify and asked.gpu is not None:
         raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
@@ -88,6 +93,8 @@ def _check(asked: AskedOfText, budget_mib: float | None, search: str, verify: bo
         raise ValueError("fit needs a budget: give --gpu, or --budget-mib for this CPU")
     if any(text.partition("=")[0] == "accumulation" for text in asked.techniques):
         raise ValueError("accumulation follows from the batch that fits: give --effective-batch instead")
+    if asked.of_lengths and (search == "seq-len" or verify or effective_batch):
+        raise ValueError("--lengths and --dataset look for a batch: leave --search, --verify and --effective-batch out")
     tokens = asked.prompt or asked.seq_len
     if search == "seq-len" and tokens < STEP_TOKENS:
         raise ValueError(f"{tokens} tokens: --search seq-len looks for multiples of {STEP_TOKENS} up to them")
@@ -97,7 +104,7 @@ def _check(asked: AskedOfText, budget_mib: float | None, search: str, verify: bo
 class _Search:
     """A search for the largest batch, or for the longest sequence with one in each process's batch."""
 
-    asked: AskedOfText
+    asked: AskedOfAny
     budget_mib: float | None
     over: str
     effective_batch: int | None
@@ -108,10 +115,9 @@ class _Search:
         from rich.console import Console
 
         from memstudy.profiler import fit as largest_fit
-        from memstudy.profiler.search import LIMIT
 
         processes, over_batch = self.asked.processes, self.over == "batch"
-        limit = LIMIT if over_batch else processes * ((self.asked.prompt or self.asked.seq_len) // STEP_TOKENS)
+        limit = self._limit() if over_batch else processes * ((self.asked.prompt or self.asked.seq_len) // STEP_TOKENS)
         card = self.asked.card()
         with Console(stderr=True).status("predicting") as status:
 
@@ -126,6 +132,10 @@ class _Search:
             def generates(size: int, card: Gpu | None) -> MemoryReport:
                 return run(size).foretell(card, expandable_segments=self.asked.expandable_segments)
 
+            def over_an_epoch(size: int, card: Gpu | None) -> LengthsReport:
+                status.stop()  # has a line of its own
+                return self.asked.epoch(size, techniques, card)
+
             found = largest_fit(
                 build,
                 gpu=card,
@@ -135,12 +145,18 @@ class _Search:
                 processes=processes,
                 limit=processes if smallest else limit,
                 run=partial(self._run, build) if self.verify else None,
-                foretell=generates if self.asked.generate else None,
+                foretell=over_an_epoch if self.asked.of_lengths else generates if self.asked.generate else None,
             )
         batch, seq_len = self._sizes(found.batch_size)
         refused = found.refused_at and self._sizes(found.refused_at)[0 if over_batch else 1]
         parts = found.accumulation if over_batch else (self.effective_batch or processes) // processes
         return Answer(techniques, self.asked.result(techniques), batch, seq_len, parts, refused, found)
+
+    def _limit(self) -> int:
+        """The largest batch to consider: that of all texts, where there are texts."""
+        from memstudy.profiler.search import LIMIT
+
+        return min(LIMIT, len(self.asked.texts)) if self.asked.of_lengths else LIMIT
 
     def run(self, answer: Answer) -> HubModelRun:
         """The run that takes the step of ``answer``."""

@@ -3,26 +3,61 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from memstudy.cli.answers import as_dict, show
-from memstudy.cli.asked import AskedOfText, Batch, about_a_step
+from memstudy.cli.asked import Batch, about_a_step
+from memstudy.cli.of_lengths import AskedOfAny, epoch_as_dict, show_epoch
 
 
 @about_a_step
-def predict(asked: AskedOfText, batch: Batch) -> None:
+def predict(
+    asked: AskedOfAny,
+    batch: Batch,
+    figure: Annotated[
+        Path | None, typer.Option(help="With lengths: draw the peak of each step to this .pdf, and a .png beside it.")
+    ] = None,
+) -> None:
     """Predict the memory of a training step or of generation, whether it fits, and how long it takes; nothing is run.
 
     memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4\n
     memstudy predict --model gpt2-xl --batch 32 --seq-len 512 --technique fsdp,bf16 --processes 8 --gpu RTX4090\n
-    memstudy predict --model qwen2.5-7b --batch 1 --prompt 6144 --generate 2048 --gpu RTX4090
+    memstudy predict --model qwen2.5-7b --batch 1 --prompt 6144 --generate 2048 --gpu RTX4090\n
+    memstudy predict --model llama-3.1-8b --batch 2 --technique lora=16,convention=trl,checkpointing
+    --gpu RTX4090 --lengths lengths.csv --figure peaks.pdf
 
     The step is Hugging Face Trainer's own, and generation transformers' own, traced on fake tensors. The band of the
     times spans fast and slow hosts and the error of the GPU's calibration. Exit status 0 whether or not it fits.
     """
+    if figure is not None and (not asked.of_lengths or figure.suffix != ".pdf" or not figure.parent.is_dir()):
+        raise ValueError(f"--figure {figure}: a .pdf in a folder that exists is drawn, with --lengths or --dataset")
+    if asked.of_lengths:
+        _epoch(asked, batch, figure)
+        return
     report, run = asked.report(batch, asked.techniques), asked.run(batch, asked.techniques)
     if asked.as_json:
         typer.echo(json.dumps(as_dict(report, run), indent=2))
     else:
         show(report, run)
+
+
+def _epoch(asked: AskedOfAny, batch: int, figure: Path | None) -> None:
+    report = asked.epoch(batch, asked.techniques)
+    if asked.as_json:
+        typer.echo(json.dumps(epoch_as_dict(asked, batch, asked.techniques, report), indent=2))
+    else:
+        show_epoch(asked, batch, report)
+    if figure is None:
+        return
+    import matplotlib.pyplot as plt
+
+    from memstudy.figures import WIDTH, steps_over_budget, use_style, write_figure
+
+    use_style()
+    drawn, axes = plt.subplots(figsize=(WIDTH, 3.0))
+    memory = {"allocated": report.step_peaks, "reserved": report.reserved_peaks}
+    steps_over_budget(axes, memory, report.context_bytes, report.memory_bytes, report.device)
+    write_figure(drawn, figure)

@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
 
-from memstudy.attention import ATTENTION, AttentionConfig, SoftmaxConfig
+from memstudy.attention import ATTENTION, AttentionConfig, SoftmaxConfig, Unavailable
 from memstudy.huggingface.families import attends_elsewhere
 
+FLASH = "memstudy_joined"  # transformers would look for a kernel under a name with "flash"
 _DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")  # of model configs
 
 
@@ -130,6 +132,49 @@ def _padding_mask(
     return attention_mask
 
 
+def _flash(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The flash_attn package's kernels, as transformers' ``flash_attention_forward`` calls them, without padding.
+
+    Sequences that share a row are told by ``cu_seq_lens``, as ``DataCollatorWithFlattening`` makes them.
+    """
+    if attention_mask is not None:
+        raise ValueError("attention flash is for batches without padding: flatten or pack them")
+    dtype = get_target_dtype(query, module) or query.dtype  # positions in fp32 have made the query so
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention flash needs half precision, and this is {dtype}: add technique bf16")
+    try:
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+    except ImportError as error:
+        raise Unavailable(f"attention flash needs a GPU and the flash_attn package ({error})") from None
+    query, key, value = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
+    options = {
+        "dropout_p": dropout,
+        "softmax_scale": scaling,
+        "causal": module.is_causal if is_causal is None else is_causal,
+    }
+    if cu_seq_lens_q is None:
+        return flash_attn_func(query, key, value, **options), None
+    joined = (tensor.reshape(-1, *tensor.shape[2:]) for tensor in (query, key, value))
+    given = *joined, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+    return flash_attn_varlen_func(*given, **options).view(query.shape), None
+
+
+AttentionInterface.register(FLASH, _flash)
+AttentionMaskInterface.register(FLASH, flash_attention_mask)
 for _name, _config in ATTENTION.items():
     if is_function(_config):
         AttentionInterface.register(f"memstudy_{_name}", partial(_attend, _name))

@@ -24,7 +24,7 @@ ROUND_LARGE = 2 * MIB  # kRoundLarge: rounded up to a multiple of this
 ENDLESS = 2**40  # granules of an expandable segment's addresses
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Block:
     size: int
     address: int
@@ -33,10 +33,6 @@ class _Block:
     free: bool = True
     before: _Block | None = None
     after: _Block | None = None
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.size, self.address
 
     @property
     def expandable_size(self) -> int:
@@ -59,30 +55,38 @@ class _Pool:
 
     def add(self, block: _Block) -> None:
         if block.mapped:
-            bisect.insort(self.keys, block.key)
-            self.blocks[block.key] = block
+            key = block.size, block.address
+            bisect.insort(self.keys, key)
+            self.blocks[key] = block
         else:
             bisect.insort(self.unmapped, block, key=lambda other: other.address)
 
     def remove(self, block: _Block) -> None:
         if block.mapped:
-            del self.keys[bisect.bisect_left(self.keys, block.key)]
-            del self.blocks[block.key]
+            key = block.size, block.address
+            del self.keys[bisect.bisect_left(self.keys, key)]
+            del self.blocks[key]
         else:
             self.unmapped.remove(block)
 
-    def best_fit(self, size: int) -> _Block | None:
-        index = bisect.bisect_left(self.keys, (size, -1))
-        if index == len(self.keys):
+    def best_fit(self, size: int) -> int | None:
+        """The place in ``keys`` of the best block of at least ``size`` bytes; None without one."""
+        keys = self.keys
+        best = bisect.bisect_left(keys, (size, -1))
+        if best == len(keys):
             return None
-        best = self.blocks[self.keys[index]]
-        # get_free_block: an expandable block counts with the size that it can grow to.
-        for following in range(index + 1, len(self.keys)):
-            larger = self.blocks[self.keys[following]]
-            if larger.expandable_size >= best.expandable_size:
-                break
-            best = larger
+        if self.unmapped:
+            # get_free_block: an expandable block counts with the size that it can grow to.
+            while best + 1 < len(keys):
+                block, larger = self.blocks[keys[best]], self.blocks[keys[best + 1]]
+                if larger.expandable_size >= block.expandable_size:
+                    break
+                best += 1
         return best
+
+    def take(self, place: int) -> _Block:
+        """Remove and return the block at ``place``."""
+        return self.blocks.pop(self.keys.pop(place))
 
 
 class CachingAllocator:
@@ -118,18 +122,38 @@ class CachingAllocator:
         """Return a block of at least ``size`` > 0 bytes for ``stream``; ``block.size`` is its actual size."""
         size = -(-size // ROUND) * ROUND
         pool = self._pool(stream, small=size <= SMALL)
-        block = pool.best_fit(size)
-        if block is None:
+        place = pool.best_fit(size)
+        if place is not None:
+            block = pool.take(place)
+        else:
             block = self._map(pool, size) if self._expandable else self._segment(pool, size)
-        pool.remove(block)
-        rest = block.size - size
-        # should_split: in a large segment, a tail of up to 1 MiB stays with the block.
-        if rest >= ROUND if pool.small or self._expandable else rest > SMALL:
+            pool.remove(block)
+        if self._splits(pool, block.size - size):
             self._split(block, size)
         block.free = False
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
         return block
+
+    def pass_through(self, size: int, stream: int = 0) -> None:
+        """Request a block and free it at once: with a free block at hand, only the peak can change."""
+        rounded = -(-size // ROUND) * ROUND
+        pool = self._pool(stream, small=rounded <= SMALL)
+        place = pool.best_fit(rounded)
+        if place is None:
+            self.free(self.malloc(size, stream))
+            return
+        found = pool.keys[place][0]
+        used = rounded if self._splits(pool, found - rounded) else found
+        self.peak_allocated = max(self.peak_allocated, self.allocated + used)
+
+    def state(self) -> tuple:
+        """What decides where later requests go, besides the blocks in use."""
+        return tuple(
+            (name, *pool.keys, *((hole.address, hole.size) for hole in pool.unmapped))
+            for name, pool in self._pools.items()
+        )
 
     def free(self, block: _Block) -> None:
         """Take ``block`` back and merge it with free neighbours."""
@@ -147,12 +171,17 @@ class CachingAllocator:
                     pool.remove(block)
                     self.reserved -= block.size
 
+    def _splits(self, pool: _Pool, rest: int) -> bool:
+        """should_split: in a large segment, a tail of up to 1 MiB stays with the block."""
+        return rest >= ROUND if pool.small or self._expandable else rest > SMALL
+
     def _pool(self, stream: int, *, small: bool) -> _Pool:
-        if (stream, small) not in self._pools:
+        pool = self._pools.get((stream, small))
+        if pool is None:
             pool = self._pools[stream, small] = _Pool(small)
             if self._expandable:
                 pool.add(_Block(ENDLESS * pool.granule, 0, pool, mapped=False))
-        return self._pools[stream, small]
+        return pool
 
     def _segment(self, pool: _Pool, size: int) -> _Block:
         # get_allocation_size

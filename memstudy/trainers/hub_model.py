@@ -19,6 +19,7 @@ from memstudy.attention.settings import mixer_of
 from memstudy.huggingface.catalogue import model_config
 from memstudy.huggingface.convert import convert_attention
 from memstudy.huggingface.inputs import random_batch
+from memstudy.huggingface.interface import FLASH
 from memstudy.trainers.step import StepRun
 
 CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -55,7 +56,7 @@ class HubModelRun(StepRun):
     model: str
     optimizer: str = "adamw"  # Trainer's default, AdamW in one fused kernel
     task: Literal["lm", "classification", "contrastive"] = "lm"
-    attention: Literal["eager", "sdpa"] = "sdpa"
+    attention: Literal["eager", "sdpa", "flash"] = "sdpa"
     convert_to: dict[str, bool | str | int | float] = Field(default_factory=dict)
     layers: tuple[NonNegativeInt, ...] = ()
     measure_steps: PositiveInt = 1
@@ -72,7 +73,7 @@ class HubModelRun(StepRun):
     def _suits_the_model(self):
         config = self.config()
         family = self._family(config)
-        positions = _positions(config)
+        positions = positions_of(config)
         if positions is not None and self.seq_len > positions:
             raise ValueError(f"{self.length} is more than the {positions} positions of {self.model}")
         tokens = (config.image_size // config.patch_size) ** 2 + 1 if config.model_type == "vit" else self.seq_len
@@ -180,6 +181,8 @@ class HubModelRun(StepRun):
             config.pad_token_id = 0  # a decoder's classifier reads the last token that is not padding
         # A family with only its own attention calls it eager.
         attention = self.attention if family._supports_sdpa else "eager"
+        if attention == "flash":
+            attention = FLASH
         model = family._from_config(config, attn_implementation=attention, dtype=self.weights_dtype())
         if "LMHead" in family.__name__:
             model.loss_type = "ForCausalLM"  # transformers would guess it from the class name and warn
@@ -198,7 +201,7 @@ class HubModelRun(StepRun):
         return {} if self.optimizer == "adamw" else {"optim": self.optimizer}
 
 
-def _positions(config: transformers.PretrainedConfig) -> int | None:
+def positions_of(config: transformers.PretrainedConfig) -> int | None:
     """The most tokens that a text can have; None for relative positions without an end."""
     if config.model_type == "whisper":
         return config.max_target_positions

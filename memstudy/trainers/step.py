@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from transformers import PreTrainedModel, set_seed
+from transformers import DataCollatorWithFlattening, PreTrainedModel, set_seed
 from transformers.modeling_utils import local_torch_dtype
 
 from memstudy import machine, techniques
 from memstudy.attention import Unavailable
-from memstudy.profiler import MIB, Gpu, MemoryReport, find_gpu, predict
+from memstudy.profiler import MIB, Gpu, LengthsReport, MemoryReport, StepShape, find_gpu, over_lengths, predict
 from memstudy.profiler.roles import Step
 from memstudy.profiler.search import steps_to_settle
+from memstudy.profiler.values import MOST_IN_STEP
 from memstudy.trainers.base import PROCESS_MIB, SLACK, Run, gpu_needs, megabytes, once_for_equal_steps
 from memstudy.trainers.timing import measured, timed
 from memstudy.trainers.trainer import make_trainer
@@ -100,12 +102,15 @@ class StepRun(Run):
     def n_processes(self):
         return self.processes
 
-    def build(self, *, gpu: str | Gpu | None = None, parts: int | None = None) -> Callable[[], Step]:
+    def build(
+        self, *, gpu: str | Gpu | None = None, parts: int | None = None, shapes: Sequence[StepShape] = ()
+    ) -> Callable[[], Step]:
         """The argument of ``profiler.measure`` and ``profiler.predict``: sets up the run and returns its step.
 
         The step runs one whole update on random tokens, through ``Trainer.training_step``. ``gpu`` is the GPU to
         predict for; techniques that need a GPU are then allowed. ``parts`` limits an accumulated batch to its first
-        parts; two parts reach the peak of any larger number.
+        parts; two parts reach the peak of any larger number. With ``shapes``, the n-th step makes a batch of the n-th
+        shape, whatever the run's own.
 
         Raises
         ------
@@ -115,6 +120,8 @@ class StepRun(Run):
         chosen = self.parsed_techniques()
         card = find_gpu(gpu) if isinstance(gpu, str) else gpu
         techniques.check_available(chosen, capability=card and card.compute_capability)
+        if card and getattr(self, "attention", "") == "flash" and card.compute_capability < (8, 0):
+            raise Unavailable(f"attention flash needs a GPU from Ampere on (capability 8.0), and this is {card.name}")
         if card and str(self.flags().get("optim", "")).startswith("paged_"):
             raise Unavailable(
                 "a paged optimizer is not predicted: the GPU driver decides where its state is kept; technique "
@@ -144,14 +151,15 @@ class StepRun(Run):
                 )
                 keep = partial(accelerator.no_sync, model)
             trainer.current_gradient_accumulation_steps = self.accumulation
-            batch = self.make_batch()
+            batch = {} if shapes else self.make_batch()
+            of_shapes = map(self.batch_of, shapes)
             size = self.batch_size // self.accumulation
             share, place = size // self.processes, trainer.args.process_index  # this process's share of each part
             starts = range(place * share, self.batch_size, size)[:parts]
             split = [{name: tensor[start : start + share] for name, tensor in batch.items()} for start in starts]
 
             def step():
-                for number, part in enumerate(split, start=1):
+                for number, part in enumerate([next(of_shapes)] if shapes else split, start=1):
                     with nullcontext() if number == len(split) else keep():  # only the last part exchanges gradients
                         trainer.training_step(model, part)
                 optimizer.step()
@@ -162,6 +170,24 @@ class StepRun(Run):
 
         return make
 
+    def batch_of(self, shape: StepShape) -> dict[str, torch.Tensor]:
+        """A batch of ``shape`` as a collator makes it: with a mask, or with positions where sequences share a row."""
+        attention = getattr(self, "attention", "")
+        if shape.rows * shape.tokens > MOST_IN_STEP and (shape.padded or shape.sequences) and attention != "flash":
+            raise ValueError(
+                f"a batch of {shape.rows} × {shape.tokens} tokens, padded or in one row: up to {MOST_IN_STEP:,} can be "
+                "followed, take a smaller batch"
+            )
+        if shape.sequences:
+            lengths = [len(part) for part in np.array_split(range(shape.tokens), shape.sequences)]
+            collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+            return collate([{"input_ids": [0] * length} for length in lengths])
+        batch = self.model_copy(update={"batch_size": shape.rows, "seq_len": shape.tokens}).make_batch()
+        mask = torch.ones_like(batch["input_ids"])
+        if shape.padded:
+            mask[-1, -1] = 0  # that anything is padded decides the kernels, and not how much
+        return batch | {"attention_mask": mask, "labels": batch["labels"].clone()}
+
     def _check_positions(self, model: PreTrainedModel) -> None:
         more = sum(technique.more_tokens for technique in self.parsed_techniques())
         positions = getattr(model.config, "max_position_embeddings", None)
@@ -170,6 +196,22 @@ class StepRun(Run):
                 f"seq_len={self.seq_len} and {more} virtual tokens are more than the model's {positions} positions: "
                 f"take seq_len={positions - more}"
             )
+
+    def foretell_lengths(
+        self,
+        shapes: Sequence[StepShape],
+        gpu: str | Gpu | None = None,
+        **choices,
+    ) -> LengthsReport:
+        """Predict steps with batches of ``shapes``; raises as `build`. ``choices`` are those of `over_lengths`."""
+        if self.accumulation > 1 or self.processes > 1:
+            raise ValueError("batches of unequal lengths are predicted without accumulation and for one process")
+        return over_lengths(
+            lambda some: self.build(gpu=gpu or None, shapes=some),
+            shapes,
+            gpu=gpu or None,
+            **choices,
+        )
 
     def steps_to_settle(self) -> int:
         """Number of steps after which memory no longer changes."""

@@ -130,7 +130,8 @@ def flash_attn() -> Iterator[None]:
     """Replace ``flash_attn`` by PyTorch's copy of its kernel, which saves and allocates as much.
 
     flash_attn/flash_attn_interface.py, ``FlashAttnFunc``; tensors are (batch, seq, heads, head_dim). A window changes
-    which scores are computed but no size.
+    which scores are computed but no size. ``FlashAttnVarlenFunc`` takes sequences of unequal lengths, joined to
+    (tokens, heads, head_dim), and where each begins.
     """
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, **others):
@@ -138,8 +139,16 @@ def flash_attn() -> Iterator[None]:
         output = _ATEN._scaled_dot_product_flash_attention(*heads_first, dropout_p, causal, False, scale=softmax_scale)
         return output[0].transpose(1, 2)
 
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, **others,
+    ):  # fmt: skip
+        given = q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        return _ATEN._flash_attention_forward(*given, dropout_p, causal, False, scale=softmax_scale)[0]
+
     stand_in = types.ModuleType("flash_attn")
     stand_in.flash_attn_func = flash_attn_func
+    stand_in.flash_attn_varlen_func = flash_attn_varlen_func
     # patch.dict would also remove every module imported within the block.
     installed = sys.modules.get("flash_attn")
     sys.modules["flash_attn"] = stand_in

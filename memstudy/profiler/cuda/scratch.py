@@ -90,6 +90,18 @@ def _flash_backward(args, result) -> list[int]:
     return sizes
 
 
+def _varlen_backward(args, result) -> list[int]:
+    """As `_flash_backward`, of joined sequences: ``mha_varlen_bwd`` has 128 rows more for each sequence."""
+    query, key, first = args[1], args[2], args[6]
+    total, heads, head_dim = query.shape
+    rows = total + 128 * (first.numel() - 1)
+    width = -(-head_dim // 32) * 32 if head_dim <= 128 else -(-head_dim // 64) * 64
+    sizes = [4 * heads * rows, 4 * rows * heads * width]
+    if key.shape[1] != heads:
+        sizes += [query.element_size() * key.shape[0] * heads * head_dim] * 2
+    return sizes
+
+
 def _efficient_forward(args, result) -> list[int]:
     """aten/src/ATen/native/transformers/cuda/attention.cu: fp32 sums of wide results in half precision."""
     query, value = args[0], args[2]
@@ -143,6 +155,7 @@ def _foreach_norm(args, result) -> list[int]:
 
 _SCRATCH: dict[object, Callable[[tuple, object], list[int]]] = {
     _ATEN._scaled_dot_product_flash_attention_backward: _flash_backward,
+    _ATEN._flash_attention_backward: _varlen_backward,
     _ATEN._scaled_dot_product_efficient_attention: _efficient_forward,
     _ATEN._scaled_dot_product_efficient_attention_backward: _efficient_backward,
     _ATEN.embedding_dense_backward: _embedding_backward,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import pandas as pd
 import torch
 
+from memstudy.studies.fine_tuning.epoch import EpochRun
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.published import HERE
 from memstudy.trainers.hub_model import HubModelRun
@@ -18,6 +19,36 @@ def steps(models: Iterable[str], methods: Mapping[str, Sequence[str]], **choices
         HubModelRun(experiment=name, model=model, techniques=tuple(texts), **choices)
         for model in models
         for name, texts in methods.items()
+    ]
+
+
+# Ways to make batches: the sampler, and whether the texts of a batch share a row without padding.
+BATCHES = {
+    "shuffled": ("shuffled", False),
+    "grouped": ("grouped", False),
+    "buckets": ("buckets", False),
+    "padding-free": ("shuffled", True),
+    "packed": ("packed", True),
+}
+
+
+def epochs(datasets: Iterable[str], gpu: str, steps: int, **recipe: object) -> list[EpochRun]:
+    """The first ``steps`` of an epoch on each of ``datasets`` with each of `BATCHES`, of a step with ``recipe``.
+
+    Batches without padding take flash attention's kernels for joined sequences.
+    """
+    return [
+        EpochRun(
+            experiment=name,
+            of=HubModelRun(experiment=name, attention="flash" if flattened else "sdpa", **recipe),
+            gpu=gpu,
+            dataset=dataset,
+            sampler=sampler,
+            flattened=flattened,
+            steps=steps,
+        )
+        for dataset in datasets
+        for name, (sampler, flattened) in BATCHES.items()
     ]
 
 

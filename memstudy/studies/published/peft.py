@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import local_torch_dtype
 
+from memstudy.data.lengths import batches
 from memstudy.huggingface.catalogue import model_config
-from memstudy.profiler import MIB, predict
+from memstudy.profiler import MIB, LengthsReport, StepShape, over_lengths, predict
 from memstudy.studies.published import GPUS, HERE, Figures
 
 SOFTWARE = (
@@ -24,18 +27,45 @@ CONFIGS = json.loads((HERE / "peft_configs.json").read_bytes())  # adapter_confi
 # Tokens of the longest batch, and of the one before it: chosen so that the row of LoRA of rank 32 comes out right.
 LENGTHS = 110, 690
 CHOSEN_ON = "lora/llama-3.2-3B-rank32"
+BATCH, EMPTIES = 4, 10  # texts in a batch; steps after which the cache is emptied
+MEAN = 4_198_051 / 5000 / BATCH - 1  # tokens of a text; published are those of 5,000 batches, with an end for each text
+SPREAD = 0.35  # of the logarithm of a text's tokens: chosen so that the row's average of reserved memory comes out
 
 
 def fine_tune(method: str, settings: dict, lengths: Sequence[int] = LENGTHS) -> Callable[[], None]:
-    """A step of ``method_comparison/MetaMathQA/run.py`` for each of ``lengths``, the cache emptied before.
+    """One step with a batch of each of ``lengths`` after another, the cache emptied before each.
 
     By default a short batch, then the longest.
 
     The source sorts each 80 texts by length, longest first, and takes 20 batches of four from them; it empties the
     allocator's cache every tenth step. So the longest batch meets an empty cache, after the shortest of the texts
-    before. Lengths are not recorded: `LENGTHS` are chosen on one row, and the same for all. Batches are padded, so
-    attention gets a mask and, with it, keys and values repeated for each query head. The loop keeps each step's
-    outputs, with logits and the KV cache, until those of the next step are made.
+    before. Lengths are not recorded: `LENGTHS` are chosen on one row, and the same for all.
+    """
+    one = _loop(method, settings)
+
+    def step():
+        for length in lengths:
+            torch.cuda.empty_cache()
+            one(StepShape(length, BATCH, padded=True))
+
+    return step
+
+
+def in_turn(method: str, settings: dict, shapes: Sequence[StepShape]) -> Callable[[], Callable[[], None]]:
+    """The ``build`` of steps with batches of ``shapes``, as `over_lengths` takes them."""
+
+    def build():
+        one, waiting = _loop(method, settings), iter(shapes)
+        return lambda: one(next(waiting))
+
+    return build
+
+
+def _loop(method: str, settings: dict) -> Callable[[StepShape], None]:
+    """A step of the loop of ``method_comparison/MetaMathQA/run.py``.
+
+    Batches are padded, so attention gets a mask and, with it, keys and values repeated for each query head. The loop
+    keeps each step's outputs, with logits and the KV cache, until those of the next step are made.
     """
     with local_torch_dtype(torch.bfloat16):
         model = AutoModelForCausalLM.from_config(model_config("meta-llama/Llama-3.2-3B"))
@@ -53,24 +83,38 @@ def fine_tune(method: str, settings: dict, lengths: Sequence[int] = LENGTHS) -> 
     update_ranks = getattr(model.base_model, "update_and_allocate", None)  # AdaLoRA's
     outputs = None
 
-    def step():
-        nonlocal outputs
-        for number, length in enumerate(lengths, start=1):
-            torch.cuda.empty_cache()
-            tokens = torch.randint(model.config.vocab_size, (4, length))
-            mask = torch.ones_like(tokens)
-            mask[0, -1] = 0
-            labels = tokens.clone()
-            items = mask.sum().item()
-            optimizer.zero_grad()
-            outputs = model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=items)
-            outputs.loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            if update_ranks is not None:
-                update_ranks(number)
+    counted = itertools.count(1)
 
-    return step
+    def one(shape: StepShape) -> None:
+        nonlocal outputs
+        tokens = torch.randint(model.config.vocab_size, (shape.rows, shape.tokens))
+        mask = torch.ones_like(tokens)
+        if shape.padded:
+            mask[0, -1] = 0
+        labels = tokens.clone()
+        items = mask.sum().item()
+        optimizer.zero_grad()
+        outputs = model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=items)
+        outputs.loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if update_ranks is not None:
+            update_ranks(next(counted))
+
+    return one
+
+
+def lengths(count: int, spread: float = SPREAD) -> list[int]:
+    """The lengths of ``count`` texts: log-normal, with the published mean, cut at the longest; drawn with seed 0."""
+    drawn = np.random.default_rng(0).lognormal(sigma=spread, size=count)
+    return np.clip(np.rint(drawn * MEAN / drawn.mean()), 1, LENGTHS[-1]).astype(int).tolist()
+
+
+def over_the_run(method: str, settings: dict, steps: int, spread: float = SPREAD) -> LengthsReport:
+    """Predict the first ``steps`` of the run, on texts of `lengths`."""
+    made = batches(lengths(BATCH * steps, spread), BATCH, "buckets")
+    shapes = [StepShape.of(batch) for batch in made]
+    return over_lengths(partial(in_turn, method, settings), shapes, gpu=GPUS["peft"], empty_cache_every=EMPTIES)
 
 
 def figures() -> Figures:
