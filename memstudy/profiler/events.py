@@ -6,6 +6,7 @@ turns events from either source into a report, so that "activations" has one mea
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -18,7 +19,8 @@ WORKSPACE = "cuBLAS workspace"  # in an event's ``label`` instead of a module
 class Event:
     """One memory event: ``kind`` decides which of the other fields count.
 
-    ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream) · ``free`` (block) · ``is``
+    ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream; ``fused``: a fused kernel
+    would not write the block) · ``free`` (block) · ``is``
     (block belongs to category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) ·
     ``empty_cache`` (a caching allocator gives back its unused memory).
     """
@@ -29,6 +31,19 @@ class Event:
     bytes: int = 0
     label: str = ""
     stream: int = 0
+    fused: bool = False
+
+
+def with_fused_kernels(events: Iterable[Event]) -> Iterator[Event]:
+    """``events`` without the blocks that fused kernels would not write."""
+    unwritten: set[int] = set()
+    for event in events:
+        if event.kind == "alloc" and event.fused:
+            unwritten.add(event.block)
+        elif event.block not in unwritten:
+            yield event
+        elif event.kind == "free":
+            unwritten.remove(event.block)
 
 
 @dataclass(frozen=True)

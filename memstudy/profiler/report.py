@@ -49,8 +49,11 @@ class MemoryReport:
         Of a prediction: what had to be assumed; for a GPU also ops that no rule covers, predicted as their CPU kernels,
         and memory not counted.
     time : StepTime or None
-        The predicted time of the last step; None for generation, a measurement, a CPU, and a GPU described without its
-        speed.
+        The predicted time of the last step; None for generation, compiled modules, a measurement, a CPU, and a GPU
+        described without its speed.
+    fused : MemoryReport or None
+        Of a prediction with modules given to ``torch.compile``: the same with fused kernels, the lower end of a band
+        whose upper end is this report, in which each op's result has memory. None without such modules.
     time_by_pass : dict
         Of predicted generation, as ``time``: of ``prefill``, and of a ``token`` that comes after the whole text.
     """
@@ -72,6 +75,7 @@ class MemoryReport:
     out_of_memory: OutOfMemory | None = None
     unverified: tuple[str, ...] = ()
     time: StepTime | None = None
+    fused: MemoryReport | None = None
     time_by_pass: dict[str, StepTime] = field(default_factory=dict)
 
     @property
