@@ -12,7 +12,6 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,6 +102,7 @@ class Compiler:
                 return runner.boxed_run(args)
             finally:
                 runner.env = {}
+                self._recorder.in_kernel(0)
 
         run._boxed_call = True
         return run
@@ -113,12 +113,14 @@ class _Runner(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, recorder: Recorder):
         super().__init__(graph)
-        self._recorder, self._generated = recorder, _generated(graph.graph)
-        self._in_registers = _in_registers(graph.graph, self._generated)
+        self._recorder = recorder
+        generated = _generated(graph.graph)
+        self._kernels = _kernels(graph.graph, generated)
+        self._in_registers = {node for node in generated if _stays(node, self._kernels)}
 
     def run_node(self, n):
-        with self._recorder.generated(registers=n in self._in_registers) if n in self._generated else nullcontext():
-            return super().run_node(n)
+        self._recorder.in_kernel(self._kernels.get(n, 0), in_registers=n in self._in_registers)
+        return super().run_node(n)
 
 
 def _generated(graph: fx.Graph) -> set[fx.Node]:
@@ -129,25 +131,33 @@ def _generated(graph: fx.Graph) -> set[fx.Node]:
     return {node for node in graph.nodes if _computes(node) and node.target.overloadpacket in ops}
 
 
-def _in_registers(graph: fx.Graph, generated: set[fx.Node]) -> set[fx.Node]:
-    """The values that fused kernels need not write: only ops fused with theirs read them.
+def _kernels(graph: fx.Graph, generated: set[fx.Node]) -> dict[fx.Node, int]:
+    """The number of the kernel, counted from 1, of each op in ``generated`` and of the views between them.
 
-    Ops fuse that no other op parts. An op that scatters begins a kernel; it writes into the tensor that it is given. A
-    concatenation's parts are written where they belong.
+    Ops fuse that no other op parts. One that scatters begins a kernel.
     """
-    kernel: dict[fx.Node, int] = {}
-    number = 0
+    kernels: dict[fx.Node, int] = {}
+    number = 1
     for node in graph.nodes:
         number += _computes(node) and (node not in generated or node.target.overloadpacket in _SCATTER)
-        kernel[node] = number
+        if node in generated or not _computes(node):
+            kernels[node] = number
+    return kernels
 
-    def fused(node: fx.Node, reader: fx.Node) -> bool:
-        if reader.op == "output" or reader not in generated:
+
+def _stays(node: fx.Node, kernels: dict[fx.Node, int]) -> bool:
+    """Whether a fused kernel keeps the value of ``node`` in registers: only ops of that kernel read the value.
+
+    An op that scatters writes into the tensor that it is given.
+    """
+
+    def within(reader: fx.Node) -> bool:
+        if reader.op == "output":
             return False
-        into = reader.target.overloadpacket in _SCATTER and reader.args[0] is node
-        return into or kernel[reader] == kernel[node]
+        into = _computes(reader) and reader.target.overloadpacket in _SCATTER and reader.args[0] is node
+        return into or kernels.get(reader) == kernels[node]
 
-    return {node for node in generated if all(fused(node, reader) for reader in _readers(node))}
+    return all(within(reader) for reader in _readers(node))
 
 
 def _computes(node: fx.Node) -> bool:

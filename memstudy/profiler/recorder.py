@@ -7,8 +7,7 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -70,7 +69,7 @@ class Recorder(TorchDispatchMode):
         self._live_bytes = 0
         self._phase = "build"
         self._in_optimizer = self._in_one_kernel = False
-        self._generated = self._fused = False  # as in `generated`
+        self.in_kernel(0)
         if card is None:
             self.below = cpu.BelowDispatch(self._tell)
             self._in_python = by_shape.kernels(cuda=False)
@@ -138,17 +137,12 @@ class Recorder(TorchDispatchMode):
 
         return resized
 
-    @contextmanager
-    def generated(self, *, registers: bool) -> Iterator[None]:
-        """In the block, an op is part of a kernel that a compiler generates: it allocates nothing but its results.
+    def in_kernel(self, number: int, *, in_registers: bool = False) -> None:
+        """From now on, ops are parts of the fused kernel ``number``; of none if that is 0.
 
-        With ``registers``, a fused kernel would not write its results to memory.
+        A kernel that a compiler generates allocates nothing but its results, which may stay ``in_registers``.
         """
-        self._generated, self._fused = True, registers
-        try:
-            yield
-        finally:
-            self._generated = self._fused = False
+        self._kernel, self._in_registers = number, in_registers
 
     def as_one_kernel(self, function: Callable, args: tuple, kwargs: dict) -> object:
         """Run ``function`` as a compiled kernel, as of an optimizer: only its results count.
@@ -250,7 +244,7 @@ class Recorder(TorchDispatchMode):
         if self._in_one_kernel:
             return result
         # For a GPU, building happens on the host. A CPU's own kernels run even where a GPU's are generated.
-        if self._card is None or (self._phase != "build" and not self._generated):
+        if self._card is None or (self._phase != "build" and not self._kernel):
             self.below.after(func, args, result)
         return result
 
@@ -292,7 +286,7 @@ class Recorder(TorchDispatchMode):
                 size=size,
                 label=self.modules[-1] if self.modules else "",
                 stream=0 if stream is _default_cpu_stream else id(stream),
-                fused=self._fused,
+                in_register=self._in_registers,
             )
             self._live_bytes += size
             self.requested_bytes = max(self.requested_bytes, self._live_bytes)
@@ -307,6 +301,7 @@ class Recorder(TorchDispatchMode):
             self._tell("phase", label=phase)
 
     def _tell(
-        self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0, fused: bool = False
+        self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0, in_register: bool = False
     ) -> None:
-        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label, stream, fused))
+        now = time.perf_counter() * 1e3
+        self.events.append(Event(kind, now, block, size, label, stream, in_register, self._kernel))
