@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from memstudy.profiler.internals import OpOverload, get_cached_ops
+from memstudy.profiler.internals import HigherOrderOperator, OpOverload, get_cached_ops
 from memstudy.profiler.results import tensors
 
 if TYPE_CHECKING:
@@ -122,6 +122,18 @@ class _Runner(fx.Interpreter):
         self._recorder.in_kernel(self._kernels.get(n, 0), in_registers=n in self._in_registers)
         return super().run_node(n)
 
+    def call_function(self, target, args, kwargs):
+        """As `fx.Interpreter`; an op that is computed again with the random numbers of its first time, by its parts."""
+        name = target.name() if isinstance(target, HigherOrderOperator) else ""
+        if name == "run_and_save_rng_state":
+            return torch.get_rng_state(), args[0](*args[1:], **kwargs)
+        if name == "run_with_rng_state":
+            present = torch.get_rng_state()  # to be set again
+            result = args[1](*args[2:], **kwargs)
+            del present
+            return result
+        return super().call_function(target, args, kwargs)
+
 
 def _generated(graph: fx.Graph) -> set[fx.Node]:
     """The ops that inductor writes kernels for: those that the partitioner calls fusible, and those that scatter."""
@@ -197,8 +209,9 @@ def refusal(error: Exception) -> str:
         return ""
     from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
-    if isinstance(error, BackendCompilerFailed) and isinstance(error.inner_exception, ValueError):
-        return str(error.inner_exception)
+    if isinstance(error, BackendCompilerFailed):
+        said = str(error.inner_exception).split("\n\nWhile executing")[0]
+        return said if isinstance(error.inner_exception, ValueError) else f"torch.compile does not take this: {said}"
     if isinstance(error, Unsupported):
         said = " ".join(str(error).split("Hint:")[0].split())
         return f"torch.compile: a graph break, whose memory is not predicted: {said}"

@@ -130,6 +130,10 @@ class MemoryReport:
         row |= {f"forward_end_{name}_mib": n / MIB for name, n in self.forward_end_by_category.items()}
         if self.peak_reserved_mib is not None:
             row["peak_reserved_mib"] = self.peak_reserved_mib
+        if self.fused is not None:
+            row["fused_peak_allocated_mib"] = self.fused.peak_allocated_mib
+            if self.fused.peak_reserved_mib is not None:
+                row["fused_peak_reserved_mib"] = self.fused.peak_reserved_mib
         if self.time is not None:
             row |= {
                 "step_time_ms": self.time.step_time_ms,

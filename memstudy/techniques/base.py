@@ -47,6 +47,10 @@ class Technique:
         Number of tokens that the technique adds to each sequence.
     packages : tuple of str
         Packages to install besides memstudy's own dependencies.
+    needs_compiler : bool
+        Whether it takes a C++ compiler to carry the technique out.
+    predicted : bool
+        Whether a prediction can follow the technique.
     predicted_by_rules : bool
         Whether a prediction for a GPU needs none of ``packages``.
     """
@@ -68,6 +72,8 @@ class Technique:
     in_pytorch = True
     more_tokens = 0
     packages = ()
+    needs_compiler = False
+    predicted = True
     predicted_by_rules = False
 
     def flags(self) -> dict[str, object]:
