@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from memstudy.profiler.internals import HigherOrderOperator, OpOverload, get_cached_ops
+from memstudy.profiler.internals import (
+    HigherOrderOperator,
+    OpOverload,
+    _FrameAction,
+    _FrameExecStrategy,
+    get_cached_ops,
+    set_code_exec_strategy,
+)  # fmt: skip
 from memstudy.profiler.results import tensors
 
 if TYPE_CHECKING:
@@ -57,7 +64,9 @@ class Compiler:
         """
         if function is None:
             return functools.partial(self.compile, **options)
-        whole = isinstance(function, torch.nn.Module) or isinstance(getattr(function, "__self__", None), torch.nn.Module)
+        whole = isinstance(function, torch.nn.Module) or isinstance(
+            getattr(function, "__self__", None), torch.nn.Module
+        )
         if whole:
             return self._followed(function, options)
 
@@ -76,6 +85,9 @@ class Compiler:
         _check(options)
         if not self.used:
             forget()
+            # Where Dynamo lets a frame run uncompiled, it would compile the recorder within.
+            skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+            set_code_exec_strategy(type(self._recorder).__torch_dispatch__.__code__, skip)
         self.used = True
         return self._compile(function, backend=self._backend, dynamic=options.get("dynamic"), fullgraph=True)
 

@@ -18,6 +18,11 @@ from torch._C import (
 )
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, get_cached_ops
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -39,6 +39,8 @@ class Technique:
         The format that the model's weights are made in; None for fp32.
     several_processes : bool
         Whether the technique is only for runs in several processes.
+    one_process : bool
+        Whether the technique is only for runs in one process.
     in_bf16 : bool
         Whether products are computed in bfloat16, which some machines emulate.
     in_pytorch : bool
@@ -68,6 +70,7 @@ class Technique:
     prepared = 0
     weights_dtype = None
     several_processes = False
+    one_process = False
     in_bf16 = False
     in_pytorch = True
     more_tokens = 0

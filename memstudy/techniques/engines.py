@@ -33,6 +33,7 @@ class Compile(Engine):
     summary = "the model compiled by torch.compile; what is saved for backward is its partitioner's choice"
     in_training = True
     prepared = 2  # with adapters and checkpointing
+    one_process = True
     predicted = True
     needs_compiler = True
 
