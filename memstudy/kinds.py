@@ -39,7 +39,7 @@ class PredictionRun(ForetellingRun):
     @classmethod
     def _of_pytorch(cls, of: Predictable) -> Predictable:
         for text, technique in zip(of.techniques, parse(of.techniques), strict=True):
-            if technique.group == "engine":
+            if not technique.predicted:
                 raise ValueError(f"the memory of {text} is not predicted: leave it out, to predict plain PyTorch")
         return of
 

@@ -439,7 +439,7 @@ def test_a_model_without_known_feed_forward_parts_says_so():
         Narrow(0.5).prepare(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("text", ["compile", "onnxruntime", "int8", "tensorrt", "sparse=0.5", "semi_structured"])
+@pytest.mark.parametrize("text", ["onnxruntime", "int8", "tensorrt", "sparse=0.5", "semi_structured"])
 def test_what_is_for_inference_is_refused_in_training(text):
     with pytest.raises(ValueError, match=f"technique '{text}' is for inference alone"):
         lm((text,))
@@ -584,6 +584,8 @@ def test_excluded_pairs_are_refused(pair):
         (["fewer_heads=1"], "a share to remove is needed, between 0 and 1"),
         (["narrow=nan"], "a share to remove is needed, between 0 and 1"),
         (["masks=0.5", "narrow=0.5"], "only one of kind 'pruning'"),
+        (["compile=1.1"], "a share from 0 to 1 is needed"),
+        (["compile=nan"], "a share from 0 to 1 is needed"),
         (["compile", "int8"], "only one of kind 'engine'"),
         (["lora=0.5"], "a whole number from 1 is needed"),
         (["muon", "optimizer_in_backward"], "muon counts steps for all parameters together"),

@@ -23,6 +23,12 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "peak_allocated_mib": report.peak_allocated_mib,
         "peak_reserved_mib": report.peak_reserved_mib,
         "whole_gpu_mib": report.whole_gpu_mib,
+        "fused": report.fused
+        and {
+            "peak_allocated_mib": report.fused.peak_allocated_mib,
+            "peak_reserved_mib": report.fused.peak_reserved_mib,
+            "whole_gpu_mib": report.fused.whole_gpu_mib,
+        },
         "at_rest_mib": report.at_rest_bytes / 2**20,
         "peak_by_phase_mib": {phase: size / 2**20 for phase, size in report.peak_by_phase.items()},
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
@@ -124,6 +130,13 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
         else:
             said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} available; {report.out_of_memory}"
             console.print(said, soft_wrap=True)
+    if report.fused:
+        least = sum(report.fused.waterfall_mib().values())
+        console.print(
+            f"compiled: from {readable(least)}, with all fused that can be, to {readable(whole)}, op by op as above; "
+            "its time is not predicted",
+            soft_wrap=True,
+        )
     if report.unverified:
         console.print(
             f"not checked against CUDA, ops taken as on a CPU: {', '.join(report.unverified)}", soft_wrap=True

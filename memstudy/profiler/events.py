@@ -6,6 +6,7 @@ turns events from either source into a report, so that "activations" has one mea
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MIB = 2**20
@@ -18,9 +19,11 @@ WORKSPACE = "cuBLAS workspace"  # in an event's ``label`` instead of a module
 class Event:
     """One memory event: ``kind`` decides which of the other fields count.
 
-    ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream) · ``free`` (block) · ``is``
+    ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream; ``in_register``: a fused
+    kernel would not write the block) · ``free`` (block) · ``is``
     (block belongs to category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) ·
-    ``empty_cache`` (a caching allocator gives back its unused memory).
+    ``empty_cache`` (a caching allocator gives back its unused memory). ``kernel`` is the number of the fused kernel that
+    the event would belong to; 0 for none.
     """
 
     kind: str
@@ -29,6 +32,33 @@ class Event:
     bytes: int = 0
     label: str = ""
     stream: int = 0
+    in_register: bool = False
+    kernel: int = 0
+
+
+def with_fused_kernels(events: Iterable[Event]) -> Iterator[Event]:
+    """``events`` as fused kernels would cause them: without what stays in registers, and each written in place.
+
+    A kernel that reads a block for the last time writes over it: its results come after what it frees.
+    """
+    in_registers: set[int] = set()
+    written: dict[int, Event] = {}
+    kernel = 0
+    for event in events:
+        if event.kernel != kernel:
+            yield from written.values()
+            written, kernel = {}, event.kernel
+        if event.kind == "alloc" and event.in_register:
+            in_registers.add(event.block)
+        elif event.kind == "alloc" and kernel:
+            written[event.block] = event
+        elif event.kind == "free" and event.block in written:
+            del written[event.block]  # one of several results, which nothing reads
+        elif event.block not in in_registers:
+            yield event
+        elif event.kind == "free":
+            in_registers.remove(event.block)
+    yield from written.values()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Another release may move or drop a name: pyproject.toml pins the release, and importing this file fails with the name
 that is gone. What the profiler replaces during a prediction is given by dotted name, so that FSDP and DTensor are
 imported for several processes only. Private attributes of PyTorch's objects stay where they are read:
-``OpOverload._schema``, ``._overloadname`` and ``._op_dk``, ``FakeTensor._fake_device``, ``UntypedStorage._cdata``,
+``OpOverload._schema``, ``._overloadname``, ``._dispatch_cache`` and ``._op_dk``, ``FakeTensor._fake_device``, ``UntypedStorage._cdata``,
 ``TorchDispatchMode._should_skip_dynamo``, ``Tensor._make_subclass``.
 """
 
@@ -18,8 +18,13 @@ from torch._C import (
 )
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch._library.custom_ops import OPDEFS
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, get_cached_ops
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.cpu import _default_cpu_stream

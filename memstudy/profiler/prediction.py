@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -22,7 +23,8 @@ from memstudy.profiler import cuda
 from memstudy.profiler.accounting import account
 from memstudy.profiler.allocator import replay
 from memstudy.profiler.catalogue import Gpu, find_gpu
-from memstudy.profiler.events import MIB, Event
+from memstudy.profiler.compiled import forget, refusal
+from memstudy.profiler.events import MIB, Event, with_fused_kernels
 from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMode
 from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
 from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
@@ -86,14 +88,18 @@ def predict(
         raise ValueError(f"processes={processes}: at least 1 process must run the step")
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     recorder, events = follow(build, iterations, card, processes, semantics)
-    return report_of(
-        events,
-        recorder,
-        card,
+    reported = partial(
+        report_of,
+        recorder=recorder,
+        card=card,
         expandable_segments=expandable_segments,
-        requested_bytes=None if card is None else recorder.requested_bytes,
         uncounted=["NCCL's buffers (not counted)"] * (processes > 1),
+    )
+    return reported(
+        events,
+        requested_bytes=None if card is None else recorder.requested_bytes,
         time=time_of(recorder, card, repeats=repeats, processes=processes),
+        fused=reported(with_fused_kernels(events)) if recorder.compiler.used else None,
     )
 
 
@@ -129,9 +135,9 @@ def time_of(
 ) -> StepTime | None:
     """The time of the ``step``, by its index, whose last forward and backward pass come ``repeats`` more times.
 
-    None without a GPU of known speed.
+    None without a GPU of known speed, and with compiled modules, whose kernels are not known.
     """
-    if card is None or not card.speed:
+    if card is None or not card.speed or recorder.compiler.used:
         return None
     issued, untimed = recorder.issued.by_step[step], recorder.issued.untimed.copy()
     if processes > 1:
@@ -165,6 +171,7 @@ def follow(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # Trainer counts parameters by it
+        warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         stack.enter_context(roles.watch())
         stack.enter_context(watch_optimizers(recorder.begin_optimizer, recorder.end_optimizer))
@@ -172,7 +179,7 @@ def follow(
         stack.enter_context(patch("memstudy.profiler.roles.next_iteration", recorder.begin_step))
         stack.enter_context(modules_on_real_tensors())
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
-        stack.enter_context(patch("torch.compile", recorder.compiled))
+        stack.enter_context(patch("torch.compile", recorder.compiler.compile))
         # Without this, torch's foreach path rejects FakeTensor parameters.
         types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
         for name in FOREACH_TYPES:
@@ -209,9 +216,14 @@ def follow(
                 step()
             events = recorder.events.copy()  # without the releases of what the step and the libraries hold
         except (AssertionError, RuntimeError) as error:
+            if refused := refusal(error):
+                raise ValueError(refused) from error
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
             raise ValueError(ON_CUDA) from error
+        finally:
+            if recorder.compiler.used:
+                forget()
     return recorder, events
 
 

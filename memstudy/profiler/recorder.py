@@ -8,13 +8,13 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
 
 from memstudy.profiler import by_shape, cpu, cuda
 from memstudy.profiler.catalogue import Gpu
+from memstudy.profiler.compiled import Compiler
 from memstudy.profiler.events import Event
 from memstudy.profiler.internals import (
     OPDEFS,
@@ -31,7 +31,6 @@ from memstudy.profiler.issued import Issued
 from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors
 from memstudy.profiler.values import MOST_IN_STEP, Values
 
-_EAGER = "compiled modules (followed as they run without compilation)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
 
 
@@ -70,6 +69,7 @@ class Recorder(TorchDispatchMode):
         self._live_bytes = 0
         self._phase = "build"
         self._in_optimizer = self._in_one_kernel = False
+        self.in_kernel(0)
         if card is None:
             self.below = cpu.BelowDispatch(self._tell)
             self._in_python = by_shape.kernels(cuda=False)
@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
         self.issued = Issued()
+        self.compiler = Compiler(self)
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -136,34 +137,29 @@ class Recorder(TorchDispatchMode):
 
         return resized
 
-    def compiled(self, function: Callable | None = None, **options) -> Callable:
-        """Replaces ``torch.compile``, which does not support fake tensors: only the results of ``function`` count.
+    def in_kernel(self, number: int, *, in_registers: bool = False) -> None:
+        """From now on, ops are parts of the fused kernel ``number``; of none if that is 0.
 
-        A module, or ``Module.compile``, is followed as it runs without compilation.
-        Compiled elementwise kernels, as of an optimizer, hold intermediate values in registers. The buffer of a
-        reduction between them is not counted.
+        A kernel that a compiler generates allocates nothing but its results, which may stay ``in_registers``.
         """
-        if function is None:
-            return partial(self.compiled, **options)
-        if isinstance(function, torch.nn.Module) or isinstance(getattr(function, "__self__", None), torch.nn.Module):
-            self.assumed.add(_EAGER)
-            return function
+        self._kernel, self._in_registers = number, in_registers
 
-        @wraps(function)
-        def run(*args, **kwargs):
-            outer, self._in_one_kernel = self._in_one_kernel, True
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                self._in_one_kernel = outer
-            made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
-            for tensor in made:
-                self._alive.pop(key_of(tensor), None)
-                self._note(tensor.untyped_storage())
-            self.issued.note_compiled(self._phase, tensors((*args, *kwargs.values())), made)
-            return result
+    def as_one_kernel(self, function: Callable, args: tuple, kwargs: dict) -> object:
+        """Run ``function`` as a compiled kernel, as of an optimizer: only its results count.
 
-        return run
+        The buffer of a reduction between its elementwise ops is not counted.
+        """
+        outer, self._in_one_kernel = self._in_one_kernel, True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._in_one_kernel = outer
+        made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
+        for tensor in made:
+            self._alive.pop(key_of(tensor), None)
+            self._note(tensor.untyped_storage())
+        self.issued.note_compiled(self._phase, tensors((*args, *kwargs.values())), made)
+        return result
 
     def transfer(self, tensor: torch.Tensor, *, to_host: bool) -> None:
         """To be called for each tensor that moves between the GPU and the host."""
@@ -172,6 +168,10 @@ class Recorder(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise dynamo is imported and runs between each op and this mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # otherwise dynamo compiles nothing under this mode
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -243,7 +243,8 @@ class Recorder(TorchDispatchMode):
                 self._note(tensor.untyped_storage())
         if self._in_one_kernel:
             return result
-        if self._card is None or self._phase != "build":  # for a GPU, building happens on the host
+        # For a GPU, building happens on the host. A CPU's own kernels run even where a GPU's are generated.
+        if self._card is None or (self._phase != "build" and not self._kernel):
             self.below.after(func, args, result)
         return result
 
@@ -285,6 +286,7 @@ class Recorder(TorchDispatchMode):
                 size=size,
                 label=self.modules[-1] if self.modules else "",
                 stream=0 if stream is _default_cpu_stream else id(stream),
+                in_register=self._in_registers,
             )
             self._live_bytes += size
             self.requested_bytes = max(self.requested_bytes, self._live_bytes)
@@ -298,5 +300,8 @@ class Recorder(TorchDispatchMode):
             self._phase = phase
             self._tell("phase", label=phase)
 
-    def _tell(self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0) -> None:
-        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label, stream))
+    def _tell(
+        self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0, in_register: bool = False
+    ) -> None:
+        now = time.perf_counter() * 1e3
+        self.events.append(Event(kind, now, block, size, label, stream, in_register, self._kernel))

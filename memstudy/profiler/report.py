@@ -49,8 +49,11 @@ class MemoryReport:
         Of a prediction: what had to be assumed; for a GPU also ops that no rule covers, predicted as their CPU kernels,
         and memory not counted.
     time : StepTime or None
-        The predicted time of the last step; None for generation, a measurement, a CPU, and a GPU described without its
-        speed.
+        The predicted time of the last step; None for generation, compiled modules, a measurement, a CPU, and a GPU
+        described without its speed.
+    fused : MemoryReport or None
+        Of a prediction with modules given to ``torch.compile``: the same with fused kernels, the lower end of a band
+        whose upper end is this report, in which each op's result has memory. None without such modules.
     time_by_pass : dict
         Of predicted generation, as ``time``: of ``prefill``, and of a ``token`` that comes after the whole text.
     """
@@ -72,6 +75,7 @@ class MemoryReport:
     out_of_memory: OutOfMemory | None = None
     unverified: tuple[str, ...] = ()
     time: StepTime | None = None
+    fused: MemoryReport | None = None
     time_by_pass: dict[str, StepTime] = field(default_factory=dict)
 
     @property
@@ -126,6 +130,10 @@ class MemoryReport:
         row |= {f"forward_end_{name}_mib": n / MIB for name, n in self.forward_end_by_category.items()}
         if self.peak_reserved_mib is not None:
             row["peak_reserved_mib"] = self.peak_reserved_mib
+        if self.fused is not None:
+            row["fused_peak_allocated_mib"] = self.fused.peak_allocated_mib
+            if self.fused.peak_reserved_mib is not None:
+                row["fused_peak_reserved_mib"] = self.fused.peak_reserved_mib
         if self.time is not None:
             row |= {
                 "step_time_ms": self.time.step_time_ms,

@@ -118,6 +118,8 @@ def watch_modules(enter: Callable[[str], None], leave: Callable[[], None]) -> It
 
     def before(module, args):
         nonlocal depth
+        if torch.compiler.is_compiling():
+            return
         if not depth:
             paths.update({id(m): path for path, m in module.named_modules()})
         depth += 1
@@ -125,6 +127,8 @@ def watch_modules(enter: Callable[[str], None], leave: Callable[[], None]) -> It
 
     def after(module, args, output):
         nonlocal depth
+        if torch.compiler.is_compiling():
+            return
         depth -= 1
         leave()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 
@@ -149,6 +150,8 @@ def check_available(techniques: Sequence[Technique], *, capability: tuple[int, i
         for package in () if predicted and technique.predicted_by_rules else technique.packages:
             if importlib.util.find_spec(package) is None:
                 raise Unavailable(f"{name} needs {package}, which is not installed: pip install 'memstudy[techniques]'")
+        if technique.needs_compiler and not predicted and not any(map(shutil.which, ("g++", "clang++"))):
+            raise Unavailable(f"{name} needs a C++ compiler, and there is none: install g++")
         if technique.requires == "cuda" and capability is None:
             raise Unavailable(f"{name} needs a CUDA device, and there is none")
         if capability is not None and technique.capability > capability:

@@ -39,6 +39,8 @@ class Technique:
         The format that the model's weights are made in; None for fp32.
     several_processes : bool
         Whether the technique is only for runs in several processes.
+    one_process : bool
+        Whether the technique is only for runs in one process.
     in_bf16 : bool
         Whether products are computed in bfloat16, which some machines emulate.
     in_pytorch : bool
@@ -47,6 +49,10 @@ class Technique:
         Number of tokens that the technique adds to each sequence.
     packages : tuple of str
         Packages to install besides memstudy's own dependencies.
+    needs_compiler : bool
+        Whether it takes a C++ compiler to carry the technique out.
+    predicted : bool
+        Whether a prediction can follow the technique.
     predicted_by_rules : bool
         Whether a prediction for a GPU needs none of ``packages``.
     """
@@ -64,10 +70,13 @@ class Technique:
     prepared = 0
     weights_dtype = None
     several_processes = False
+    one_process = False
     in_bf16 = False
     in_pytorch = True
     more_tokens = 0
     packages = ()
+    needs_compiler = False
+    predicted = True
     predicted_by_rules = False
 
     def flags(self) -> dict[str, object]:

@@ -18,17 +18,36 @@ class Engine(Technique):
     group = "engine"
     at_inference = True
     in_training = False
+    predicted = False
 
 
 @dataclass(frozen=True)
 class Compile(Engine):
-    """Kernels made for the model by ``torch.compile`` (Ansel et al. 2024)."""
+    """Kernels made for the model by ``torch.compile`` (Ansel et al. 2024).
 
-    summary = "the forward pass compiled by torch.compile"
+    In training, at most the share ``budget`` of the activations that its partitioner would save is saved for the
+    backward pass (``activation_memory_budget``); the others are computed again.
+    """
 
-    def forward_pass(self, model, batch):
-        compiled = torch.compile(model)
-        return lambda: compiled(**batch)
+    budget: float = 1.0
+    summary = "the model compiled by torch.compile; what is saved for backward is its partitioner's choice"
+    in_training = True
+    prepared = 2  # with adapters and checkpointing
+    one_process = True
+    predicted = True
+    needs_compiler = True
+
+    def __post_init__(self):
+        if not 0 <= self.budget <= 1:
+            raise ValueError(f"budget {self.budget:g}: a share from 0 to 1 is needed")
+
+    def prepare(self, model):
+        model.compile()
+
+    def around_loss(self):
+        import torch._functorch.config as functorch
+
+        return functorch.patch(activation_memory_budget=self.budget)
 
 
 @dataclass(frozen=True)

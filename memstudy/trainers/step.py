@@ -59,6 +59,8 @@ class StepRun(Run):
                 )
             if technique.several_processes and self.processes == 1:
                 raise ValueError(f"technique {text!r} is for several processes, and processes=1")
+            if technique.one_process and self.processes > 1:
+                raise ValueError(f"technique {text!r} is for one process, and processes={self.processes}")
         if "fsdp" in self.techniques and self.flags().get("optim", "sgd") not in TAKE_SHARDS:
             raise ValueError(f"optimizer {self.flags()['optim']!r} needs whole parameters and so excludes fsdp")
         if "optimizer_in_backward" in self.techniques and self.processes > 1 and "fsdp" not in self.techniques:

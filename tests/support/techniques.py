@@ -4,11 +4,13 @@ import importlib.util
 
 from memstudy.techniques import TECHNIQUES
 
-# Beside an adapter alone, or for some models alone: test_adapters has them.
+# Beside an adapter alone, or for some models alone: test_adapters has them. test_compiled has compile.
 OF_ADAPTERS = {"qlora", "ia3", "prompt", "prefix", "convention", "nf4_weights", "int8_weights"}
 INSTALLED = {name for name, t in TECHNIQUES.items() if all(map(importlib.util.find_spec, t.packages))}
 ALONE = {
-    name for name in INSTALLED - OF_ADAPTERS if TECHNIQUES[name].in_training and not TECHNIQUES[name].several_processes
+    name
+    for name in INSTALLED - OF_ADAPTERS - {"compile"}
+    if TECHNIQUES[name].in_training and not TECHNIQUES[name].several_processes
 }
 HERE = sorted(name for name in ALONE if not TECHNIQUES[name].requires)  # in one process; test_processes has the rest
 EXACT = [
