@@ -94,6 +94,7 @@ def predict(
         requested_bytes=None if card is None else recorder.requested_bytes,
         uncounted=["NCCL's buffers (not counted)"] * (processes > 1),
         time=time_of(recorder, card, repeats=repeats, processes=processes),
+        issued=recorder.issued.now if card is not None and card.speed else (),
     )
 
 
@@ -119,6 +120,7 @@ def report_of(
         context_bytes=int(card.context_mib * MIB),
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
+        gpu=card,
         unverified=(*sorted(recorder.below.unverified | recorder.assumed), *uncounted),
         **others,
     )

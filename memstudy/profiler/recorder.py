@@ -299,4 +299,4 @@ class Recorder(TorchDispatchMode):
             self._tell("phase", label=phase)
 
     def _tell(self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0) -> None:
-        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label, stream))
+        self.events.append(Event(kind, time.perf_counter() * 1e3, block, size, label, stream, len(self.issued.now)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from memstudy.profiler.events import CATEGORIES, MIB, OutOfMemory
-from memstudy.profiler.time import StepTime
+from memstudy.profiler.catalogue import Gpu
+from memstudy.profiler.events import CATEGORIES, MIB, Event, OutOfMemory
+from memstudy.profiler.time import StepTime, Work
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class MemoryReport:
         speed.
     time_by_pass : dict
         Of predicted generation, as ``time``: of ``prefill``, and of a ``token`` that comes after the whole text.
+    gpu : Gpu or None
+        The predicted GPU.
+    events : sequence of Event
+        All events, of building and of every step, from which the rest follows.
+    issued : sequence of tuple
+        Phase and work of each op of the last step, where its time is predicted; an accumulated batch has two parts.
     """
 
     device: str
@@ -73,6 +81,9 @@ class MemoryReport:
     unverified: tuple[str, ...] = ()
     time: StepTime | None = None
     time_by_pass: dict[str, StepTime] = field(default_factory=dict)
+    gpu: Gpu | None = None
+    events: Sequence[Event] = field(default=(), repr=False)
+    issued: Sequence[tuple[str, Work]] = field(default=(), repr=False)
 
     @property
     def peak_allocated_mib(self) -> float:
@@ -147,3 +158,15 @@ class MemoryReport:
         return [
             [round(ms, 3), phase, *(round(live[name] / MIB, 3) for name in CATEGORIES)] for ms, phase, live in highest
         ]
+
+    def snapshot(self) -> dict:
+        """The step in the format of ``torch.cuda.memory._snapshot``, for PyTorch's memory viewer."""
+        from memstudy.profiler.snapshot import snapshot
+
+        return snapshot(self)
+
+    def trace(self) -> dict:
+        """The last step as a Chrome trace, which Perfetto opens: memory by category, and ops with their times."""
+        from memstudy.profiler.trace import trace
+
+        return trace(self)

@@ -1,0 +1,116 @@
+"""The last step of a report as a Chrome trace (JSON), which https://ui.perfetto.dev and chrome://tracing open.
+
+Counters: bytes by category, and allocated and reserved in all. Where the step's time is predicted, the ops are on the
+GPU's track, and memory changes when a typical host issues the op that asks for it; an accumulated batch has two parts.
+A measured step has its own times. Else order alone is known: each event takes 1 µs, and all steps are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from memstudy.profiler.accounting import categorise
+from memstudy.profiler.events import Event
+from memstudy.profiler.time import schedule
+
+if TYPE_CHECKING:
+    from memstudy.profiler.report import MemoryReport
+    from memstudy.profiler.time import TimedOp
+
+PROCESS, HOST, GPU = 1, 1, 2
+
+
+def trace(report: MemoryReport) -> dict:
+    """The trace; times in µs from the beginning of the step."""
+    ops = schedule(report.issued, report.gpu) if report.issued else []
+    iterations = [index for index, event in enumerate(report.events) if event.kind == "iteration"]
+    begins = iterations[-1 if ops or report.kind == "measured" else 0]
+    times = dict(zip(range(begins, len(report.events)), _times(report, ops, begins), strict=True))
+    axis = "predicted" if ops else "measured" if report.kind == "measured" else "order of events alone, 1 µs each"
+    return {
+        "displayTimeUnit": "ms",
+        "otherData": {"kind": report.kind, "device": report.device, "times": axis, "peak_bytes": report.peak_bytes},
+        "traceEvents": [
+            _named("process_name", 0, f"one step on {report.device}, {report.kind}; times: {axis}"),
+            _named("thread_name", HOST, "phases, on the host"),
+            *([_named("thread_name", GPU, "ops, on the GPU")] if ops else []),
+            *_phases(report.events, times),
+            *(_op(op) for op in ops if op.work.kernels),
+            *_counters(report, times),
+        ],
+    }
+
+
+def _times(report: MemoryReport, ops: list[TimedOp], begins: int) -> Iterator[float]:
+    """The time of each event from the index ``begins`` on [µs]."""
+    events = report.events[begins:]
+    if ops:
+        issued_at = [0.0, *(op.issued_us for op in ops)]
+        for number, same in groupby(events, key=lambda event: event.issued):
+            same = list(same)
+            until = issued_at[min(number + 1, len(ops))]
+            # Spread, so that a buffer's allocation and release are two moments.
+            step = (until - issued_at[number]) / len(same)
+            yield from (issued_at[number] + place * step for place in range(len(same)))
+    elif report.kind == "measured":
+        yield from (1e3 * (event.time_ms - events[0].time_ms) for event in events)
+    else:
+        yield from map(float, range(len(events)))
+
+
+def _named(kind: str, thread: int, name: str) -> dict:
+    return {"ph": "M", "name": kind, "pid": PROCESS, "tid": thread, "args": {"name": name}}
+
+
+def _op(op: TimedOp) -> dict:
+    return {
+        "ph": "X",
+        "name": op.work.name,
+        "cat": op.work.kind,
+        "pid": PROCESS,
+        "tid": GPU,
+        "ts": round(op.begins_us, 3),
+        "dur": round(op.ends_us - op.begins_us, 3),
+        "args": {"phase": op.phase, "kind": op.work.kind, "issued [µs]": round(op.issued_us, 3)},
+    }
+
+
+def _phases(events: list[Event], times: dict[int, float]) -> Iterator[dict]:
+    """A slice for each phase, until the next begins."""
+    phase, told = "forward", []
+    for index, time in times.items():
+        phase = events[index].label if events[index].kind == "phase" else phase
+        told.append((phase, time))
+    begun = [next(same) for _, same in groupby(told, key=itemgetter(0))]
+    for (phase, begin), (_, end) in zip(begun, [*begun[1:], ("", told[-1][1])], strict=True):
+        slice_ = {"ph": "X", "name": phase, "cat": "phase", "pid": PROCESS, "tid": HOST}
+        yield slice_ | {"ts": round(begin, 3), "dur": round(end - begin, 3)}
+
+
+def _counters(report: MemoryReport, times: dict[int, float]) -> Iterator[dict]:
+    """The counters at the beginning of the step, and after each event that changes them."""
+    blocks = categorise(report.events)
+    live = dict.fromkeys(report.peak_by_category, 0)
+    alive: dict[int, object] = {}
+    reserved = 0
+    for index, event in enumerate(report.events):
+        if event.kind in ("alloc", "free") and event.block in alive:
+            block = alive.pop(event.block)
+            live[block.category] -= block.bytes
+        if event.kind == "alloc":
+            block = alive[event.block] = blocks[index]
+            live[block.category] += block.bytes
+        elif event.kind in ("segment_alloc", "segment_map"):
+            reserved += event.bytes
+        elif event.kind in ("segment_free", "segment_unmap"):
+            reserved -= event.bytes
+        elif event.kind not in ("free", "iteration"):
+            continue
+        if index in times:
+            counter = {"ph": "C", "pid": PROCESS, "ts": round(times[index], 3)}
+            yield counter | {"name": "memory by category [bytes]", "args": dict(live)}
+            total = {"allocated": sum(live.values())} | ({"reserved": reserved} if report.gpu else {})
+            yield counter | {"name": "memory [bytes]", "args": total}
