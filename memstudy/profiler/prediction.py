@@ -25,7 +25,7 @@ from memstudy.profiler.catalogue import Gpu, find_gpu
 from memstudy.profiler.events import MIB, Event
 from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMode
 from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
-from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
+from memstudy.profiler.recorder import ON_CUDA, CannotFollow, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
@@ -213,7 +213,7 @@ def follow(
         except (AssertionError, RuntimeError) as error:
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
-            raise ValueError(ON_CUDA) from error
+            raise CannotFollow(ON_CUDA) from error
     return recorder, events
 
 

@@ -35,6 +35,10 @@ _EAGER = "compiled modules (followed as they run without compilation)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
 
 
+class CannotFollow(ValueError):
+    """What ``build`` does cannot be predicted."""
+
+
 def key_of(tensor: torch.Tensor) -> int:
     """Key of the tensor's storage in events."""
     return tensor.untyped_storage()._cdata
@@ -234,7 +238,7 @@ class Recorder(TorchDispatchMode):
             return result
         for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if not known and tensor.is_cuda:
-                raise ValueError(ON_CUDA)
+                raise CannotFollow(ON_CUDA)
             if not known and (tensor.device.type == "meta" or tensor.layout is not torch.strided):
                 continue  # has no memory on a real device either, or that of its parts
             if self._in_one_kernel:
@@ -255,7 +259,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return tensor
         if tensor.requires_grad:
-            raise ValueError(
+            raise CannotFollow(
                 f"a parameter of shape {tuple(tensor.shape)} was made before build(): make the model inside build()"
             )
         faked = self._fake.from_tensor(tensor)

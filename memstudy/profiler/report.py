@@ -70,7 +70,7 @@ class MemoryReport:
     peak_by_phase: dict[str, int]
     forward_end_by_category: dict[str, int]
     iteration_peaks: tuple[int, ...]
-    timeline: list[tuple[float, str, dict[str, int]]]
+    timeline: list[tuple[float, str, dict[str, int]]] = field(repr=False)
     modules: dict[str, int]
     peak_reserved_bytes: int | None = None
     requested_bytes: int | None = None
@@ -145,18 +145,19 @@ class MemoryReport:
             }
         return row
 
-    def timeline_mib(self, points: int) -> list[list]:
-        """The timeline thinned to ``points`` rows ``[ms, phase, MiB of each category]``.
-
-        Each stretch keeps its highest moment, so a thinned timeline has the step's peak.
-        """
+    def thinned_timeline(self, points: int) -> list[tuple[float, str, dict[str, int]]]:
+        """The timeline thinned to ``points`` rows: each stretch keeps its highest moment, so the peak stays."""
         stretch = max(1, -(-len(self.timeline) // points))
-        highest = (
+        return [
             max(self.timeline[i : i + stretch], key=lambda row: sum(row[2].values()))
             for i in range(0, len(self.timeline), stretch)
-        )
+        ]
+
+    def timeline_mib(self, points: int) -> list[list]:
+        """The timeline thinned to ``points`` rows ``[ms, phase, MiB of each category]``."""
         return [
-            [round(ms, 3), phase, *(round(live[name] / MIB, 3) for name in CATEGORIES)] for ms, phase, live in highest
+            [round(ms, 3), phase, *(round(live[name] / MIB, 3) for name in CATEGORIES)]
+            for ms, phase, live in self.thinned_timeline(points)
         ]
 
     def snapshot(self) -> dict:
@@ -170,3 +171,8 @@ class MemoryReport:
         from memstudy.profiler.trace import trace
 
         return trace(self)
+
+    def _repr_html_(self) -> str:
+        from memstudy.profiler.drawing import drawn
+
+        return drawn(self)

@@ -72,10 +72,15 @@ def _op(op: TimedOp) -> dict:
         "cat": op.work.kind,
         "pid": PROCESS,
         "tid": GPU,
-        "ts": round(op.begins_us, 3),
-        "dur": round(op.ends_us - op.begins_us, 3),
+        **_span(op.begins_us, op.ends_us),
         "args": {"phase": op.phase, "kind": op.work.kind, "issued [µs]": round(op.issued_us, 3)},
     }
+
+
+def _span(begin: float, end: float) -> dict[str, float]:
+    """Both ends rounded to ns: a viewer drops slices that overlap by one."""
+    begin, end = round(begin, 3), round(end, 3)
+    return {"ts": begin, "dur": round(end - begin, 3)}
 
 
 def _phases(events: list[Event], times: dict[int, float]) -> Iterator[dict]:
@@ -87,7 +92,7 @@ def _phases(events: list[Event], times: dict[int, float]) -> Iterator[dict]:
     begun = [next(same) for _, same in groupby(told, key=itemgetter(0))]
     for (phase, begin), (_, end) in zip(begun, [*begun[1:], ("", told[-1][1])], strict=True):
         slice_ = {"ph": "X", "name": phase, "cat": "phase", "pid": PROCESS, "tid": HOST}
-        yield slice_ | {"ts": round(begin, 3), "dur": round(end - begin, 3)}
+        yield slice_ | _span(begin, end)
 
 
 def _counters(report: MemoryReport, times: dict[int, float]) -> Iterator[dict]:

@@ -92,6 +92,13 @@ class StepTime:
     share_of_peak: float
     untimed: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """The time with its band, in seconds from 10 s on."""
+        unit, scale = ("s", 1e-3) if self.high_ms >= 10_000 else ("ms", 1.0)
+        low, middle, high = (scale * ms for ms in (self.low_ms, self.step_time_ms, self.high_ms))
+        digits = 0 if high >= 100 else 1
+        return f"{middle:,.{digits}f} {unit} ({low:,.{digits}f} to {high:,.{digits}f})"
+
 
 def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
