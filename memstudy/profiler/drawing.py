@@ -28,7 +28,7 @@ COLOURS = {
     "cache": "#76b7b2",
     "logits": "#f28e2c",
 }
-LABELS, PLOT, NUMBERS = 110, 360, 130  # widths [px]
+LABELS, PLOT, NUMBERS = 95, 300, 115  # widths [px]
 ROW, HEIGHT = 20, 130  # heights of a bar's row and of the timeline [px]
 POINTS = 200  # of the timeline
 
@@ -41,16 +41,21 @@ def drawn(report: MemoryReport) -> str:
 class Comparison:
     """Reports side by side, on one scale, and their parts in a table; a notebook shows them."""
 
-    def __init__(self, reports: dict[str, MemoryReport]):
-        self.reports = reports
+    def __init__(self, unnamed: dict[str, MemoryReport], named: dict[str, MemoryReport]):
+        self.named = named
+        self.reports = unnamed | named
 
     def _repr_html_(self) -> str:
         scale = max(map(_scale, self.reports.values()))
         sides = "".join(
-            f'<div style="margin-right: 2em">{_bold(name)}{"".join(_lines(report))}{_waterfall(report, scale)}</div>'
-            for name, report in self.reports.items()
+            f'<div style="flex: 1 1 380px; max-width: 620px; padding-right: 1em">{"".join(each)}</div>'
+            for each in self._sides(scale)
         )
         return _box(f'<div style="display: flex; flex-wrap: wrap">{sides}</div>', self._table())
+
+    def _sides(self, scale: float) -> Iterator[list[str]]:
+        for name, report in self.reports.items():
+            yield [*[_bold(name)] * (name in self.named), *_lines(report), _waterfall(report, scale)]
 
     def _table(self) -> str:
         parts = {name: report.waterfall_mib() for name, report in self.reports.items()}
@@ -79,7 +84,7 @@ def compare(*reports: MemoryReport, **named: MemoryReport) -> Comparison:
     unnamed = {f"{n}: {report.device}, {report.kind}": report for n, report in enumerate(reports, start=1)}
     if len(unnamed | named) < 2:
         raise ValueError(f"compare takes at least two reports, and was given {len(unnamed | named)}")
-    return Comparison(unnamed | named)
+    return Comparison(unnamed, named)
 
 
 def _box(*parts: str) -> str:
@@ -126,8 +131,10 @@ def _notes(report: MemoryReport) -> Iterator[str]:
 
 def _svg(height: float, *parts: str) -> str:
     width = LABELS + PLOT + NUMBERS
-    style = 'style="display: block; max-width: 100%" font-family="sans-serif" font-size="12" fill="currentColor"'
-    return f'<svg viewBox="0 0 {width} {height:g}" width="{width}" {style}>{"".join(parts)}</svg>'
+    size = f'viewBox="0 0 {width} {height:g}" width="{width}" height="{height:g}"'
+    style = 'style="display: block; max-width: 100%; height: auto"'
+    text = 'font-family="sans-serif" font-size="12" fill="currentColor"'
+    return f"<svg {size} {style} {text}>{''.join(parts)}</svg>"
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", more: str = "") -> str:
@@ -160,7 +167,7 @@ def _waterfall(report: MemoryReport, scale: float) -> str:
         drawing += [
             _text(LABELS - 8, y + 11, name, "end", bold),
             _rect(LABELS + PLOT * before / scale, y, PLOT * size / scale, colour, f"{name}: {size:,.1f} MiB, {share}"),
-            _text(LABELS + PLOT + NUMBERS - 45, y + 11, f"{size:,.0f} MiB", "end", bold),
+            _text(LABELS + PLOT + NUMBERS - 40, y + 11, f"{size:,.0f} MiB", "end", bold),
             _text(LABELS + PLOT + NUMBERS - 2, y + 11, share, "end", 'opacity="0.7"'),
         ]
         before += size
