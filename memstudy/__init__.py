@@ -21,6 +21,10 @@ def explore(**chosen):
 
     ``explore(model="gpt2", gpu="T4", batch_size=8, seq_len=512, techniques=["bf16"])``
     """
+    try:
+        import ipywidgets  # noqa: F401
+    except ImportError:
+        raise ImportError("memstudy.explore needs ipywidgets: pip install 'memstudy[notebook]'") from None
     from memstudy.notebook.explorer import Explorer
 
     return Explorer(**chosen)

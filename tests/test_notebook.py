@@ -2,8 +2,11 @@
 
 import asyncio
 import re
+import sys
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,3 +257,19 @@ def test_the_widgets_survive_the_end_of_the_predicting_process(tmp_path):
     assert "its process has ended" in explorer.answer.value
     asyncio.run(answered(explorer))
     assert "T4, predicted: fits" in explorer.answer.value
+
+
+def test_the_cells_of_the_tutorial_run(shell):
+    page = (Path(__file__).parents[1] / "docs" / "tutorials" / "notebook.rst").read_text("utf-8")
+    cells = re.findall(r"^\.\. code-block:: ipython\n\n((?: {3}.*\n|\n)+)", page, re.MULTILINE)
+    assert len(cells) == 6
+    results = [shell.run_cell(textwrap.dedent(cell).strip()).result for cell in cells]
+    assert [type(result).__name__ for result in results] == [
+        "NoneType", "MemoryReport", "MemoryReport", "Comparison", "Explorer", "tuple",
+    ]  # fmt: skip
+
+
+def test_widgets_without_ipywidgets_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'memstudy[notebook]'")):
+        memstudy.explore()

@@ -28,7 +28,7 @@ COLOURS = {
     "cache": "#76b7b2",
     "logits": "#f28e2c",
 }
-LABELS, PLOT, NUMBERS = 95, 300, 115  # widths [px]
+LABELS, PLOT, NUMBERS = 100, 300, 120  # widths [px]
 ROW, HEIGHT = 20, 130  # heights of a bar's row and of the timeline [px]
 POINTS = 200  # of the timeline
 
@@ -167,7 +167,7 @@ def _waterfall(report: MemoryReport, scale: float) -> str:
         drawing += [
             _text(LABELS - 8, y + 11, name, "end", bold),
             _rect(LABELS + PLOT * before / scale, y, PLOT * size / scale, colour, f"{name}: {size:,.1f} MiB, {share}"),
-            _text(LABELS + PLOT + NUMBERS - 40, y + 11, f"{size:,.0f} MiB", "end", bold),
+            _text(LABELS + PLOT + NUMBERS - 44, y + 11, f"{size:,.0f} MiB", "end", bold),
             _text(LABELS + PLOT + NUMBERS - 2, y + 11, share, "end", 'opacity="0.7"'),
         ]
         before += size
