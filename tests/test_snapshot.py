@@ -227,6 +227,11 @@ def test_the_ops_of_a_trace_take_the_predicted_time():
     assert ops[-1]["ts"] + ops[-1]["dur"] == pytest.approx(1e3 * report.time.step_time_ms, rel=1e-3)
     for before, after in itertools.pairwise(ops):
         assert before["ts"] + before["dur"] <= after["ts"] + 0.002
+    phases = [event for event in by_kind(report, "X") if event["cat"] == "phase"]
+    for phase in phases:
+        inside = [op for op in ops if op["args"]["phase"] == phase["name"]]
+        assert phase["ts"] <= inside[0]["ts"] + 0.002
+        assert phase["ts"] + phase["dur"] >= inside[-1]["ts"]
     products = sum(op["dur"] for op in ops if op["cat"] == "products")
     assert products == pytest.approx(1e3 * report.time.by_kind_ms["products"], rel=1e-3)
 

@@ -1,13 +1,14 @@
 """The last step of a report as a Chrome trace (JSON), which https://ui.perfetto.dev and chrome://tracing open.
 
-Counters: bytes by category, and allocated and reserved in all. Where the step's time is predicted, the ops are on the
-GPU's track, and memory changes when a typical host issues the op that asks for it; an accumulated batch has two parts.
-A measured step has its own times. Else order alone is known: each event takes 1 µs, and all steps are there.
+Counters: bytes by category, and allocated and reserved in all. Where the step's time is predicted, the ops have a
+track, and memory changes where the GPU begins the op that asks for it; the host asks when it issues the op, which may
+be long before. An accumulated batch has two parts. A measured step has its own times. Else order alone is known: each
+event takes 1 µs, and all steps are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from memstudy.profiler.report import MemoryReport
     from memstudy.profiler.time import TimedOp
 
-PROCESS, HOST, GPU = 1, 1, 2
+PROCESS, PHASES, OPS = 1, 1, 2
 
 
 def trace(report: MemoryReport) -> dict:
@@ -35,9 +36,9 @@ def trace(report: MemoryReport) -> dict:
         "otherData": {"kind": report.kind, "device": report.device, "times": axis, "peak_bytes": report.peak_bytes},
         "traceEvents": [
             _named("process_name", 0, f"one step on {report.device}, {report.kind}; times: {axis}"),
-            _named("thread_name", HOST, "phases, on the host"),
-            *([_named("thread_name", GPU, "ops, on the GPU")] if ops else []),
-            *_phases(report.events, times),
+            _named("thread_name", PHASES, "phases"),
+            *([_named("thread_name", OPS, "ops, on the GPU")] if ops else []),
+            *_phases(report.events, times, ops[-1].ends_us if ops else max(times.values())),
             *(_op(op) for op in ops if op.work.kernels),
             *_counters(report, times),
         ],
@@ -48,13 +49,12 @@ def _times(report: MemoryReport, ops: list[TimedOp], begins: int) -> Iterator[fl
     """The time of each event from the index ``begins`` on [µs]."""
     events = report.events[begins:]
     if ops:
-        issued_at = [0.0, *(op.issued_us for op in ops)]
+        begins_at = [0.0, *(op.begins_us for op in ops), ops[-1].ends_us]
         for number, same in groupby(events, key=lambda event: event.issued):
             same = list(same)
-            until = issued_at[min(number + 1, len(ops))]
             # Spread, so that a buffer's allocation and release are two moments.
-            step = (until - issued_at[number]) / len(same)
-            yield from (issued_at[number] + place * step for place in range(len(same)))
+            step = (begins_at[number + 1] - begins_at[number]) / len(same)
+            yield from (begins_at[number] + place * step for place in range(len(same)))
     elif report.kind == "measured":
         yield from (1e3 * (event.time_ms - events[0].time_ms) for event in events)
     else:
@@ -71,7 +71,7 @@ def _op(op: TimedOp) -> dict:
         "name": op.work.name,
         "cat": op.work.kind,
         "pid": PROCESS,
-        "tid": GPU,
+        "tid": OPS,
         **_span(op.begins_us, op.ends_us),
         "args": {"phase": op.phase, "kind": op.work.kind, "issued [µs]": round(op.issued_us, 3)},
     }
@@ -83,16 +83,16 @@ def _span(begin: float, end: float) -> dict[str, float]:
     return {"ts": begin, "dur": round(end - begin, 3)}
 
 
-def _phases(events: list[Event], times: dict[int, float]) -> Iterator[dict]:
-    """A slice for each phase, until the next begins."""
+def _phases(events: Sequence[Event], times: dict[int, float], end: float) -> Iterator[dict]:
+    """A slice for each phase, until the next begins, or until ``end``."""
     phase, told = "forward", []
     for index, time in times.items():
         phase = events[index].label if events[index].kind == "phase" else phase
         told.append((phase, time))
     begun = [next(same) for _, same in groupby(told, key=itemgetter(0))]
-    for (phase, begin), (_, end) in zip(begun, [*begun[1:], ("", told[-1][1])], strict=True):
-        slice_ = {"ph": "X", "name": phase, "cat": "phase", "pid": PROCESS, "tid": HOST}
-        yield slice_ | _span(begin, end)
+    for (phase, begin), (_, until) in zip(begun, [*begun[1:], ("", end)], strict=True):
+        slice_ = {"ph": "X", "name": phase, "cat": "phase", "pid": PROCESS, "tid": PHASES}
+        yield slice_ | _span(begin, until)
 
 
 def _counters(report: MemoryReport, times: dict[int, float]) -> Iterator[dict]:
