@@ -20,7 +20,7 @@ FLOORS = [
     {"trainers"},
     {"studies"},
     {"kinds"},
-    {"cli"},
+    {"cli", "notebook"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

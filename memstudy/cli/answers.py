@@ -151,10 +151,7 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
 
 def duration(time: StepTime) -> str:
     """A predicted step time with its band, as text, in seconds from 10 s on."""
-    unit, scale = ("s", 1e-3) if time.high_ms >= 10_000 else ("ms", 1.0)
-    low, middle, high = (scale * ms for ms in (time.low_ms, time.step_time_ms, time.high_ms))
-    digits = 0 if high >= 100 else 1
-    return f"{middle:,.{digits}f} {unit} ({low:,.{digits}f} to {high:,.{digits}f})"
+    return str(time)
 
 
 def show_time(time: StepTime, run: HubModelRun) -> None:

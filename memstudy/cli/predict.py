@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +23,12 @@ def predict(
     figure: Annotated[
         Path | None, typer.Option(help="With lengths: draw the peak of each step to this .pdf, and a .png beside it.")
     ] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option(help="Write a memory snapshot there, for PyTorch's viewer: pytorch.org/memory_viz.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace (JSON) there, for ui.perfetto.dev: memory, and ops.")
+    ] = None,
 ) -> None:
     """Predict the memory of a training step or of generation, whether it fits, and how long it takes; nothing is run.
 
@@ -28,16 +37,26 @@ def predict(
     memstudy predict --model qwen2.5-7b --batch 1 --prompt 6144 --generate 2048 --gpu RTX4090\n
     memstudy predict --model llama-3.1-8b --batch 2 --technique lora=16,convention=trl,checkpointing
     --gpu RTX4090 --lengths lengths.csv --figure peaks.pdf
+    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4 --snapshot gpt2.pickle --trace gpt2.json
 
     The step is Hugging Face Trainer's own, and generation transformers' own, traced on fake tensors. The band of the
     times spans fast and slow hosts and the error of the GPU's calibration. Exit status 0 whether or not it fits.
     """
+    if asked.of_lengths and (snapshot or trace):
+        raise ValueError("--snapshot and --trace are of one step: leave --lengths and --dataset out")
     if figure is not None and (not asked.of_lengths or figure.suffix != ".pdf" or not figure.parent.is_dir()):
         raise ValueError(f"--figure {figure}: a .pdf in a folder that exists is drawn, with --lengths or --dataset")
     if asked.of_lengths:
         _epoch(asked, batch, figure)
         return
-    report, run = asked.report(batch, asked.techniques), asked.run(batch, asked.techniques)
+    with _whole_file("--snapshot", snapshot) as put_snapshot, _whole_file("--trace", trace) as put_trace:
+        report, run = asked.report(batch, asked.techniques), asked.run(batch, asked.techniques)
+        if snapshot:
+            from memstudy.profiler.snapshot import pickled
+
+            put_snapshot(pickled(report))
+        if trace:
+            put_trace(json.dumps(report.trace()).encode())
     if asked.as_json:
         typer.echo(json.dumps(as_dict(report, run), indent=2))
     else:
@@ -61,3 +80,40 @@ def _epoch(asked: AskedOfAny, batch: int, figure: Path | None) -> None:
     memory = {"allocated": report.step_peaks, "reserved": report.reserved_peaks}
     steps_over_budget(axes, memory, report.context_bytes, report.memory_bytes, report.device)
     write_figure(drawn, figure)
+
+
+@contextmanager
+def _whole_file(option: str, path: Path | None) -> Iterator[Callable[[bytes], object]]:
+    """A function that writes the file at ``path``, which appears at the end of the block, or not at all.
+
+    Raises ValueError before the block for a place that cannot be written.
+    """
+    if path is None:
+        yield lambda data: None
+        return
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    try:
+        if path.is_dir():
+            raise ValueError(f"{option} {path}: is a folder; give the path of a file")
+        with _naming(option, path):
+            unfinished.touch()
+
+        def put(data: bytes) -> None:
+            with _naming(option, path):
+                unfinished.write_bytes(data)
+
+        yield put
+        with _naming(option, path):
+            os.replace(unfinished, path)
+    finally:
+        if unfinished.parent.is_dir():
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(option: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); give a file in a folder that exists and can be written"
+        raise ValueError(f"{option} {path}: {why}") from None

@@ -20,6 +20,7 @@ _PLACES = {
     "find_gpu": "catalogue",
     "gpus": "catalogue",
     "LargestBatch": "batch_size",
+    "compare": "drawing",
     "largest_batch": "batch_size",
     "measure": "measurement",
     "predict": "prediction",

@@ -21,7 +21,9 @@ from memstudy.profiler.report import MemoryReport
 
 
 @dataclass
-class _Block:
+class Block:
+    """A block of memory: its bytes, where it was allocated, and its category."""
+
     bytes: int
     module: str
     iteration: int
@@ -50,7 +52,7 @@ def account(
         When ``events`` has no iteration.
     """
     events = list(events)
-    blocks = _categorise(events)
+    blocks = categorise(events)
     live = dict.fromkeys(categories, 0)
     forward_end: dict[str, int] = dict(live)
     modules: dict[str, int] = {}
@@ -58,7 +60,7 @@ def account(
     by_phase = dict.fromkeys(PHASES, 0)
     iteration_peaks: list[int] = []
     timeline: list[tuple[float, str, dict[str, int]]] = []
-    alive: dict[int, _Block] = {}
+    alive: dict[int, Block] = {}
     phase, step_began = "build", 0.0
 
     def release(key: int) -> None:
@@ -103,14 +105,15 @@ def account(
         timeline=timeline,
         modules=modules,
         workspace_bytes=workspaces_at_peak,
+        events=events,
         **others,
     )
 
 
-def _categorise(events: list[Event]) -> dict[int, _Block]:
+def categorise(events: list[Event]) -> dict[int, Block]:
     """The block of each ``alloc`` event, with its category, by the event's index."""
-    made: dict[int, _Block] = {}
-    alive: dict[int, _Block] = {}
+    made: dict[int, Block] = {}
+    alive: dict[int, Block] = {}
     iteration, phase = 0, "build"
 
     def release(key: int) -> None:
@@ -124,7 +127,7 @@ def _categorise(events: list[Event]) -> dict[int, _Block]:
             if event.block in alive:
                 release(event.block)
             category = "other" if event.label == WORKSPACE else ""
-            block = _Block(event.bytes, event.label, iteration, phase == "forward", category)
+            block = Block(event.bytes, event.label, iteration, phase == "forward", category)
             made[index] = alive[event.block] = block
         elif event.kind == "free" and event.block in alive:
             release(event.block)
@@ -146,7 +149,7 @@ def _categorise(events: list[Event]) -> dict[int, _Block]:
     return made
 
 
-def _by_module(alive: dict[int, _Block]) -> dict[str, int]:
+def _by_module(alive: dict[int, Block]) -> dict[str, int]:
     table: dict[str, int] = {}
     for block in alive.values():
         if block.category == "activations":

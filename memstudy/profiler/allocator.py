@@ -22,6 +22,9 @@ LARGE_SEGMENT = 20 * MIB  # large_segment_size: the segment for requests below L
 LARGE = 10 * MIB  # kMinLargeAlloc: requests of at least this get a segment of their own,
 ROUND_LARGE = 2 * MIB  # kRoundLarge: rounded up to a multiple of this
 ENDLESS = 2**40  # granules of an expandable segment's addresses
+# Between the first addresses of two expandable segments [bytes]: more than any GPU has; 128 of them stay below 2^53,
+# where the exact numbers of a viewer in a browser end.
+APART = 2**46
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +47,8 @@ class _Pool:
     """Free small or large blocks of one stream, smallest first, then lowest address, for the allocator's best fit."""
 
     small: bool
+    stream: int
+    base: int  # what is added to its blocks' addresses
     keys: list[tuple[int, int]] = field(default_factory=list)
     blocks: dict[tuple[int, int], _Block] = field(default_factory=dict)
     unmapped: list[_Block] = field(default_factory=list)  # lowest address first
@@ -109,11 +114,14 @@ class CachingAllocator:
         Their highest values.
     first_refusal : int or None
         The size of the first request that did not fit [bytes].
+    told : list of tuple
+        Kind, address, bytes, label and stream of each :class:`Event` of segments, and of the first refusal.
     """
 
     def __init__(self, *, capacity: int | None = None, expandable_segments: bool = False):
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.first_refusal: int | None = None
+        self.told: list[tuple[str, int, int, str, int]] = []
         self._capacity, self._expandable = capacity, expandable_segments
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._next_address = 0
@@ -170,6 +178,7 @@ class CachingAllocator:
                 elif block.before is None and block.after is None:
                     pool.remove(block)
                     self.reserved -= block.size
+                    self._tell("segment_free", block)
 
     def _splits(self, pool: _Pool, rest: int) -> bool:
         """should_split: in a large segment, a tail of up to 1 MiB stays with the block."""
@@ -178,7 +187,8 @@ class CachingAllocator:
     def _pool(self, stream: int, *, small: bool) -> _Pool:
         pool = self._pools.get((stream, small))
         if pool is None:
-            pool = self._pools[stream, small] = _Pool(small)
+            base = APART * len(self._pools) if self._expandable else 0
+            pool = self._pools[stream, small] = _Pool(small, stream, base)
             if self._expandable:
                 pool.add(_Block(ENDLESS * pool.granule, 0, pool, mapped=False))
         return pool
@@ -194,6 +204,7 @@ class CachingAllocator:
         self._reserve(lambda: segment, size)
         block = _Block(segment, self._next_address, pool)
         self._next_address += segment
+        self._tell("segment_alloc", block)
         pool.add(block)
         return block
 
@@ -207,6 +218,7 @@ class CachingAllocator:
             if missing < block.size:
                 self._split(block, missing)
             block.mapped = True
+            self._tell("segment_map", block)
             grown = self._settle(block)  # merges with the stretch so far and with a free block behind it
         return grown
 
@@ -240,7 +252,12 @@ class CachingAllocator:
             pool.add(head)
         self.reserved -= block.size
         block.mapped = False
+        self._tell("segment_unmap", block)
         self._settle(block)
+
+    def _tell(self, kind: str, block: _Block) -> None:
+        pool = block.pool
+        self.told.append((kind, pool.base + block.address, block.size, "small" if pool.small else "large", pool.stream))
 
     def _reserve(self, needed: Callable[[], int], size: int) -> None:
         """Take ``needed()`` bytes from the device; ``needed`` is called again after the cache has been emptied."""
@@ -248,6 +265,7 @@ class CachingAllocator:
             self.empty_cache()
             if self.reserved + needed() > self._capacity and self.first_refusal is None:
                 self.first_refusal = size
+                self.told.append(("oom", 0, size, "", 0))
         self.reserved += needed()
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
@@ -286,7 +304,8 @@ class CachingAllocator:
 class Replay:
     """Result of :func:`replay`; sizes in bytes.
 
-    ``events`` are the replayed events, each ``alloc`` with its block's size; ``peak_reserved`` is the peak in segments.
+    ``events`` are the replayed events, with blocks' sizes and addresses, and the allocator's own events among them;
+    ``peak_reserved`` is the peak in segments.
     """
 
     events: list[Event]
@@ -305,7 +324,8 @@ def replay(events: Iterable[Event], *, capacity: int | None = None, expandable_s
             block = blocks[event.block] = allocator.malloc(event.bytes, event.stream)
             if allocator.first_refusal is not None and out_of_memory is None:
                 out_of_memory = OutOfMemory(allocator.first_refusal, phase, iteration, event.label)
-            event = replace(event, bytes=block.size)
+            address = block.pool.base + block.address
+            event = replace(event, bytes=block.size, requested=event.bytes, address=address)
         elif event.kind == "free" and event.block in blocks:
             allocator.free(blocks.pop(event.block))
         elif event.kind == "phase":
@@ -314,5 +334,8 @@ def replay(events: Iterable[Event], *, capacity: int | None = None, expandable_s
             iteration += 1
         elif event.kind == "empty_cache":
             allocator.empty_cache()
+        for kind, address, size, label, stream in allocator.told:
+            seen.append(Event(kind, event.time_ms, 0, size, label or event.label, stream, event.issued, address))
+        allocator.told.clear()
         seen.append(event)
     return Replay(seen, allocator.peak_reserved, out_of_memory)

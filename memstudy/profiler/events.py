@@ -15,15 +15,21 @@ PHASES = ("build", "forward", "backward", "optimizer")
 WORKSPACE = "cuBLAS workspace"  # in an event's ``label`` instead of a module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Event:
     """One memory event: ``kind`` decides which of the other fields count.
 
     ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream; ``in_register``: a fused
     kernel would not write the block) · ``free`` (block) · ``is``
     (block belongs to category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) ·
-    ``empty_cache`` (a caching allocator gives back its unused memory). ``kernel`` is the number of the fused kernel that
-    the event would belong to; 0 for none.
+    ``empty_cache`` (a caching allocator gives back its unused memory). ``issued`` counts the ops that the step has
+    issued by then, of a prediction; ``kernel`` is the number of the fused kernel that the event would belong to, 0 for
+    none.
+
+    A replay of the caching allocator gives each ``alloc`` its ``address``, and its block's size as ``bytes``, in place
+    of the bytes ``requested``. It adds the kinds ``segment_alloc``, ``segment_free`` and, of expandable segments,
+    ``segment_map``, ``segment_unmap`` (address, bytes, ``label`` = small or large, stream), and ``oom`` (bytes) before
+    the first request that does not fit.
     """
 
     kind: str
@@ -32,6 +38,9 @@ class Event:
     bytes: int = 0
     label: str = ""
     stream: int = 0
+    issued: int = 0
+    address: int = 0
+    requested: int = 0
     in_register: bool = False
     kernel: int = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -39,7 +40,7 @@ class Issued:
         """Note an op; ops of equal ``key`` have equal work."""
         work = self._works.get(key) if key else None
         if work is None:
-            work = work_of(func, args, kwargs, result)
+            work = replace(work_of(func, args, kwargs, result), name=func._schema.name)
             if is_untimed(func):
                 self.untimed.add(func._schema.name)
             if key:
@@ -48,11 +49,12 @@ class Issued:
 
     def note_compiled(self, phase: str, given: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> None:
         """Note a compiled function, which reads ``given`` and makes ``made``."""
-        self.now.append((phase, one_kernel(given, made)))
+        self.now.append((phase, replace(one_kernel(given, made), name="compiled function")))
         self.untimed.add("compiled functions (each counted as one kernel)")
 
     def note_transfer(self, phase: str, tensor: torch.Tensor, *, to_host: bool) -> None:
         """Note a copy between the GPU and the host's pinned memory; the host waits for one to itself."""
-        self.now.append((phase, Work("transfers", moved_bytes=tensor.numel() * tensor.element_size())))
+        size = tensor.numel() * tensor.element_size()
+        self.now.append((phase, Work("transfers", moved_bytes=size, name=f"copy to {'host' if to_host else 'GPU'}")))
         if to_host:
             self.now.append((phase, WAIT))

@@ -27,7 +27,7 @@ from memstudy.profiler.compiled import forget, refusal
 from memstudy.profiler.events import MIB, Event, with_fused_kernels
 from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMode
 from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
-from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
+from memstudy.profiler.recorder import ON_CUDA, CannotFollow, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
@@ -100,6 +100,7 @@ def predict(
         requested_bytes=None if card is None else recorder.requested_bytes,
         time=time_of(recorder, card, repeats=repeats, processes=processes),
         fused=reported(with_fused_kernels(events)) if recorder.compiler.used else None,
+        issued=recorder.issued.now if card is not None and card.speed else (),
     )
 
 
@@ -125,6 +126,7 @@ def report_of(
         context_bytes=int(card.context_mib * MIB),
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
+        gpu=card,
         unverified=(*sorted(recorder.below.unverified | recorder.assumed), *uncounted),
         **others,
     )
@@ -220,7 +222,7 @@ def follow(
                 raise ValueError(refused) from error
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
-            raise ValueError(ON_CUDA) from error
+            raise CannotFollow(ON_CUDA) from error
         finally:
             if recorder.compiler.used:
                 forget()

@@ -199,6 +199,7 @@ class Replay:
         self.peaks.append(done.peak)
         self.reserved_peaks.append(done.reserved_peak)
         self.reserved.append(done.reserved)
+        allocator.told.clear()
         if allocator.first_refusal is not None:
             allocator.first_refusal = None
             self.refused.append(len(self.peaks))

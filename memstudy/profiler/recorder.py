@@ -34,6 +34,10 @@ from memstudy.profiler.values import MOST_IN_STEP, Values
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
 
 
+class CannotFollow(ValueError):
+    """What ``build`` does cannot be predicted."""
+
+
 def key_of(tensor: torch.Tensor) -> int:
     """Key of the tensor's storage in events."""
     return tensor.untyped_storage()._cdata
@@ -234,7 +238,7 @@ class Recorder(TorchDispatchMode):
             return result
         for tensor in tensors(result if isinstance(result, (tuple, list)) else (result,)):
             if not known and tensor.is_cuda:
-                raise ValueError(ON_CUDA)
+                raise CannotFollow(ON_CUDA)
             if not known and (tensor.device.type == "meta" or tensor.layout is not torch.strided):
                 continue  # has no memory on a real device either, or that of its parts
             if self._in_one_kernel:
@@ -256,7 +260,7 @@ class Recorder(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             return tensor
         if tensor.requires_grad:
-            raise ValueError(
+            raise CannotFollow(
                 f"a parameter of shape {tuple(tensor.shape)} was made before build(): make the model inside build()"
             )
         faked = self._fake.from_tensor(tensor)
@@ -303,5 +307,7 @@ class Recorder(TorchDispatchMode):
     def _tell(
         self, kind: str, *, block: int = 0, size: int = 0, label: str = "", stream: int = 0, in_register: bool = False
     ) -> None:
-        now = time.perf_counter() * 1e3
-        self.events.append(Event(kind, now, block, size, label, stream, in_register, self._kernel))
+        now, issued = time.perf_counter() * 1e3, len(self.issued.now)
+        self.events.append(
+            Event(kind, now, block, size, label, stream, issued, in_register=in_register, kernel=self._kernel)
+        )

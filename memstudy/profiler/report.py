@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from memstudy.profiler.events import CATEGORIES, MIB, OutOfMemory
-from memstudy.profiler.time import StepTime
+from memstudy.profiler.catalogue import Gpu
+from memstudy.profiler.events import CATEGORIES, MIB, Event, OutOfMemory
+from memstudy.profiler.time import StepTime, Work
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class MemoryReport:
         whose upper end is this report, in which each op's result has memory. None without such modules.
     time_by_pass : dict
         Of predicted generation, as ``time``: of ``prefill``, and of a ``token`` that comes after the whole text.
+    gpu : Gpu or None
+        The predicted GPU.
+    events : sequence of Event
+        All events, of building and of every step, from which the rest follows.
+    issued : sequence of tuple
+        Phase and work of each op of the last step, where its time is predicted; an accumulated batch has two parts.
     """
 
     device: str
@@ -65,7 +73,7 @@ class MemoryReport:
     peak_by_phase: dict[str, int]
     forward_end_by_category: dict[str, int]
     iteration_peaks: tuple[int, ...]
-    timeline: list[tuple[float, str, dict[str, int]]]
+    timeline: list[tuple[float, str, dict[str, int]]] = field(repr=False)
     modules: dict[str, int]
     peak_reserved_bytes: int | None = None
     requested_bytes: int | None = None
@@ -77,6 +85,9 @@ class MemoryReport:
     time: StepTime | None = None
     fused: MemoryReport | None = None
     time_by_pass: dict[str, StepTime] = field(default_factory=dict)
+    gpu: Gpu | None = None
+    events: Sequence[Event] = field(default=(), repr=False)
+    issued: Sequence[tuple[str, Work]] = field(default=(), repr=False)
 
     @property
     def peak_allocated_mib(self) -> float:
@@ -142,16 +153,34 @@ class MemoryReport:
             }
         return row
 
-    def timeline_mib(self, points: int) -> list[list]:
-        """The timeline thinned to ``points`` rows ``[ms, phase, MiB of each category]``.
-
-        Each stretch keeps its highest moment, so a thinned timeline has the step's peak.
-        """
+    def thinned_timeline(self, points: int) -> list[tuple[float, str, dict[str, int]]]:
+        """The timeline thinned to ``points`` rows: each stretch keeps its highest moment, so the peak stays."""
         stretch = max(1, -(-len(self.timeline) // points))
-        highest = (
+        return [
             max(self.timeline[i : i + stretch], key=lambda row: sum(row[2].values()))
             for i in range(0, len(self.timeline), stretch)
-        )
-        return [
-            [round(ms, 3), phase, *(round(live[name] / MIB, 3) for name in CATEGORIES)] for ms, phase, live in highest
         ]
+
+    def timeline_mib(self, points: int) -> list[list]:
+        """The timeline thinned to ``points`` rows ``[ms, phase, MiB of each category]``."""
+        return [
+            [round(ms, 3), phase, *(round(live[name] / MIB, 3) for name in CATEGORIES)]
+            for ms, phase, live in self.thinned_timeline(points)
+        ]
+
+    def snapshot(self) -> dict:
+        """The step in the format of ``torch.cuda.memory._snapshot``, for PyTorch's memory viewer."""
+        from memstudy.profiler.snapshot import snapshot
+
+        return snapshot(self)
+
+    def trace(self) -> dict:
+        """The last step as a Chrome trace, which Perfetto opens: memory by category, and ops with their times."""
+        from memstudy.profiler.trace import trace
+
+        return trace(self)
+
+    def _repr_html_(self) -> str:
+        from memstudy.profiler.drawing import drawn
+
+        return drawn(self)

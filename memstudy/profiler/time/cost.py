@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from math import ceil, prod
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,6 +92,13 @@ class StepTime:
     share_of_peak: float
     untimed: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """The time with its band, in seconds from 10 s on."""
+        unit, scale = ("s", 1e-3) if self.high_ms >= 10_000 else ("ms", 1.0)
+        low, middle, high = (scale * ms for ms in (self.low_ms, self.step_time_ms, self.high_ms))
+        digits = 0 if high >= 100 else 1
+        return f"{middle:,.{digits}f} {unit} ({low:,.{digits}f} to {high:,.{digits}f})"
+
 
 def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
@@ -119,19 +127,43 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, 
     )
 
 
-def _run(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> dict[str, float]:
-    """Time by phase [µs]: the host issues each op, and the GPU begins it when it is issued and the GPU is free."""
-    issued_at = free_at = before = 0.0
-    times: dict[str, float] = {}
+class TimedOp(NamedTuple):
+    """One op in the queue: when the host has issued it, and when its kernels begin and end [µs]."""
+
+    phase: str
+    work: Work
+    issued_us: float
+    begins_us: float
+    ends_us: float
+
+
+def schedule(issued: Sequence[tuple[str, Work]], gpu: Gpu) -> list[TimedOp]:
+    """The ops ``issued``, each with its phase, as a typical host and ``gpu`` handle them."""
+    return list(_queue(issued, {id(work): step_us(work, gpu) for _, work in issued}, "typical"))
+
+
+def _queue(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> Iterator[TimedOp]:
+    """The host issues each op, and the GPU begins it when it is issued and the GPU is free."""
+    issued_at = free_at = 0.0
     for phase, ops in groupby(issued, key=itemgetter(0)):
         per_op = _host_us(phase, host)
         for _, work in ops:
             issued_at += per_op
+            begins = max(free_at, issued_at)
             if work.kernels:
-                free_at = max(free_at, issued_at) + us[id(work)]
+                free_at = begins + us[id(work)]
             if work.kind == "host waits":
                 issued_at = max(issued_at, free_at)
-        now = max(issued_at, free_at)
+            yield TimedOp(phase, work, issued_at, begins, free_at)
+
+
+def _run(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> dict[str, float]:
+    """Time by phase [µs], with the given ``host``."""
+    before = 0.0
+    times: dict[str, float] = {}
+    for phase, ops in groupby(_queue(issued, us, host), key=attrgetter("phase")):
+        for op in ops:
+            now = max(op.issued_us, op.ends_us)
         times[phase] = times.get(phase, 0.0) + now - before
         before = now
     return times

@@ -37,6 +37,8 @@ class Work:
         An attention kernel's constant in ``constants.yaml``, or empty.
     unvectorised : int
         Bytes of the smallest element, where the kernel loads elements one by one; otherwise 0.
+    name : str
+        The op, as PyTorch names it.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Work:
     arithmetic: str = "fp32"
     attention: str = ""
     unvectorised: int = 0
+    name: str = ""
 
 
 VIEW = Work("elementwise and norms", kernels=0)
