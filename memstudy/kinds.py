@@ -13,6 +13,7 @@ from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
 from memstudy.studies.published.timings import PublishedTimesRun
 from memstudy.studies.reformer.run import ReformerRun
+from memstudy.studies.validation.run import ValidationRun
 from memstudy.techniques import parse
 from memstudy.trainers.base import ForetellingRun, Run
 from memstudy.trainers.generation import GenerationRun
@@ -93,6 +94,7 @@ KINDS: dict[str, type[Run]] = {
     "largest_batch": LargestBatchRun,
     "published_row": PublishedRowRun,
     "published_times": PublishedTimesRun,
+    "validation": ValidationRun,
 }
 
 
