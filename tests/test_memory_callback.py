@@ -1,8 +1,13 @@
 """`MemoryCallback`: a Trainer's own step predicted, measured and logged, and its training left as it is."""
 
+import os
 import random
 import re
+import subprocess
+import sys
+import textwrap
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -292,6 +297,19 @@ def test_an_out_of_memory_error_is_explained_and_advised_on(tmp_path, capsys):
     assert foreseen.startswith("does not fit: 65536.0 GiB more, ")
     assert explained == "out of memory in forward of step 1 in model.layers.1.mlp, asking for 67,108,864.0 MiB"
     assert advised.startswith("memstudy advise would add nothing: ")
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "tutorials" / "trainer.rst").read_text("utf-8")
+    (code,) = re.findall(r"code-block:: python\n\n((?:    .*\n|\n)+)", page)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "updates on batches of 8 × 128, predicted for cpu" in done.stderr
+    for name in re.findall(r"``(memory/(?:max_allocated|peak_\w+) \(GiB\))``", page):
+        assert name in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from memstudy import attention, techniques
 from memstudy.kinds import parse_run
 from memstudy.profiler.cuda.attention import flash_attn
 from memstudy.profiler.prediction import swap_tensors
+from memstudy.trainers.trainer import make_trainer
 
 SIZES = {"n_layers": 2, "hidden_size": 64, "n_heads": 4, "feed_forward": 128, "vocab_size": 101, "seq_len": 32}
 STEP = {"experiment": "paths", "batch_size": 4, "measure_steps": 1}
@@ -205,16 +206,22 @@ def _with_model(config: dict, folder: Path) -> dict:
     return config | {"model": str(path)}
 
 
+def _on_cuda(make: Callable) -> Callable:
+    """``make`` with its new tensors on the GPU, where the Trainer then moves them: a model of fakes cannot be moved."""
+
+    def made(*args, **kwargs):
+        with torch.device("cuda"):
+            return make(*args, **kwargs)
+
+    return made
+
+
 def _run(config: dict, watching: Watching) -> None:
     planned = parse_run(config)
     kind = type(getattr(planned, "of", planned))
-    make = kind.make_model
-
-    def on_cuda(self):  # a model of fake tensors cannot be moved
-        with torch.device("cuda"):
-            return make(self)
-
-    with patch.object(kind, "make_model", on_cuda):
+    making = [patch.object(kind, "make_model", _on_cuda(kind.make_model))]
+    making.append(patch("memstudy.trainers.step.make_trainer", _on_cuda(make_trainer)))
+    with making[0], making[1]:
         if planned.kind == "validation":
             planned.execute(None)
             return
@@ -255,12 +262,12 @@ def paths() -> Iterator[tuple[str, Callable]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="take the paths whose names contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="take the paths whose names contain one of these")
     parser.add_argument("--trace", action="store_true", help="print the traceback of each error")
     given = parser.parse_args()
     failed = 0
     for name, take in paths():
-        if given.only not in name:
+        if not any(text in name for text in given.only):
             continue
         with on_fake_cuda() as watching:
             try:
