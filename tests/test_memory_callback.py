@@ -300,6 +300,22 @@ def test_an_out_of_memory_error_is_explained_and_advised_on(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_training_that_finds_its_batch_size_is_followed_again(tmp_path):
+    class Fussy(hf.LlamaForCausalLM):
+        def forward(self, input_ids, labels):
+            if len(input_ids) > 3:
+                torch.empty(TOO_MUCH, dtype=torch.uint8)
+            return super().forward(input_ids, labels=labels)
+
+    made = trainer(tmp_path, model=lambda: Fussy(hf.LlamaConfig(**LLAMA)), auto_find_batch_size=True)
+    callback = watched(made)
+    made.train()
+    assert made.state.train_batch_size == 3
+    assert callback.predicted.peak_by_category == callback.measured.peak_by_category
+    assert not any(module._forward_hooks for module in made.model.modules())
+
+
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "tutorials" / "trainer.rst").read_text("utf-8")
     (code,) = re.findall(r"code-block:: python\n\n((?:    .*\n|\n)+)", page)

@@ -249,15 +249,15 @@ def paths() -> Iterator[tuple[str, Callable]]:
                         )
                 if "flash_attention_2" not in settings.values():
                     yield f"layer {said} {way}", partial(layer, name, settings, is_causal=is_causal)
-            if True in config.causal and not settings.get("recompute"):
+            if True in config.causal and name != "memsizer" and not settings.get("recompute"):
                 chosen = LM | {"attention": {"variant": name} | settings, "techniques": ["bf16"]}
                 yield f"language_model {said} bf16", partial(run, chosen)
-    for text, technique in techniques.TECHNIQUES.items():
-        if technique.in_training and not technique.several_processes:
-            yield f"technique {text}", partial(run, LM | {"techniques": [text]})
     for name, config in RUNS.items():
         step = {"experiment": "paths"} if name == "validation" else STEP
         yield f"run {name}", partial(run, step | config)
+    for text, technique in techniques.TECHNIQUES.items():
+        if technique.in_training and not technique.several_processes:
+            yield f"technique {text}", partial(run, LM | {"techniques": [text]})
 
 
 def main() -> None:

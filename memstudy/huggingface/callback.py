@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 
@@ -73,6 +72,7 @@ class MemoryCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **_):
         if not state.is_world_process_zero:
             return
+        self._break_off()  # auto_find_batch_size begins again after an out-of-memory error
         if reason := twin.unsupported(self._trainer):
             _say(f"memory neither predicted nor measured by category: {reason}")
             return
@@ -104,9 +104,11 @@ class MemoryCallback(TrainerCallback):
 
     def _predict(self, loader: DataLoader) -> None:
         """Predict the step, and print the prediction."""
+        console = Console(stderr=True, highlight=False)
         try:
-            parts = twin.longest_parts(self._trainer, loader)
-            self.predicted = report = twin.foretell(self._trainer, parts, self._card)
+            with console.status("tracing the Trainer's step on fake tensors"):
+                parts = twin.longest_parts(self._trainer, loader)
+                self.predicted = report = twin.foretell(self._trainer, parts, self._card)
         except twin.Unpredicted as error:
             _say(f"memory not predicted: {error}")
             return
@@ -115,7 +117,6 @@ class MemoryCallback(TrainerCallback):
             return
         self._seq_len = parts[0]["input_ids"].shape[-1] if "input_ids" in parts[0] else 0
         size = " × ".join(map(str, next(iter(parts[0].values())).shape))
-        console = Console(stderr=True, highlight=False)
         console.print(waterfall(report, f"updates on batches of {size}, predicted for {report.device}"))
         if self._card is not None:
             console.print(verdict(report), soft_wrap=True)
@@ -155,11 +156,15 @@ class MemoryCallback(TrainerCallback):
                         _say(advice(self._trainer, self._seq_len, self._card))
                 raise
             finally:
-                if self._recording:  # the training was broken off
-                    self._recording.__exit__(*sys.exc_info())
-                    self._recording = None
+                self._break_off()
 
         return explained
+
+    def _break_off(self) -> None:
+        """End a recording whose training has ended before its second update."""
+        if self._recording:
+            self._recording.__exit__(None, None, None)
+            self._recording = None
 
 
 def _say(text: str) -> None:

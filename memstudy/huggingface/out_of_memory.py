@@ -58,7 +58,7 @@ def advice(trainer: Trainer, seq_len: int, card: Gpu | None) -> str:
         model, techniques = _described(trainer)
     except ValueError as error:
         return f"memstudy advise: {error}"
-    batch = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    batch = trainer.state.train_batch_size * trainer.args.gradient_accumulation_steps
     optimizer = str(trainer.args.optim.value)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.json")

@@ -63,7 +63,7 @@ def longest_parts(trainer: Trainer, loader: DataLoader) -> list[object]:
     if isinstance(loader.dataset, IterableDataset):
         raise Unpredicted("its data set is a stream, whose rows training would miss: give one with a length")
     rows, accumulation = loader.dataset, trainer.args.gradient_accumulation_steps
-    size, parts = trainer.args.train_batch_size, min(accumulation, PARTS)
+    size, parts = trainer.state.train_batch_size, min(accumulation, PARTS)
     with random_numbers_kept():
         places = range(0, len(rows), max(1, len(rows) // max(SAMPLE, size * parts)))
         sample = sorted((rows[place] for place in places), key=_length, reverse=True)[: size * parts]
