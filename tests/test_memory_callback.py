@@ -85,6 +85,8 @@ STEPS = {
     "not clipped": {"optim": "sgd", "max_grad_norm": 0.0},
     "smoothed labels": {"label_smoothing_factor": 0.1},
     "adafactor": {"optim": "adafactor"},
+    "lora, bf16 and checkpointing": {"model": with_lora, "bf16": True, "activation_checkpointing": True},
+    "8-bit": {"optim": "adamw_bnb_8bit"},
 }
 
 
@@ -131,15 +133,17 @@ def state_after(made):
         "steps": [row["step"] for row in made.state.log_history if "loss" in row],
         "seen": [loss.item() for loss in made.seen["losses"]],
         "weights": [p.tolist() for p in made.model.parameters()],
-        "state": [value.tolist() for each in made.optimizer.state.values() for value in each.values()],
+        "state": [str(value) for each in made.optimizer.state.values() for value in each.values()],
         "random": (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "hooks": [len(module._forward_hooks) for module in made.model.modules()],
         "attributes": [vars(p) for p in made.model.parameters()],
     }
 
 
-def test_training_is_the_same_with_and_without(tmp_path):
+@pytest.mark.parametrize("optim", slow_but(["adamw_torch_fused"], ["adamw_torch_fused", "adamw_bnb_8bit"]))
+def test_training_is_the_same_with_and_without(optim, tmp_path):
     options = {"model": with_dropout, "kind": Remembering, "data": Drawing(), "logging_steps": 2, "max_steps": 4}
+    options["optim"] = optim
     without = state_after(trainer(tmp_path, **options))
     made = trainer(tmp_path, **options)
     callback = watched(made)

@@ -147,6 +147,9 @@ def test_each_step_is_predicted_and_one_that_fits_is_run(tmp_path, monkeypatch):
     assert tiny["predicted"]["whole_gpu_mib"] > 100
     assert "step_time_ms" not in tiny["predicted"]
     assert (big["status"], big["reason"]) == ("not run", "predicted not to fit")
+    assert command.with_context(find_gpu("T4"), tmp_path) == find_gpu("T4")
+    with pytest.raises(ValueError, match="tiny, the step that shows the context of New: a validation needs a CUDA"):
+        command.with_context(card, tmp_path)
 
 
 @pytest.mark.gpu

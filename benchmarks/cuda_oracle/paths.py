@@ -29,6 +29,7 @@ from memstudy import attention, techniques
 from memstudy.kinds import parse_run
 from memstudy.profiler.cuda.attention import flash_attn
 from memstudy.profiler.prediction import swap_tensors
+from memstudy.profiler.subclasses import making_fake_subclasses
 from memstudy.trainers.trainer import make_trainer
 
 SIZES = {"n_layers": 2, "hidden_size": 64, "n_heads": 4, "feed_forward": 128, "vocab_size": 101, "seq_len": 32}
@@ -126,6 +127,17 @@ RUNS: dict[str, dict] = {
 }
 
 
+# Techniques that need another or a setting.
+TOGETHER = {
+    "convention": ["convention", "lora"],
+    "nf4_weights": ["nf4_weights", "lora"],
+    "int8_weights": ["int8_weights", "lora"],
+    "ia3": ["ia3=k_proj+v_proj"],
+    "prefix": ["prefix=4"],
+    "prompt": ["prompt=4"],
+}
+
+
 class Watching(Recorder):
     """Also notes which ops make tensors of one dimension or more on the CPU while ``watching``."""
 
@@ -153,6 +165,8 @@ def on_fake_cuda() -> Iterator[Watching]:
         for known_types in ("torch.optim.optimizer", "torch.utils._foreach_utils"):
             stack.enter_context(patch(f"{known_types}._foreach_supported_types", [torch.nn.Parameter, FakeTensor]))
         stack.enter_context(patch("torch.utils.swap_tensors", swap_tensors))
+        stack.enter_context(patch("torch.compile", lambda function, **options: function))  # refuses fakes
+        stack.enter_context(making_fake_subclasses())
         stack.enter_context(flash_attn())
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         fake.cache_enabled = False
@@ -257,7 +271,7 @@ def paths() -> Iterator[tuple[str, Callable]]:
         yield f"run {name}", partial(run, step | config)
     for text, technique in techniques.TECHNIQUES.items():
         if technique.in_training and not technique.several_processes:
-            yield f"technique {text}", partial(run, LM | {"techniques": [text]})
+            yield f"technique {text}", partial(run, LM | {"techniques": TOGETHER.get(text, [text])})
 
 
 def main() -> None:

@@ -50,10 +50,28 @@ def validate(
     typer.echo(f"{torch.cuda.get_device_name()}, driver {told['driver']}, PyTorch {told['torch']}", err=True)
     if card.speed is None:
         typer.echo("not in the catalogue: memory and context are measured, and times are not predicted", err=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, one_line():
+        card = with_context(card, Path(folder))
         rows = list(compare(card, Path(folder), quick=quick))
     show(rows)
     typer.echo(write(results, rows, card, told, started=started, quick=quick))
+
+
+def with_context(card: Gpu, folder: Path) -> Gpu:
+    """``card``; one that the catalogue lacks with the context that a first step, run here, had."""
+    from memstudy import launcher
+    from memstudy.profiler import gpus
+    from memstudy.studies.validation.run import ValidationRun
+    from memstudy.studies.validation.steps import standard_steps
+
+    if card.name in gpus():
+        return card
+    name, step = next(iter(standard_steps(quick=True).items()))
+    record = launcher.spawn(ValidationRun(experiment="context", of=step).model_dump(mode="json"), folder)
+    if record["status"] != "ok":
+        raise ValueError(f"{name}, the step that shows the context of {card.name}: {record['reason']}")
+    told = {"context_mib": record["metrics"]["context_mib"], "context_source": f"measured here on the step {name!r}"}
+    return card.model_copy(update=told)
 
 
 def compare(card: Gpu, folder: Path, *, quick: bool) -> Iterator[dict]:

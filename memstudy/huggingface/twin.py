@@ -216,16 +216,37 @@ def _twin(trainer: Trainer, fakes: _Fakes, parts: int) -> Trainer:
 def _optimizer(optimizer: torch.optim.Optimizer, fakes: _Fakes) -> torch.optim.Optimizer:
     """The ``optimizer`` of the fakes. `copy.deepcopy` would lose what `Optimizer.__getstate__` leaves out."""
     twin = object.__new__(type(optimizer))
-    vars(twin).update(vars(optimizer))
+    vars(twin).update(
+        (name, copy.copy(value) if type(value) in _CONTAINERS else value) for name, value in vars(optimizer).items()
+    )
     vars(twin).pop("step", None)  # a scheduler's wrapper, which steps the other
     twin.param_groups = [
         {name: fakes.of(value) for name, value in group.items()} | {"params": [fakes.of(p) for p in group["params"]]}
         for group in optimizer.param_groups
     ]
+    if hasattr(optimizer, "mng"):
+        twin.mng = _overrides(optimizer)
     twin.state = defaultdict(dict)
     for parameter, values in optimizer.state.items():
         twin.state[fakes.of(parameter)] = {name: fakes.of(value) for name, value in values.items()}
     return twin
+
+
+def _overrides(optimizer: torch.optim.Optimizer) -> object:
+    """A copy of bitsandbytes' manager that knows by their places the weights whose state keeps 32 bits.
+
+    It finds them by their addresses, which fakes lack: bitsandbytes/optim/optimizer.py, ``check_overrides``.
+    """
+    manager = copy.copy(optimizer.mng)
+    kept = {id(getattr(module, name)): config for module, name, config in manager.module_weight_config_triple}
+    manager.module_weight_config_triple = []
+    manager.index2config = manager.index2config | {
+        (group, place): kept[id(parameter)]
+        for group, others in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(others["params"])
+        if id(parameter) in kept
+    }
+    return manager
 
 
 class _Iterations(TrainerCallback):
