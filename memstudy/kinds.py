@@ -15,6 +15,7 @@ from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.published.rows import PublishedRowRun
 from memstudy.studies.published.timings import PublishedTimesRun
 from memstudy.studies.reformer.run import ReformerRun
+from memstudy.studies.validation.run import ValidationRun
 from memstudy.techniques import parse
 from memstudy.trainers.base import ForetellingRun, Run
 from memstudy.trainers.generation import GenerationRun
@@ -121,6 +122,7 @@ KINDS: dict[str, type[Run]] = {
     "longest_sequence": LongestSequenceRun,
     "published_row": PublishedRowRun,
     "published_times": PublishedTimesRun,
+    "validation": ValidationRun,
 }
 
 

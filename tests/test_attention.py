@@ -639,6 +639,28 @@ def test_cuda_equals_cpu(config, is_causal):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@layers
+def test_a_layer_on_cuda_equals_the_cpu(config, is_causal, dtype):
+    if config.name == "lsh" and dtype is torch.bfloat16:
+        pytest.skip("a rounded query may fall into another bucket")
+    layer = config.module(32, 4, config, is_causal=is_causal)
+    on_cuda = copy.deepcopy(layer).cuda()
+    x = torch.randn(2, 33, 32)
+    expected = layer(x)
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        actual = on_cuda(x.cuda()).float()
+    expected.square().mean().backward()
+    actual.square().mean().backward()
+    pairs = [(actual, expected)]
+    pairs += [(other.grad, own.grad) for own, other in zip(layer.parameters(), on_cuda.parameters(), strict=True)]
+    for other, own in pairs:
+        if own is not None:  # a weight that another is drawn from has no gradient
+            assert (other.cpu() - own).norm() < (0.05 if dtype is torch.bfloat16 else 1e-3) * (own.norm() + 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("config", [SoftmaxConfig("flash_attention_2"), WindowConfig(16, "flash_attention_2")], ids=_id)
 def test_flash_attention_2_equals_our_own(config, is_causal):

@@ -46,6 +46,13 @@ def test_attention_prints_its_rows_and_writes_them(tmp_path):
     assert "softmax, torch, 128" in done.stderr  # the progress
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_times_on_a_gpu_need_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["attention_cuda.py"])
+    with pytest.raises(SystemExit, match=r"^error: attention_cuda\.py times CUDA kernels, and PyTorch finds no CUDA"):
+        load("attention_cuda").main()
+
+
 def test_our_rows_are_held_to_their_targets():
     assert "met" not in attention.judged(row(512), [])
     assert attention.judged(row(4096), [])["met"]

@@ -229,9 +229,10 @@ def test_a_study_without_all_its_records_is_left_out_of_the_paper(tmp_path):
             ['"kind": "language_model"', '"techniques": ["bf16"]', "--results", "Exit status", "2 for bad input"],
         ),
         (["report"], ["params/SCALE/<study>.yaml", "build/report.pdf", "--scale", "--reference", "run nothing"]),
+        (["validate"], ["memstudy validate --quick", "in a fresh process", "--results", "can be contributed"]),
         (["list"], ["variants", "techniques", "datasets", "studies", "runs", "--results"]),
     ],
-    ids=["memstudy", "run", "report", "list"],
+    ids=["memstudy", "run", "report", "validate", "list"],
 )
 def test_help_teaches(command, taught):
     result = invoke(*command, "--help")

@@ -83,6 +83,7 @@ def test_every_committed_record_is_read_with_instruction_sets():
     devices = {
         record["provenance"]["device"]
         for folder in (records.ROOT / "results").iterdir()
+        if folder.name != "validation"  # records of others' GPUs
         for record in records.read_records(folder)
     }
     assert devices

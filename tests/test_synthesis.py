@@ -28,7 +28,7 @@ def generated(tmp_path_factory):
         frame.to_csv(folder / "report" / "tradeoffs" / f"{stem}.csv", index=False)
     papermill.execute_notebook(
         ROOT / "notebooks" / "synthesis.ipynb", None, cwd=ROOT / "notebooks", progress_bar=False,
-        parameters={"out_dir": str(folder), "studies": ["one", "another_one"]},
+        parameters={"out_dir": str(folder), "results_dir": str(folder), "studies": ["one", "another_one"]},
     )  # fmt: skip
     return folder
 
@@ -45,6 +45,11 @@ def test_the_table_has_what_saves_memory_in_the_order_of_its_price(generated):
     assert places == sorted(places)
     assert not any(name in text for name in ("plain", "larger", "least"))
     assert "one: slow & 0.40 & 1.30 & 0.40 & 2.60" in (tables / "synthesis_gpus.tex").read_text("utf-8")
+
+
+def test_the_table_of_validations_says_that_there_is_none(generated):
+    text = (generated / "report" / "tables" / "synthesis_validation.tex").read_text("utf-8")
+    assert "none yet & –" in text
 
 
 def test_the_figure_and_the_number_of_rows_are_written(generated):

@@ -77,8 +77,10 @@ ANSWER(cudaThreadExchangeStreamCaptureMode, (enum cudaStreamCaptureMode *mode), 
 ANSWER(cudaEventCreateWithFlags, (cudaEvent_t *made, unsigned flags), *made = malloc(1))
 ANSWER(cudaEventDestroy, (cudaEvent_t event), )
 ANSWER(cudaEventRecord, (cudaEvent_t event, cudaStream_t stream), )
+ANSWER(cudaEventRecordWithFlags, (cudaEvent_t event, cudaStream_t stream, unsigned flags), )
 ANSWER(cudaEventQuery, (cudaEvent_t event), )
 ANSWER(cudaEventSynchronize, (cudaEvent_t event), )
+ANSWER(cudaEventElapsedTime, (float *ms, cudaEvent_t begin, cudaEvent_t end), *ms = 1)
 
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
     *flags = 0;

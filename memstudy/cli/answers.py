@@ -110,31 +110,18 @@ def readable(mib: float) -> str:
 def show(report: MemoryReport, run: HubModelRun) -> None:
     """Print where the memory of a predicted step goes, whether it fits, and how long it takes."""
     from rich.console import Console
-    from rich.table import Table
 
-    parts = report.waterfall_mib()
-    whole = sum(parts.values())
+    from memstudy.profiler.waterfall import verdict, waterfall
+
     where = report.device if run.processes == 1 else f"each of {run.processes} × {report.device}"
-    table = Table("", "MiB", "of the whole", "", box=None, title=f"{run.what} on {where}, predicted")
-    for column in (1, 2):
-        table.columns[column].justify = "right"
-    for name, size in parts.items():
-        table.add_row(name, f"{size:,.0f}", f"{100 * size / whole:.0f} %", "█" * round(30 * size / whole))
-    table.add_row("whole GPU" if report.memory_bytes else "peak", f"{whole:,.0f}", "", "", style="bold")
     console = Console(highlight=False)
-    console.print(table)
+    console.print(waterfall(report, f"{run.what} on {where}, predicted"))
     if report.memory_bytes is not None:
-        have = report.memory_bytes / 2**30
-        if report.out_of_memory is None:
-            console.print(f"fits: {whole / 1024:.1f} of {have:.1f} GiB")
-        else:
-            said = f"does not fit: {whole / 1024:.1f} GiB needed, {have:.1f} available; {report.out_of_memory}"
-            console.print(said, soft_wrap=True)
+        console.print(verdict(report), soft_wrap=True)
     if report.fused:
-        least = sum(report.fused.waterfall_mib().values())
+        least, most = (readable(sum(end.waterfall_mib().values())) for end in (report.fused, report))
         console.print(
-            f"compiled: from {readable(least)}, with all fused that can be, to {readable(whole)}, op by op as above; "
-            "its time is not predicted",
+            f"compiled: from {least}, with all fused that can be, to {most}, op by op as above; its time is not predicted",
             soft_wrap=True,
         )
     if report.unverified:

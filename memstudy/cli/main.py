@@ -1,4 +1,4 @@
-"""The command line: ``memstudy run | report | plan | predict | compare | fit | advise | serve | list``."""
+"""The command line: ``memstudy run | report | plan | predict | compare | fit | advise | validate | serve | list``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from memstudy.cli.predict import predict
 from memstudy.cli.report import report
 from memstudy.cli.run import run
 from memstudy.cli.serve import serve
+from memstudy.cli.validate import validate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +34,7 @@ app = typer.Typer(
     memstudy compare --model gpt2 --batch 8 --seq-len 512 --gpu T4,L4    which card, which technique\n
     memstudy fit --model gpt2 --seq-len 512 --gpu T4 --advise            the largest batch\n
     memstudy advise --model gpt2 --batch 64 --seq-len 512 --gpu T4       what makes it fit\n
+    memstudy validate --quick        the predictions against the GPU of this machine\n
     memstudy list studies            the studies; also: models, gpus, techniques, ...\n
     memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
     memstudy run CONFIG.json         one run; its record says how it ended\n
@@ -43,7 +45,7 @@ app = typer.Typer(
     """,
 )
 
-for command in (run, report, plan, predict, compare, fit, advise, serve):
+for command in (run, report, plan, predict, compare, fit, advise, validate, serve):
     app.command()(command)
 app.command(name="list")(list_)
 

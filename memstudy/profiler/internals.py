@@ -3,8 +3,8 @@
 Another release may move or drop a name: pyproject.toml pins the release, and importing this file fails with the name
 that is gone. What the profiler replaces during a prediction is given by dotted name, so that FSDP and DTensor are
 imported for several processes only. Private attributes of PyTorch's objects stay where they are read:
-``OpOverload._schema``, ``._overloadname``, ``._dispatch_cache`` and ``._op_dk``, ``FakeTensor._fake_device``, ``UntypedStorage._cdata``,
-``TorchDispatchMode._should_skip_dynamo``, ``Tensor._make_subclass``.
+``OpOverload._schema``, ``._overloadname``, ``._dispatch_cache`` and ``._op_dk``, ``FakeTensor._fake_device``,
+``UntypedStorage._cdata``, ``TorchDispatchMode._should_skip_dynamo``, ``Tensor._make_subclass``.
 """
 
 from torch._C import (

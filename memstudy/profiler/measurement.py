@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from memstudy.profiler.accounting import account
+from memstudy.profiler.allocator import ROUND
 from memstudy.profiler.events import Event
 from memstudy.profiler.report import MemoryReport
-from memstudy.profiler.roles import ITERATION, Roles, Step, watch_modules
+from memstudy.profiler.roles import ITERATION, Roles, Step, plain_tensors, watch_modules
 
 _MODULE, _MARK = "memstudy.module:", "memstudy.mark"
 _BACKWARD, _OPTIMIZER = "autograd::engine::evaluate_function", "Optimizer."
@@ -49,38 +50,87 @@ def measure(build: Callable[[], Step], *, iterations: int = 2) -> MemoryReport:
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least 1 step must run")
-    on_cuda = torch.cuda.is_available()
-    if on_cuda:
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     gc.collect()
-    roles = Roles(mark=_mark)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
-    profile = torch.profiler.profile(activities=activities, profile_memory=True)
-    ranges: list[record_function] = []
-
-    def enter(path):
-        ranges.append(record_function(_MODULE + path))
-        ranges[-1].__enter__()
-
-    with ExitStack() as stack:
-        stack.enter_context(roles.watch())
-        stack.enter_context(watch_modules(enter, lambda: ranges.pop().__exit__(None, None, None)))
-        stack.enter_context(profile)
+    with Recording() as recording:
         step = build()
-        roles.watch_gradients()
+        recording.roles.watch_gradients()
         for _ in range(iterations):
-            with record_function(ITERATION):
-                roles.tell_parameters()
+            with recording.step():
                 step()
-            if on_cuda:
-                torch.cuda.synchronize()
-    device = "cuda" if on_cuda else "cpu"
-    return account(
-        _events(profile, roles.told, device),
-        device=torch.cuda.get_device_name() if on_cuda else "cpu",
-        kind="measured",
-        peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else None,
-    )
+    return recording.report()
+
+
+class Recording:
+    """Records the allocations of its block, also of a training that has begun.
+
+    Attributes
+    ----------
+    roles : Roles
+        Learns which storages are parameters, gradients and optimizer state.
+    """
+
+    def __init__(self):
+        self.roles = Roles(mark=_mark)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device == "cuda")
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._ranges: list[record_function] = []
+        self._before: list[Event] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Recording:
+        with ExitStack() as stack:
+            stack.enter_context(self.roles.watch())
+            stack.enter_context(watch_modules(self._enter, self._leave))
+            stack.enter_context(self._profile)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+
+    def know(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *others: torch.Tensor) -> None:
+        """Count the memory of the ``model``, its ``optimizer`` and ``others`` from before the recording."""
+        self.roles.watch_model(model)
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        kept = [("parameters", list(model.parameters())), ("other", [*model.buffers(), *others]), ("optimizer", state)]
+        known: set[int] = set()
+        for category, tensors in kept:
+            for tensor in (part for each in tensors for part in plain_tensors(each)):
+                key = tensor.untyped_storage().data_ptr()
+                if tensor.device.type == self._device and key not in known:
+                    known.add(key)
+                    size = tensor.untyped_storage().nbytes()
+                    size = -(-size // ROUND) * ROUND if self._device == "cuda" else size
+                    self._before += [Event("alloc", 0.0, key, size), Event("is", 0.0, key, label=category)]
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step of the training."""
+        with record_function(ITERATION):
+            self.roles.tell_parameters()
+            yield
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def report(self) -> MemoryReport:
+        """The report of the steps recorded, after the block."""
+        on_cuda = self._device == "cuda"
+        return account(
+            [*self._before, *_events(self._profile, self.roles.told, self._device)],
+            device=torch.cuda.get_device_name() if on_cuda else "cpu",
+            kind="measured",
+            peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_cuda else None,
+        )
+
+    def _enter(self, path: str) -> None:
+        self._ranges.append(record_function(_MODULE + path))
+        self._ranges[-1].__enter__()
+
+    def _leave(self) -> None:
+        self._ranges.pop().__exit__(None, None, None)
 
 
 def _mark() -> None:

@@ -191,7 +191,7 @@ def follow(
         else:
             # The state's tensor is made below dispatch; checkpointing keeps one per block.
             stack.enter_context(patch("torch.get_rng_state", recorder.noting(torch.get_rng_state)))
-        stack.enter_context(patch("torch.utils.swap_tensors", _swap))
+        stack.enter_context(patch("torch.utils.swap_tensors", swap_tensors))
         stack.enter_context(making_fake_subclasses())
         stack.enter_context(copying_fake_tensors())
         stack.enter_context(tables_of_bitsandbytes(anew=card is not None))
@@ -229,7 +229,7 @@ def follow(
     return recorder, events
 
 
-def _swap(one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
+def swap_tensors(one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:
     """Give ``one`` the data of ``other``, as ``Module._apply`` does with tensors that are not fake.
 
     For fake tensors it would swap them, which other references forbid.

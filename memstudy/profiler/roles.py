@@ -60,6 +60,16 @@ class Roles:
         finally:
             for handle in self._handles:
                 handle.remove()
+            for parameter in self._alive():  # the mark holds an id, which may soon be another object's
+                vars(parameter).pop("_memstudy_hooked", None)
+
+    def watch_model(self, model: torch.nn.Module) -> None:
+        """Note the parameters of a ``model`` made before the block."""
+        for module in model.modules():
+            self._modules.add(module)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._hook_gradient(parameter)
 
     def watch_gradients(self) -> None:
         """Hook the parameters whose ``requires_grad`` was set after registration."""
@@ -94,15 +104,15 @@ class Roles:
         self._tell("optimizer", list(states))
 
     def _tell(self, category: str, kept: list[object]) -> None:
-        self.told.append((category, [self._key(tensor) for each in kept for tensor in _tensors_of(each)]))
+        self.told.append((category, [self._key(tensor) for each in kept for tensor in plain_tensors(each)]))
         self._mark()
 
 
-def _tensors_of(kept: object) -> Iterator[torch.Tensor]:
+def plain_tensors(kept: object) -> Iterator[torch.Tensor]:
     """The plain tensors in ``kept``: a tensor itself, a wrapper's or sparse tensor's parts, a projector's tensors."""
     if is_traceable_wrapper_subclass(kept):
         for name in kept.__tensor_flatten__()[0]:
-            yield from _tensors_of(getattr(kept, name))
+            yield from plain_tensors(getattr(kept, name))
     elif isinstance(kept, torch.Tensor):
         is_csr = kept.layout is torch.sparse_csr
         yield from (kept.crow_indices(), kept.col_indices(), kept.values()) if is_csr else (kept,)

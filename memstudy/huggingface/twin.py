@@ -1,0 +1,256 @@
+"""The step of a Hugging Face Trainer, predicted: its own training loop, on a twin of the Trainer with fake tensors."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, cycle
+
+import numpy as np
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import recursively_apply
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl
+
+from memstudy.profiler import Gpu, MemoryReport, predict, roles
+
+UPDATES = 2  # the first ends with new optimizer state
+PARTS = 2  # of an accumulated batch: they reach the peak of any larger number
+SAMPLE = 256  # rows among which the longest are looked for
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_CONTAINERS = (dict, list, set, deque, defaultdict)
+
+
+class Unpredicted(ValueError):
+    """The Trainer's step is not predicted."""
+
+
+def unsupported(trainer: Trainer) -> str:
+    """Why memory of the step of ``trainer`` cannot be told apart; empty if it can."""
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed takes the step"
+    if trainer.is_fsdp_enabled:
+        return "FSDP shards the model: memstudy predict --technique fsdp --processes N predicts that"
+    if trainer.args.world_size > 1:
+        return f"{trainer.args.world_size} processes share the step: memstudy predict --processes N predicts that"
+    if trainer.args.n_gpu > 1:
+        return f"torch.nn.DataParallel shares the step among {trainer.args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES to one"
+    if trainer.args.torch_compile:
+        return "torch.compile wraps the model: leave torch_compile out to see its memory without compilation"
+    for name, tensor in _tensors(trainer.model):
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            return f"{name} is a {type(tensor).__name__}, and no plain tensor"
+    return ""
+
+
+def longest_parts(trainer: Trainer, loader: DataLoader) -> list[object]:
+    """The first parts of an update on the longest of a sample of rows, as the Trainer's own collator makes them.
+
+    The sampler is not asked, since it counts its rows, and the random numbers that a data set draws are given back.
+
+    Raises
+    ------
+    Unpredicted
+        When there are no rows to look at.
+    """
+    if not isinstance(loader, DataLoader):
+        raise Unpredicted(f"its batches come from a {type(loader).__name__}, and a DataLoader is needed")
+    if isinstance(loader.dataset, IterableDataset):
+        raise Unpredicted("its data set is a stream, whose rows training would miss: give one with a length")
+    rows, accumulation = loader.dataset, trainer.args.gradient_accumulation_steps
+    size, parts = trainer.state.train_batch_size, min(accumulation, PARTS)
+    with random_numbers_kept():
+        places = range(0, len(rows), max(1, len(rows) // max(SAMPLE, size * parts)))
+        sample = sorted((rows[place] for place in places), key=_length, reverse=True)[: size * parts]
+        return [loader.collate_fn(sample[start : start + size]) for start in range(0, len(sample), size)]
+
+
+def foretell(trainer: Trainer, parts: list[object], gpu: str | Gpu | None) -> MemoryReport:
+    """Predict updates of ``trainer``, whose training is about to begin, on batches like ``parts``.
+
+    ``gpu`` is the GPU to predict for, None for this CPU. Nothing of the Trainer changes.
+    """
+    accumulation = trainer.args.gradient_accumulation_steps
+
+    def build() -> Callable[[], None]:
+        each = min(accumulation, PARTS)
+        twin = _twin(trainer, _Fakes(), each)
+
+        def step() -> None:
+            twin._run_epoch(
+                model=twin.model,
+                epoch=0,
+                train_dataloader=_batches(parts, on_cpu=gpu is None),
+                steps_in_epoch=UPDATES * each,
+                num_update_steps_per_epoch=UPDATES,
+                trial=None,
+                ignore_keys_for_eval=None,
+                start_time=0.0,
+                resume_from_checkpoint=None,
+                epochs_trained=0,
+                steps_trained_in_current_epoch=0,
+            )
+
+        # The Trainer fetches all parts of an update before the first runs.
+        step.fetched = [_copy(parts[-1], on_cpu=gpu is None) for _ in range(accumulation - each)]
+        return step
+
+    with random_numbers_kept():
+        report = predict(build, gpu=gpu, iterations=1, repeats=max(0, accumulation - PARTS))
+    # Before the first update the twin only fetches a batch.
+    return replace(report, iteration_peaks=report.iteration_peaks[1:])
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Give back the random numbers that the block draws."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - training draws from it
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _length(row: object) -> int:
+    """Elements of a row's longest field."""
+    fields = row.values() if isinstance(row, dict) else row if isinstance(row, (tuple, list)) else [row]
+    sizes = (field.numel() if isinstance(field, torch.Tensor) else np.size(field) for field in fields)
+    return max(sizes, default=0)
+
+
+def _batches(parts: list[object], *, on_cpu: bool) -> Iterator[object]:
+    """Batches like ``parts`` without end.
+
+    Accelerate's `DataLoaderShard` has the next batch on the host before it gives one.
+    """
+    made = (_copy(part, on_cpu=on_cpu) for part in cycle(parts))
+    if not on_cpu:
+        yield from made
+    current = next(made)
+    for coming in made:
+        yield current
+        current = coming
+
+
+def _copy(batch: object, *, on_cpu: bool) -> object:
+    """A fake ``batch``. What the collator names twice moves to a GPU twice."""
+    made: dict[int, torch.Tensor] = {}
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made or not on_cpu:
+            made[id(tensor)] = tensor.clone()
+        return made[id(tensor)]
+
+    return recursively_apply(copied, batch)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and tensors that are plain attributes, with their paths."""
+    for path, module in model.named_modules():
+        for name, value in chain(module._parameters.items(), module._buffers.items(), vars(module).items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{path}.{name}".lstrip("."), value
+
+
+class _Fakes:
+    """Fake tensors in place of real ones, by ``id``; those of one storage share one."""
+
+    def __init__(self):
+        self.memo: dict[int, object] = {}  # as `copy.deepcopy` takes it
+        self._storages: dict[int, torch.Tensor] = {}
+
+    def of(self, value: object) -> object:
+        """The fake in place of a tensor; any other value as it is."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in self.memo:
+            storage = value.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+            flat = self._storages[storage._cdata].view(value.dtype)
+            fake = flat.as_strided(value.shape, value.stride(), value.storage_offset())
+            if isinstance(value, torch.nn.Parameter):
+                fake = torch.nn.Parameter(fake, value.requires_grad)
+            self.memo[id(value)] = fake
+        return self.memo[id(value)]
+
+
+def _twin(trainer: Trainer, fakes: _Fakes, parts: int) -> Trainer:
+    """A Trainer that does what ``trainer`` does, on ``fakes``; it shares no mutable state."""
+    for _, tensor in _tensors(trainer.model):
+        fakes.memo[id(tensor)] = fakes.of(tensor)
+    model = copy.deepcopy(trainer.model, fakes.memo)
+    for module in model.modules():  # tells the profiler, which watches registrations
+        for name, parameter in module._parameters.items():
+            module.register_parameter(name, parameter)
+    twin = copy.copy(trainer)
+    for name, value in vars(trainer).items():
+        if type(value) in _CONTAINERS and not name.endswith("_dataset"):
+            setattr(twin, name, copy.deepcopy(value, fakes.memo))
+    twin.args = copy.copy(trainer.args)
+    twin.args.gradient_accumulation_steps = parts
+    vars(twin.args)["_setup_devices"] = torch.device("cpu")  # where a prediction runs, for whatever device
+    twin._prepare_inputs = lambda inputs: inputs
+    twin.model = twin.model_wrapped = model
+    twin.accelerator = copy.copy(trainer.accelerator)
+    if trainer.accelerator.scaler is not None:
+        twin.accelerator.scaler = torch.amp.GradScaler("cuda")
+    optimizer = _optimizer(trainer.optimizer.optimizer, fakes)
+    twin.optimizer = AcceleratedOptimizer(optimizer, device_placement=False, scaler=twin.accelerator.scaler)
+    twin.accelerator._models, twin.accelerator._optimizers = [model], [twin.optimizer]
+    twin.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(twin.optimizer, lambda step: 1.0)
+    twin.state, twin.control = copy.copy(trainer.state), TrainerControl()
+    twin.callback_handler = copy.copy(trainer.callback_handler)
+    twin.callback_handler.callbacks = [_Iterations()]
+    twin._tr_loss = torch.tensor(0.0)
+    return twin
+
+
+def _optimizer(optimizer: torch.optim.Optimizer, fakes: _Fakes) -> torch.optim.Optimizer:
+    """The ``optimizer`` of the fakes. `copy.deepcopy` would lose what `Optimizer.__getstate__` leaves out."""
+    twin = object.__new__(type(optimizer))
+    vars(twin).update(
+        (name, copy.copy(value) if type(value) in _CONTAINERS else value) for name, value in vars(optimizer).items()
+    )
+    vars(twin).pop("step", None)  # a scheduler's wrapper, which steps the other
+    twin.param_groups = [
+        {name: fakes.of(value) for name, value in group.items()} | {"params": [fakes.of(p) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    if hasattr(optimizer, "mng"):
+        twin.mng = _overrides(optimizer)
+    twin.state = defaultdict(dict)
+    for parameter, values in optimizer.state.items():
+        twin.state[fakes.of(parameter)] = {name: fakes.of(value) for name, value in values.items()}
+    return twin
+
+
+def _overrides(optimizer: torch.optim.Optimizer) -> object:
+    """A copy of bitsandbytes' manager that knows by their places the weights whose state keeps 32 bits.
+
+    It finds them by their addresses, which fakes lack: bitsandbytes/optim/optimizer.py, ``check_overrides``.
+    """
+    manager = copy.copy(optimizer.mng)
+    kept = {id(getattr(module, name)): config for module, name, config in manager.module_weight_config_triple}
+    manager.module_weight_config_triple = []
+    manager.index2config = manager.index2config | {
+        (group, place): kept[id(parameter)]
+        for group, others in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(others["params"])
+        if id(parameter) in kept
+    }
+    return manager
+
+
+class _Iterations(TrainerCallback):
+    """Tells the profiler where an update begins."""
+
+    def on_step_begin(self, args, state, control, **_):
+        roles.next_iteration()
