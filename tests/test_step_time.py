@@ -138,6 +138,35 @@ def test_a_multi_tensor_op_launches_so_many_kernels_that_each_takes_few_tensors(
     assert found.kernels == 2  # of up to 110 tensors each
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim", "passes"),
+    [((8, 4096), (-1,), 1), ((8, 8192), (-1,), 2), ((64, 64), (-2, -1), 2)],
+    ids=["a dimension", "a long one", "two"],
+)
+def test_a_fourier_transform_goes_over_its_data_for_each_dimension_and_twice_for_a_long_one(shape, dim, passes):
+    def build():
+        given = torch.zeros(shape, dtype=torch.complex64)
+        return partial(torch.fft.fftn, given, dim=dim)
+
+    (found,) = work(build)
+    elements = shape[0] * shape[1]
+    assert (found.kernels, found.moved_bytes) == (passes, passes * 2 * 8 * elements)
+
+
+def test_a_matrix_is_factorised_column_by_column_and_its_solution_is_waited_for():
+    def factorise(size, columns=1):
+        return work(lambda: partial(torch.linalg.solve, torch.eye(size), torch.zeros(size, columns)))
+
+    assert max(found.kernels for found in factorise(256)) == 256 + 2 * 256 // 32
+    assert [found.kind for found in factorise(64)].count("host waits") == 1  # whether the matrix is singular
+    assert time_of(of_two(torch.linalg.solve, 32, 32)).untimed == ()
+
+
+def test_a_matrix_by_a_vector_takes_what_its_bytes_take():
+    long, bytes_alone = product(1, 2, 10**6, "fp32"), elementwise(2 * (3 * 10**6 + 2))
+    assert kernel_us(long, A100) < 2 * kernel_us(bytes_alone, A100)
+
+
 def test_reading_a_value_waits_for_the_gpu():
     def build(reads):
         left = torch.randn(4096, 4096)
