@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from memstudy.attention import SoftmaxConfig
 from memstudy.profiler import find_gpu, gpus, predict
 from memstudy.profiler.cuda import TODAY
 from memstudy.profiler.prediction import follow
@@ -116,6 +117,14 @@ def test_attention_has_four_flops_for_each_score_and_head_dimension(causal):
         "flash_forward_share",
         4 * 2 * 4 * 64 * 64 * 32 // (1 + causal),
     )
+
+
+def test_attention_that_chooses_its_kernel_by_device_is_timed_as_on_cuda():
+    def build():
+        config = SoftmaxConfig(recompute=True)
+        return partial(config.module(64, 2, config, is_causal=True), torch.randn(2, 128, 64))
+
+    assert {found.attention for found in work(build) if found.kind == "attention"} == {"efficient_forward_share"}
 
 
 def test_the_fused_optimizer_reads_gradients_and_writes_the_rest():

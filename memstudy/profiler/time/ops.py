@@ -90,7 +90,7 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
         written -= sum(map(_size, args[1]))  # the schema calls gradients written; the kernel reads them
     *passes, kernels = _PASSES.get(packet, (0, 0, 0, 1))
     moved = read + written + int(passes[_row(given[0])] * _size(given[0]) if given else 0)
-    if packet in _FFT:  # a pass for each dimension whose elements, 4,096 at most, fit in shared memory
+    if func._schema.name.startswith("aten::_fft"):  # a pass for each dimension: 4,096 elements fit in shared memory
         kernels = sum(max(1, ceil(log2(given[0].shape[dim]) / 12)) for dim in args[1])
         moved *= kernels
     kernels = ceil(_EACH_COLUMN[packet] * given[0].shape[-1]) if packet in _EACH_COLUMN else kernels
@@ -202,14 +202,16 @@ _PRODUCTS: dict[object, Callable[[tuple, tuple], tuple[int, ...]]] = {
     _ATEN.convolution: _convolution,
     _ATEN.convolution_backward: _convolution_backward,
 }
-# The constant of each kernel, and how many kernels it is; cuDNN's counts as flash attention.
+# The constant of each kernel, and how many kernels its backward is; cuDNN's counts as flash attention, and the CPU's as
+# memory-efficient attention, which `memstudy.attention.softmax` takes instead of it on CUDA.
 _ATTENTION = {
-    _ATEN._scaled_dot_product_flash_attention: ("flash_forward_share", 1),
-    _ATEN._scaled_dot_product_flash_attention_backward: ("flash_backward_share", 3),
-    _ATEN._scaled_dot_product_cudnn_attention: ("flash_forward_share", 1),
-    _ATEN._scaled_dot_product_cudnn_attention_backward: ("flash_backward_share", 3),
-    _ATEN._scaled_dot_product_efficient_attention: ("efficient_forward_share", 1),
-    _ATEN._scaled_dot_product_efficient_attention_backward: ("efficient_backward_share", 2),
+    getattr(_ATEN, f"_scaled_dot_product_{name}{suffix}"): (f"{share}_{way}_share", kernels if suffix else 1)
+    for way, suffix in (("forward", ""), ("backward", "_backward"))
+    for share, kernels, names in (
+        ("flash", 3, ("flash_attention", "cudnn_attention")),
+        ("efficient", 2, ("efficient_attention", "flash_attention_for_cpu")),
+    )
+    for name in names
 }
 _UNTIMED = (
     "aten::linalg_", "aten::_linalg", "aten::sort", "aten::topk", "aten::_scaled_mm", "c10d::", "_c10d",
@@ -222,7 +224,6 @@ _NOTHING = {
 }  # fmt: skip
 _READS_RESULT = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select, _ATEN.nll_loss_forward}
 _READS_LITTLE = _READS_RESULT | {_ATEN.nll_loss_backward}  # fills its result with zeros, but for one element a row
-_FFT = {_ATEN._fft_c2c, _ATEN._fft_r2c, _ATEN._fft_c2r}
 # Kernels for each column of a matrix, each of which waits for the one before: a factorisation takes a column at a time,
 # for its pivot or its norm, and a triangular solution 32 of them.
 _EACH_COLUMN = {
