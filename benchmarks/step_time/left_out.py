@@ -58,12 +58,16 @@ def with_values(generation: str, values: Iterable[float]):
 
 def fitted(generation: str, rows: list[tuple[Row, Issued]]) -> list[float]:
     """The values of `CHOSEN` with which the kernels of ``rows`` take the published times, in the mean."""
-    counted = [(row, find_gpu(row.gpu), Counter(work for _, work in issued)) for row, issued in rows]
+    counted = [(row, Counter((row.gpu, work) for _, work in issued)) for row, issued in rows]
+    gpus = {row.gpu: find_gpu(row.gpu) for row, _ in rows}
 
     def error(logarithms) -> float:
         with with_values(generation, map(exp, logarithms)):
-            us = [sum(n * step_us(work, gpu) for work, n in works.items()) for _, gpu, works in counted]
-        return sum(abs(log(time / 1e3 / row.published_ms)) for time, (row, *_) in zip(us, counted, strict=True))
+            us = {
+                (name, work): step_us(work, gpus[name]) for name, work in set().union(*(works for _, works in counted))
+            }
+        times = [sum(n * us[each] for each, n in works.items()) / 1e3 for _, works in counted]
+        return sum(abs(log(time / row.published_ms)) for time, (row, _) in zip(times, counted, strict=True))
 
     start = [log(constants()[name].value["other"]) for name in CHOSEN]
     return [*map(exp, minimize(error, start, method="Nelder-Mead", options={"xatol": 0.01, "fatol": 0.01}).x)]
