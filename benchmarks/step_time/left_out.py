@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterable
-from math import exp, log
 from types import ModuleType
 from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from memstudy.studies.published.times import UNNAMED, Row
 from memstudy.studies.published.times.errors import LOWER_BOUNDS
 from memstudy.studies.published.times.tables import TABLES
 
-CHOSEN = ("memory_share", "fp32_share", "sustained", "tflops_per_watt")
+CHOSEN = {"memory_share": 1, "fp32_share": 1, "sustained": 1.25, "tflops_per_watt": np.inf}  # and their upper limits
 Issued = list[tuple[str, Work]]
 
 
@@ -58,19 +58,23 @@ def with_values(generation: str, values: Iterable[float]):
 
 def fitted(generation: str, rows: list[tuple[Row, Issued]]) -> list[float]:
     """The values of `CHOSEN` with which the kernels of ``rows`` take the published times, in the mean."""
-    counted = [(row, Counter((row.gpu, work) for _, work in issued)) for row, issued in rows]
-    gpus = {row.gpu: find_gpu(row.gpu) for row, _ in rows}
+    counted = [Counter((row.gpu, work) for _, work in issued) for row, issued in rows]
+    distinct = [*set().union(*counted)]
+    counts = np.array([[works[each] for each in distinct] for works in counted])
+    gpus, published_ms = (
+        {row.gpu: find_gpu(row.gpu) for row, _ in rows},
+        np.array([row.published_ms for row, _ in rows]),
+    )
 
     def error(logarithms) -> float:
-        with with_values(generation, map(exp, logarithms)):
-            us = {
-                (name, work): step_us(work, gpus[name]) for name, work in set().union(*(works for _, works in counted))
-            }
-        times = [sum(n * us[each] for each, n in works.items()) / 1e3 for _, works in counted]
-        return sum(abs(log(time / row.published_ms)) for time, (row, _) in zip(times, counted, strict=True))
+        with with_values(generation, np.exp(logarithms)):
+            us = np.array([step_us(work, gpus[name]) for name, work in distinct])
+        return np.abs(np.log(counts @ us / 1e3 / published_ms)).sum()
 
-    start = [log(constants()[name].value["other"]) for name in CHOSEN]
-    return [*map(exp, minimize(error, start, method="Nelder-Mead", options={"xatol": 0.01, "fatol": 0.01}).x)]
+    start = np.log([constants()[name].value["other"] for name in CHOSEN])
+    limits = [(None, np.log(limit)) for limit in CHOSEN.values()]
+    options = {"xatol": 0.02, "fatol": 0.02, "maxfev": 120}
+    return [*np.exp(minimize(error, start, method="Nelder-Mead", bounds=limits, options=options).x)]
 
 
 def summary(rows: list[tuple[Row, Issued]], named: bool = True) -> list[float]:
