@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memstudy.profiler import CATEGORIES, MIB, predict
 from memstudy.profiler.catalogue import Gpu, find_gpu
+from memstudy.profiler.cuda import TODAY
+from memstudy.profiler.prediction import follow
 from memstudy.trainers.language_model import LanguageModelRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -855,3 +857,23 @@ def test_the_package_flash_attn_is_predicted_as_its_copy_in_pytorch(attention):
     assert report.unverified == ()
     assert "flash_attn" not in sys.modules
     assert "bitsandbytes" in sys.modules
+
+
+def test_autocast_frees_its_copies_of_weights_in_the_order_of_their_allocation():
+    def build():
+        layers = nn.ModuleList(nn.Linear(16, 16 * n) for n in range(1, 30))
+
+        def step():
+            with torch.autocast("cuda", torch.bfloat16):
+                for layer in layers:
+                    layer(torch.zeros(2, 16))
+
+        return step
+
+    _, events = follow(build, 1, find_gpu("A100-80GB"), 1, TODAY)
+    allocated = {event.block: place for place, event in enumerate(events) if event.kind == "alloc"}
+    bursts = [[*run] for frees, run in itertools.groupby(events, key=lambda event: event.kind == "free") if frees]
+    places = [allocated[event.block] for event in max(bursts, key=len)]
+    assert len(places) > 50
+    assert places == sorted(places)
+    assert [event.time_ms for event in events] == sorted(event.time_ms for event in events)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from memstudy.attention import SoftmaxConfig
 from memstudy.profiler import find_gpu, gpus, predict
 from memstudy.profiler.cuda import TODAY
 from memstudy.profiler.prediction import follow
@@ -118,6 +119,14 @@ def test_attention_has_four_flops_for_each_score_and_head_dimension(causal):
     )
 
 
+def test_attention_that_chooses_its_kernel_by_device_is_timed_as_on_cuda():
+    def build():
+        config = SoftmaxConfig(recompute=True)
+        return partial(config.module(64, 2, config, is_causal=True), torch.randn(2, 128, 64))
+
+    assert {found.attention for found in work(build) if found.kind == "attention"} == {"efficient_forward_share"}
+
+
 def test_the_fused_optimizer_reads_gradients_and_writes_the_rest():
     def build():
         layer = nn.Linear(64, 64, bias=False)
@@ -136,6 +145,35 @@ def test_a_multi_tensor_op_launches_so_many_kernels_that_each_takes_few_tensors(
 
     (found,) = work(build)
     assert found.kernels == 2  # of up to 110 tensors each
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "passes"),
+    [((8, 4096), (-1,), 1), ((8, 8192), (-1,), 2), ((64, 64), (-2, -1), 2)],
+    ids=["a dimension", "a long one", "two"],
+)
+def test_a_fourier_transform_goes_over_its_data_for_each_dimension_and_twice_for_a_long_one(shape, dim, passes):
+    def build():
+        given = torch.zeros(shape, dtype=torch.complex64)
+        return partial(torch.fft.fftn, given, dim=dim)
+
+    (found,) = work(build)
+    elements = shape[0] * shape[1]
+    assert (found.kernels, found.moved_bytes) == (passes, passes * 2 * 8 * elements)
+
+
+def test_a_matrix_is_factorised_column_by_column_and_its_solution_is_waited_for():
+    def factorise(size, columns=1):
+        return work(lambda: partial(torch.linalg.solve, torch.eye(size), torch.zeros(size, columns)))
+
+    assert max(found.kernels for found in factorise(256)) == 256 + 2 * 256 // 32
+    assert [found.kind for found in factorise(64)].count("host waits") == 1  # whether the matrix is singular
+    assert time_of(of_two(torch.linalg.solve, 32, 32)).untimed == ()
+
+
+def test_a_matrix_by_a_vector_takes_what_its_bytes_take():
+    long, bytes_alone = product(1, 2, 10**6, "fp32"), elementwise(2 * (3 * 10**6 + 2))
+    assert kernel_us(long, A100) < 2 * kernel_us(bytes_alone, A100)
 
 
 def test_reading_a_value_waits_for_the_gpu():

@@ -121,7 +121,8 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
     if report.fused:
         least, most = (readable(sum(end.waterfall_mib().values())) for end in (report.fused, report))
         console.print(
-            f"compiled: from {least}, with all fused that can be, to {most}, op by op as above; its time is not predicted",
+            f"compiled: from {least}, with all fused that can be, to {most}, op by op as above; "
+            "its time is not predicted",
             soft_wrap=True,
         )
     if report.unverified:

@@ -14,7 +14,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from unittest.mock import patch
 
 import torch
@@ -216,7 +218,7 @@ def follow(
                 recorder.begin_step()
                 roles.tell_parameters()
                 step()
-            events = recorder.events.copy()  # without the releases of what the step and the libraries hold
+            events = _oldest_first(recorder.events)  # without the releases of what the step and the libraries hold
         except (AssertionError, RuntimeError) as error:
             if refused := refusal(error):
                 raise ValueError(refused) from error
@@ -227,6 +229,26 @@ def follow(
             if recorder.compiler.used:
                 forget()
     return recorder, events
+
+
+def _oldest_first(events: list[Event]) -> list[Event]:
+    """The events, where blocks that are freed one after the other are freed in the order of their allocation.
+
+    Autocast frees its copies of weights in the order of their addresses, which differ from run to run.
+    """
+    ordered: list[Event] = []
+    allocated: dict[int, int] = {}
+    for frees, run in groupby(events, key=lambda event: event.kind == "free"):
+        run = list(run)
+        if frees:
+            oldest = sorted(run, key=lambda event: allocated[event.block])
+            run = [
+                replace(event, time_ms=at.time_ms, issued=at.issued, kernel=at.kernel)
+                for event, at in zip(oldest, run, strict=True)
+            ]
+        allocated |= {event.block: place for place, event in enumerate(run, len(ordered)) if event.kind == "alloc"}
+        ordered += run
+    return ordered
 
 
 def swap_tensors(one: torch.Tensor, other: torch.Tensor, swap=torch.utils.swap_tensors) -> None:

@@ -26,7 +26,6 @@ FP32_TILES = {
     (32, 64): 0.8, (32, 32): 0.62,
 }  # fmt: skip
 SPLITS = (1, 2, 4, 8, 16)  # parts of the inner dimension, whose sums are added up
-HOSTS = ("fast", "typical", "slow")
 
 
 class Constant(BaseModel):
@@ -46,10 +45,8 @@ class Constant(BaseModel):
 
     def of(self, gpu: Gpu) -> float:
         """The value for ``gpu``."""
-        if isinstance(self.value, dict):
-            name = ".".join(map(str, gpu.compute_capability))
-            return self.value.get(name, self.value["other"])
-        return self.value
+        name = ".".join(map(str, gpu.compute_capability))
+        return self.value.get(name, self.value["other"]) if isinstance(self.value, dict) else self.value
 
 
 @functools.cache
@@ -104,7 +101,7 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, 
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
     alone = {id(work): kernel_us(work, gpu) for _, work in issued}
     us = {id(work): step_us(work, gpu) for _, work in issued}
-    fast, typical, slow = (_run(issued, us, host) for host in HOSTS)
+    fast, typical, slow = (_run(issued, us, host) for host in ("fast", "typical", "slow"))
     total = sum(typical.values())
     by_kind = dict.fromkeys(KINDS, 0.0)
     for phase, work in issued:
@@ -221,6 +218,8 @@ def _flops(work: Work) -> int:
 def _product_us(work: Work, gpu: Gpu) -> float:
     """Time of a product: its tiles in waves over the multiprocessors, by the best tile and the best of `SPLITS`."""
     batch, rows, columns, inner = work.product
+    if min(rows, columns) == 1:
+        return 0.0  # a matrix by a vector, for which the libraries have a kernel of its own: only the bytes count
     speed, known = gpu.speed, constants()
     flops_per_us = _rate(work.arithmetic, gpu) * 1e6 / speed.sms  # of one multiprocessor
     bandwidth = speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3

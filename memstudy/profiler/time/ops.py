@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, log2, prod
 
 import torch
 
@@ -68,16 +68,14 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     made = tuple(tensor for tensor in made if tensor.layout is torch.strided)
     arguments = func._schema.arguments
     named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+    everything = sum(map(_size, (*given, *made)))
     if rule := _PRODUCTS.get(packet):
-        shapes = rule(args, made)
-        unit = _unit(made[0].dtype)
-        return Work("products", 1, sum(map(_size, (*given, *made))), product=shapes, arithmetic=unit)
+        return Work("products", 1, everything, product=rule(args, made), arithmetic=_unit(made[0].dtype))
     if packet in _ATTENTION:
         constant, kernels = _ATTENTION[packet]
         query, key = args[1:3] if kernels > 1 else args[:2]  # in backward, the gradient comes first
         flops = (10 if kernels > 1 else 4) * query.numel() * key.shape[-2] // (2 if named.get("is_causal") else 1)
-        moved = sum(map(_size, (*given, *made)))
-        return Work("attention", kernels, moved, flops, arithmetic=_unit(query.dtype), attention=constant)
+        return Work("attention", kernels, everything, flops, arithmetic=_unit(query.dtype), attention=constant)
     own = {tensor.untyped_storage()._cdata for tensor in given}
     new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in own]
     if not new and not func._schema.is_mutable:
@@ -86,17 +84,19 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     for argument in arguments:
         size = sum(map(_size, tensors((named.get(argument.name),))))
         written += size if (writes := argument.alias_info is not None and argument.alias_info.is_write) else 0
-        read += 0 if packet in _READS_RESULT or argument.is_out or (writes and packet in _OVERWRITES) else size
+        read += 0 if packet in _READS_LITTLE or argument.is_out or (writes and packet in _OVERWRITES) else size
     if packet in _READS_RESULT:  # only the rows that are asked for are read
         read = largest + sum(_size(tensor) for tensor in given if not tensor.is_floating_point())
-    if packet is _ATEN.nll_loss_backward:  # fills its result with zeros, but for one element a row
-        read = 0
     if packet in _PUTS:  # only the elements that are given are written
         read, written = 2 * sum(map(_size, given[1:])), 0
     if packet in _FUSED:
         written -= sum(map(_size, args[1]))  # the schema calls gradients written; the kernel reads them
     *passes, kernels = _PASSES.get(packet, (0, 0, 0, 1))
     moved = read + written + int(passes[_row(given[0])] * _size(given[0]) if given else 0)
+    if func._schema.name.startswith("aten::_fft"):  # a pass for each dimension: 4,096 elements fit in shared memory
+        kernels = sum(max(1, ceil(log2(given[0].shape[dim]) / 12)) for dim in args[1])
+        moved *= kernels
+    kernels = ceil(_EACH_COLUMN[packet] * given[0].shape[-1]) if packet in _EACH_COLUMN else kernels
     if packet in _CHUNKED or func._schema.name.startswith("aten::_foreach"):
         kernels = _launches([value for value in args if _is_list(value)])
     return Work("elementwise and norms", kernels, moved, unvectorised=_element(func, given, made))
@@ -120,8 +120,7 @@ def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tens
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.numel() == 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.numel() == 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _row(tensor: torch.Tensor) -> int:
@@ -137,7 +136,7 @@ def one_kernel(given: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> W
 
 def is_untimed(func: OpOverload) -> bool:
     """Whether the time of ``func`` is not that of its bytes, and no rule knows another."""
-    return func._schema.name.startswith(_UNTIMED)
+    return func._schema.name.startswith(_UNTIMED) and func.overloadpacket not in _TIMED
 
 
 def _is_list(value: object) -> bool:
@@ -169,11 +168,8 @@ def _unit(dtype: torch.dtype) -> str:
 def _rows(args: tuple, made: tuple) -> tuple[int, ...]:
     """Sizes of a product whose last two arguments among the tensors are its factors."""
     left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
-    return prod(left.shape[:-2]), left.shape[-2] if left.dim() > 1 else 1, *_inner(left, right)
-
-
-def _inner(left: torch.Tensor, right: torch.Tensor) -> tuple[int, int]:
-    return right.shape[-1] if right.dim() > 1 else 1, left.shape[-1]
+    rows, columns = left.shape[-2] if left.dim() > 1 else 1, right.shape[-1] if right.dim() > 1 else 1
+    return prod(left.shape[:-2]), rows, columns, left.shape[-1]
 
 
 def _linear(args: tuple, made: tuple) -> tuple[int, ...]:
@@ -209,25 +205,35 @@ _PRODUCTS: dict[object, Callable[[tuple, tuple], tuple[int, ...]]] = {
     _ATEN.convolution: _convolution,
     _ATEN.convolution_backward: _convolution_backward,
 }
-# The constant of each kernel, and how many kernels it is; cuDNN's counts as flash attention.
+# The constant of each kernel, and how many kernels its backward is; cuDNN's counts as flash attention, and the CPU's as
+# memory-efficient attention, which `memstudy.attention.softmax` takes instead of it on CUDA.
 _ATTENTION = {
-    _ATEN._scaled_dot_product_flash_attention: ("flash_forward_share", 1),
-    _ATEN._scaled_dot_product_flash_attention_backward: ("flash_backward_share", 3),
-    _ATEN._scaled_dot_product_cudnn_attention: ("flash_forward_share", 1),
-    _ATEN._scaled_dot_product_cudnn_attention_backward: ("flash_backward_share", 3),
-    _ATEN._scaled_dot_product_efficient_attention: ("efficient_forward_share", 1),
-    _ATEN._scaled_dot_product_efficient_attention_backward: ("efficient_backward_share", 2),
+    getattr(_ATEN, f"_scaled_dot_product_{name}{suffix}"): (f"{share}_{way}_share", kernels if suffix else 1)
+    for way, suffix in (("forward", ""), ("backward", "_backward"))
+    for share, kernels, names in (
+        ("flash", 3, ("flash_attention", "cudnn_attention")),
+        ("efficient", 2, ("efficient_attention", "flash_attention_for_cpu")),
+    )
+    for name in names
 }
 _UNTIMED = (
-    "aten::linalg_", "aten::_linalg", "aten::_fft", "aten::sort", "aten::topk", "aten::_scaled_mm", "c10d::", "_c10d",
+    "aten::linalg_", "aten::_linalg", "aten::sort", "aten::topk", "aten::_scaled_mm", "c10d::", "_c10d",
     "bitsandbytes::int8_linear_matmul",
 )  # fmt: skip
-_WAITS = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.equal, _ATEN.is_nonzero}
+_WAITS = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.equal, _ATEN.is_nonzero, _ATEN._linalg_check_errors}
 _NOTHING = {
     _ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.lift_fresh,
     _ATEN.resize_, _ATEN.set_, _ATEN.detach_, _ATEN.t_, _ATEN.transpose_, _ATEN.squeeze_, _ATEN.unsqueeze_,
 }  # fmt: skip
 _READS_RESULT = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select, _ATEN.nll_loss_forward}
+_READS_LITTLE = _READS_RESULT | {_ATEN.nll_loss_backward}  # fills its result with zeros, but for one element a row
+# Kernels for each column of a matrix, each of which waits for the one before: a factorisation takes a column at a time,
+# for its pivot or its norm, and a triangular solution 32 of them.
+_EACH_COLUMN = {
+    _ATEN._linalg_solve_ex: 17 / 16, _ATEN.linalg_inv_ex: 17 / 16, _ATEN.linalg_lu_factor_ex: 1, _ATEN.linalg_qr: 2,
+    _ATEN.linalg_cholesky_ex: 1, _ATEN.linalg_lu_solve: 1 / 16, _ATEN.linalg_solve_triangular: 1 / 32,
+}  # fmt: skip
+_TIMED = {*_EACH_COLUMN, _ATEN.linalg_vector_norm, _ATEN._linalg_check_errors}
 _PUTS = {_ATEN.index_put_, _ATEN._index_put_impl_, _ATEN.scatter_, _ATEN.index_copy_}
 _OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_, _ATEN._foreach_copy_, _ATEN._foreach_zero_}
 _FUSED = {_ATEN._fused_adamw_, _ATEN._fused_adam_, _ATEN._fused_sgd_}
@@ -237,15 +243,12 @@ _COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.clone, _ATEN.cat}
 # ones, and its kernels. aten/src/ATen/native/cuda/PersistentSoftmax.cuh holds a short row in registers; longer rows are
 # read again, at first from a cache. layer_norm_kernel.cu, backward: one kernel for the input, two for weight and bias.
 _PASSES: dict[object, tuple[float, float, float, int]] = {
-    _ATEN._softmax: (0, 0.6, 2.4, 1),
-    _ATEN._log_softmax: (0, 0.6, 2.4, 1),
-    _ATEN._softmax_backward_data: (0, 1.8, 1.8, 1),
-    _ATEN._log_softmax_backward_data: (0, 1.8, 1.8, 1),
+    **dict.fromkeys((_ATEN._softmax, _ATEN._log_softmax), (0, 0.6, 2.4, 1)),
+    **dict.fromkeys((_ATEN._softmax_backward_data, _ATEN._log_softmax_backward_data), (0, 1.8, 1.8, 1)),
     _ATEN.native_layer_norm: (0.2, 0.9, 1.1, 1),
     _ATEN.native_layer_norm_backward: (2.4, 3.7, 3.7, 3),
     _ATEN.embedding_dense_backward: (2, 2, 2, 10),
     _ATEN.nll_loss_backward: (0, 0, 0, 2),
-    _ATEN.index_put_: (0, 0, 0, 10),
-    _ATEN._index_put_impl_: (0, 0, 0, 10),
+    **dict.fromkeys((_ATEN.index_put_, _ATEN._index_put_impl_), (0, 0, 0, 10)),
     _ATEN._foreach_norm: (0, 0, 0, 2),
 }
