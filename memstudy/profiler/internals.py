@@ -20,7 +20,12 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._C._distributed_c10d import _create_work_from_future
 from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.autograd.graph import _engine_run_backward
 from torch.cpu import _default_cpu_stream
 from torch.library import _scoped_library

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from memstudy.profiler import by_shape, cpu, cuda
@@ -31,6 +32,7 @@ from memstudy.profiler.issued import Issued
 from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors
 from memstudy.profiler.values import MOST_IN_STEP, Values
 
+_ARRAY = "numbers that the step reads by .numpy() (taken at random)"
 _EAGER = "compiled modules (followed as they run without compilation)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
 
@@ -164,6 +166,12 @@ class Recorder(TorchDispatchMode):
             return result
 
         return run
+
+    def array(self, tensor: FakeTensor) -> np.ndarray:
+        """Replaces ``Tensor.numpy``, which fake tensors do not support."""
+        if not self._values.knows(tensor):
+            self.assumed.add(_ARRAY)
+        return self._values.array(tensor)
 
     def transfer(self, tensor: torch.Tensor, *, to_host: bool) -> None:
         """To be called for each tensor that moves between the GPU and the host."""
