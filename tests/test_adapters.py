@@ -1,12 +1,15 @@
 """Adapters, quantised weights and conventions of number formats: what they train, and their memory as predicted."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft.tuners.lora import LoraLayer
 from support.tiny_models import config_file
 
 from memstudy.profiler import measure, predict
+from memstudy.techniques.weights import Nf4Weights
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.trainer import make_trainer
 
@@ -174,6 +177,18 @@ def test_4_bit_weights_are_stored_in_their_published_bytes(scales, llama, tmp_pa
             assert state.absmax.nbytes == n // 64
             assert (state.state2.absmax.nbytes, state.offset.nbytes) == (4 * -(-n // 64 // 256), 4)
     assert model.lm_head.weight.dtype == BF16
+
+
+@pytest.mark.parametrize("width", [40, 64, 80, 96, 128])
+def test_4_bit_rows_are_unpacked_as_they_were_packed_or_refused(width):
+    """bitsandbytes 0.50.2 mixes the scales of blocks that end within a row, on processors with AVX-512."""
+    packed, state = quantize_4bit(torch.randn(32, width), quant_type="nf4")
+    first, second = packed.flatten().long() >> 4, packed.flatten().long() & 15
+    values = state.code[torch.stack([first, second], dim=1)].view(-1, 64) * state.absmax[:, None]
+    right = torch.allclose(dequantize_4bit(packed, state), values.view(32, width), atol=1e-6)
+    assert right or width % 64
+    with nullcontext() if right else pytest.raises(ValueError, match=f"^4-bit weights of {width} inputs: "):
+        Nf4Weights().layer(torch.randn(32, width))
 
 
 @pytest.mark.parametrize(

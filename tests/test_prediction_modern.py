@@ -17,10 +17,7 @@ from memstudy.studies.published.rows import predicted_rows, published
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MISTRAL = ["Mistral-7B-v0.1, full, 4 × 4096, 1 GPU, peak", "Mistral-7B-v0.1, full, 4 × 4096, 1 GPU, at rest"]
-OFF = {
-    "full-finetuning/llama-3.2-3B-lr_0.00001", "frod/llama-3.2-3B-sparse0.02-lr_0.001",
-    "prefixtuning/llama-3.2-3B-lr_0.005_zero_init",
-}  # fmt: skip
+OFF = {"full-finetuning/llama-3.2-3B-lr_0.00001", "frod/llama-3.2-3B-sparse0.02-lr_0.001"}
 
 
 def errors(rows):
@@ -77,6 +74,14 @@ def test_lora_of_pefts_comparison():
     assert errors(rows).max() < 0.1
 
 
+@pytest.mark.slow
+def test_a_learned_prefix_of_50_questions_takes_what_an_l40s_reserved():
+    """The row chose how long the batches before an evaluation were; without the evaluation it is 5.1 % low."""
+    row = "prefixtuning/llama-3.2-3B-lr_0.005_zero_init"
+    assert row in peft.CHOSEN_ON
+    assert errors(predicted_rows("peft", only=[row])).max() < 0.1
+
+
 def test_each_published_row_is_predicted_or_outside_with_a_cause():
     rows = modern.published()
     outside = set().union(*(set(rows.query(query).id) for query in modern.OUTSIDE))
@@ -117,11 +122,11 @@ def test_other_calculators_are_farther_from_the_measured_peaks():
 
 @pytest.mark.slow
 def test_all_of_pefts_comparison():
-    error = errors(predicted_rows("peft")).drop(peft.CHOSEN_ON)
-    assert len(error) == 26
+    error = errors(predicted_rows("peft")).drop(list(peft.CHOSEN_ON))
+    assert len(error) == 25
     assert error.median() < 0.1
     assert error.drop(list(OFF)).max() < 0.4
-    assert error.max() < 5.2
+    assert error.max() < 1.8
 
 
 @pytest.mark.slow

@@ -19,7 +19,12 @@ ADAPTERS = {
     "shira": peft.ShiraConfig(r=2),
     "frod": peft.FrodConfig(target_modules=["q_proj", "v_proj"], progressbar=False),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=4),
+    "adamss": peft.AdamssConfig(r=8, num_subspaces=3, target_modules=["q_proj", "v_proj"]),
+    "cpt": peft.CPTConfig(
+        cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 2], task_type="CAUSAL_LM"
+    ),
 }
+BOUNDED = "cpt"  # its loss leaves out tokens by their labels, which a prediction does not know
 
 
 def padded(adapter):
@@ -47,9 +52,15 @@ def padded(adapter):
     return build
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != BOUNDED])
 def test_an_adapter_on_a_padded_batch_takes_what_is_predicted(adapter):
     assert predict(padded(adapter)).iteration_peaks == measure(padded(adapter)).iteration_peaks
+
+
+def test_a_loss_that_chooses_tokens_by_unknown_labels_has_a_bound():
+    predicted, measured = predict(padded(BOUNDED)), measure(padded(BOUNDED))
+    assert measured.peak_bytes <= predicted.peak_bytes < 1.01 * measured.peak_bytes
+    assert predicted.unverified == ("data-dependent shapes (every element of a mask counted as chosen)",)
 
 
 def answers(ask):
@@ -71,9 +82,12 @@ def answers(ask):
         lambda: torch.zeros(2, 3).index_put((torch.tensor([1]),), torch.tensor(2.0)).sum().item(),
         lambda: torch.bincount(torch.tensor([1, 1, 4])).shape,
         lambda: torch.tensor([3, 1, 3]).unique().tolist(),
+        lambda: torch.arange(3)[torch.arange(3) > 4].unique().tolist(),
+        lambda: list(torch.arange(0).unbind()),
         lambda: (torch.arange(6) % 3 == 0).nonzero().shape,
+        lambda: torch.arange(4).flip(0).numpy().tolist(),
     ],
-    ids=["range", "sum", "put", "bincount", "unique", "nonzero"],
+    ids=["range", "sum", "put", "bincount", "unique", "unique-of-none", "none", "nonzero", "array"],
 )
 def test_what_follows_from_known_data_is_answered_exactly(ask):
     assert answers(ask) == ask()
@@ -104,6 +118,22 @@ def test_what_unknown_data_decide_has_a_bound_and_the_report_says_which(ask, len
 
     assert predict(build).unverified == (f"data-dependent shapes ({said})",)
     assert seen == [length, length]
+
+
+def test_an_array_of_unknown_data_is_random_and_the_report_says_so():
+    seen = []
+
+    def build():
+        return lambda: seen.append(torch.rand(3, 2).numpy()) or torch.ones(1)
+
+    assert predict(build, iterations=1).unverified == ("numbers that the step reads by .numpy() (taken at random)",)
+    assert seen[0].shape == (3, 2)
+    assert len(set(seen[0].flat)) == 6
+
+
+def test_sizes_that_only_data_can_say_are_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^the step makes tensors whose sizes only its data can say, by aten.*unique"):
+        predict(lambda: lambda: torch.rand(5).unique(), iterations=1)
 
 
 def test_the_first_right_singular_vectors_on_a_gpu_keep_all_of_them():

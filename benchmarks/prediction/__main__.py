@@ -52,6 +52,7 @@ def modern(text: str) -> list[pd.DataFrame]:
         print(f"  {' '.join(fine_tuning.published().query(query).id)}: {cause}")
     rows, cells, of_peft = (predicted_rows(table, named(table, text)) for table in ("fms", "notebook", "peft"))
     rows, cells = rows.assign(chosen_on=[*map(fms.chosen_on, rows.row)]), cells.assign(chosen_on=notebook.CHOSEN_ON)
+    of_peft = of_peft.assign(chosen_on=[peft.CHOSEN_ON.get(row, "") for row in of_peft.row])
     others = calculators.figures()
     return [rows, cells, of_peft, others[others.row.str.contains(text, regex=False)]]
 

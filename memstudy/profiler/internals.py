@@ -25,7 +25,12 @@ from torch._C._dynamo.eval_frame import (
 )
 from torch._library.custom_ops import OPDEFS
 from torch._ops import HigherOrderOperator, OpOverload, get_cached_ops
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.autograd.graph import _engine_run_backward
 from torch.cpu import _default_cpu_stream
 from torch.library import _scoped_library

@@ -27,7 +27,13 @@ from memstudy.profiler.allocator import replay
 from memstudy.profiler.catalogue import Gpu, find_gpu
 from memstudy.profiler.compiled import forget, refusal
 from memstudy.profiler.events import MIB, Event, with_fused_kernels
-from memstudy.profiler.internals import FOREACH_TYPES, FakeTensor, FakeTensorMode
+from memstudy.profiler.internals import (
+    FOREACH_TYPES,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
 from memstudy.profiler.recorder import ON_CUDA, CannotFollow, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
@@ -35,6 +41,7 @@ from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
 from memstudy.profiler.time import StepTime, step_time
 
+_BY_DATA = (DynamicOutputShapeException, DataDependentOutputException)
 # Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
 _NO_CUDA = ("not compiled with CUDA", "not linked with support for cuda", "Cannot get CUDA generator")
 
@@ -82,7 +89,8 @@ def predict(
     ------
     ValueError
         When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains a parameter
-        made outside ``build``, ``build`` asks for a CUDA device, or this process is one of several already.
+        made outside ``build``, ``build`` asks for a CUDA device, sizes in the step depend on unknown data, or this
+        process is one of several already.
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least 1 step must run")
@@ -184,6 +192,7 @@ def follow(
         stack.enter_context(modules_on_real_tensors())
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
         stack.enter_context(patch("torch.compile", recorder.compiler.compile))
+        stack.enter_context(patch.object(FakeTensor, "numpy", lambda tensor, **_: recorder.array(tensor), create=True))
         # Without this, torch's foreach path rejects FakeTensor parameters.
         types = [torch.Tensor, torch.nn.Parameter, FakeTensor]
         for name in FOREACH_TYPES:
@@ -219,6 +228,8 @@ def follow(
                 roles.tell_parameters()
                 step()
             events = _oldest_first(recorder.events)  # without the releases of what the step and the libraries hold
+        except _BY_DATA as error:
+            raise ValueError(f"the step makes tensors whose sizes only its data can say, by {error.func}") from error
         except (AssertionError, RuntimeError) as error:
             if refused := refusal(error):
                 raise ValueError(refused) from error

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from memstudy.profiler import by_shape, cpu, cuda
@@ -31,6 +32,7 @@ from memstudy.profiler.issued import Issued
 from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors
 from memstudy.profiler.values import MOST_IN_STEP, Values
 
+_ARRAY = "numbers that the step reads by .numpy() (taken at random)"
 ON_CUDA = "build() asks for a CUDA device: leave everything on the CPU, where predict(gpu=...) stands in for one"
 
 
@@ -164,6 +166,12 @@ class Recorder(TorchDispatchMode):
             self._note(tensor.untyped_storage())
         self.issued.note_compiled(self._phase, tensors((*args, *kwargs.values())), made)
         return result
+
+    def array(self, tensor: FakeTensor) -> np.ndarray:
+        """Replaces ``Tensor.numpy``, which fake tensors do not support."""
+        if not self._values.knows(tensor):
+            self.assumed.add(_ARRAY)
+        return self._values.array(tensor)
 
     def transfer(self, tensor: torch.Tensor, *, to_host: bool) -> None:
         """To be called for each tensor that moves between the GPU and the host."""

@@ -79,7 +79,7 @@ class Results:
             return
         container = type(result) if isinstance(result, (tuple, list)) else None
         made = _how(result if container else (result,), args, kwargs) if _lasts(func) else None
-        self._remembered[key] = made and (container, made)
+        self._remembered[key] = None if made is None else (container, made)
 
     def _make(self, made: _Made | None, args: Sequence) -> FakeTensor | None:
         if made is None:

@@ -1,4 +1,4 @@
-"""Answers for a step that reads data of a fake tensor, as by ``.item()`` or ``nonzero()``: fake tensors have no values.
+"""Answers for a step that reads data of a fake tensor, as by ``.item()`` or ``.numpy()``: fake tensors have no values.
 
 Data that the code itself makes, such as positions and masks, are followed on small real tensors, so these answers are
 exact. Otherwise the answer is a guess that suits training on whole sequences.
@@ -6,6 +6,7 @@ exact. Otherwise the answer is a guess that suits training on whole sequences.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -31,7 +32,7 @@ class Values:
 
     def know(self, tensor: torch.Tensor, real: torch.Tensor) -> None:
         """Note that ``tensor`` has the values of ``real``."""
-        if not 0 < tensor.numel() <= self.most or tensor.layout is not torch.strided:
+        if tensor.numel() > self.most or tensor.layout is not torch.strided:
             return
         with _DisableTorchDispatch():
             buffer = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype)
@@ -111,6 +112,15 @@ class Values:
         if tensor.dtype is torch.bool:
             return not getattr(tensor, "_memstudy_any", False)
         return 1.0 if tensor.is_floating_point() else 1
+
+    def array(self, tensor: FakeTensor) -> np.ndarray:
+        """The exact values of ``tensor``, or random ones: an adapter that groups a weight's rows finds equal groups."""
+        known = self.read(tensor)
+        with _DisableTorchDispatch():
+            if known is not None:
+                return known.numpy()
+            values = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+            return values.to(tensor.dtype).numpy()
 
 
 def _several(result: object) -> tuple | list:

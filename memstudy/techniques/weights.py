@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -67,11 +68,30 @@ class Nf4Weights(QuantizedWeights):
     def layer(self, weight):
         from bitsandbytes.nn import Linear4bit, Params4bit
 
+        width = weight.shape[1]
+        if type(weight) is torch.Tensor and weight.device.type == "cpu" and not _unpacks(width):  # not a fake tensor
+            raise ValueError(
+                f"4-bit weights of {width} inputs: bitsandbytes' kernel for this CPU unpacks such rows wrongly; widths "
+                "that are multiples of 64 are right: take int8_weights, or predict it for a GPU (--gpu)"
+            )
         settings = {"compress_statistics": self.scales == "double", "quant_type": "nf4"}
         compute = check_dtype(self.compute)
         layer = Linear4bit(*weight.shape[::-1], bias=False, compute_dtype=compute, device="meta", **settings)
         layer.weight = Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
         return layer
+
+
+@functools.cache
+def _unpacks(width: int) -> bool:
+    """Whether this CPU reads rows of ``width`` 4-bit weights as they were written.
+
+    bitsandbytes 0.50.2 with AVX-512 does not where the width is a multiple of 16 but not of 64: a block of 64 weights
+    then ends within a row, and the kernel goes on with the scale of another block. Here each block has its own scale.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weights = (torch.arange(64 * width).view(64, width) // 64 + 1).float()
+    return torch.equal(dequantize_4bit(*quantize_4bit(weights, quant_type="nf4")), weights)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def chosen_on(table: str, row: str) -> bool:
     """Whether the ``row`` of a ``table`` of fine-tuning chose a rule or a constant of its prediction."""
     if table == "fms":
         return bool(fms.chosen_on(row))
-    return table == "notebook" or row == peft.CHOSEN_ON
+    return table == "notebook" or row in peft.CHOSEN_ON
 
 
 def predicted_rows(table: str, only: Collection[str] | None = None, **options) -> pd.DataFrame:
