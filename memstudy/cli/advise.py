@@ -81,11 +81,12 @@ def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep
 
     found = advice.first_that_fits(rungs, fits)
     climbed = [rung for rung in rungs[: None if found is None else found + 1] if rung in tried]
-    answers = [way for way in ways if way is not tried.get(asked.techniques)] + [tried[rung] for rung in climbed]
-    lasted = [""] * (len(answers) - len(climbed)) + [times[rung] for rung in climbed]
-    _finish(asked, batch, answers, lasted)
-    if elsewhere and not asked.as_json:
-        typer.echo(f"step time: relative to no technique, measured on {elsewhere.device} (ablation's model)")
+    if ways:
+        climbed = [rung for rung in climbed if rung != asked.techniques]  # among the ways already
+    answers = ways + [tried[rung] for rung in climbed]
+    lasted = [""] * len(ways) + [times[rung] for rung in climbed]
+    note = elsewhere and f"step time: relative to no technique, measured on {elsewhere.device} (ablation's model)"
+    _finish(asked, batch, answers, lasted, note)
 
 
 def _needed(answer: dict) -> float:
@@ -139,12 +140,14 @@ def _epoch(asked: AskedOfTraining, batch: int, techniques: tuple[str, ...], budg
     }
 
 
-def _finish(asked: AskedOfTraining, batch: int, answers: list[dict], times: list[str]) -> None:
-    """Print the answers, in order of the search, and the last one's options if it fits."""
+def _finish(asked: AskedOfTraining, batch: int, answers: list[dict], times: list[str], note: str | None = None) -> None:
+    """Print the answers, in order of the search, a ``note`` on them, and the last one's options if it fits."""
     if asked.as_json:
         typer.echo(json.dumps(answers, indent=2))
         return
     _show(answers, times, asked.gpu or "this CPU")
+    if note:
+        typer.echo(note)
     if not answers[-1]["fits"]:
         typer.echo("nothing fits: take a shorter sequence, a smaller model or a larger GPU")
         return

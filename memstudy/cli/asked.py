@@ -47,7 +47,9 @@ class Asked:
     task: Annotated[
         str, typer.Option(help="lm (the model's pretraining task), classification, or contrastive (CLIP).")
     ] = "lm"
-    attention: Annotated[str, typer.Option(help="sdpa (PyTorch's fused kernels) or eager.")] = "sdpa"
+    attention: Annotated[str, typer.Option(help="sdpa (PyTorch's fused kernels), eager, or flash (flash_attn's).")] = (
+        "sdpa"
+    )
     expandable_segments: Annotated[
         bool, typer.Option("--expandable-segments", help="As with PYTORCH_ALLOC_CONF=expandable_segments:True.")
     ] = False

@@ -99,6 +99,10 @@ class OfLengths:
                 f"--seq-len {positions}, to cut longer texts, or leave them out"
             )
 
+    def takes(self, batch_size, techniques):
+        accumulates = any(text.partition("=")[0] == "accumulation" for text in techniques)
+        return not (self.of_lengths and accumulates) and super().takes(batch_size, techniques)
+
     def batches(self, batch_size: int) -> list[tuple[int, ...]]:
         """The lengths of the texts of each batch."""
         from memstudy.data.lengths import batches

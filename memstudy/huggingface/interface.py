@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
 
 from memstudy.attention import ATTENTION, AttentionConfig, SoftmaxConfig, Unavailable
@@ -153,13 +152,17 @@ def _flash(
     """
     if attention_mask is not None:
         raise ValueError("attention flash is for batches without padding: flatten or pack them")
-    dtype = get_target_dtype(query, module) or query.dtype  # positions in fp32 have made the query so
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"attention flash needs half precision, and this is {dtype}: add technique bf16")
     try:
         from flash_attn import flash_attn_func, flash_attn_varlen_func
     except ImportError as error:
         raise Unavailable(f"attention flash needs a GPU and the flash_attn package ({error})") from None
+    dtype = query.dtype
+    if dtype is torch.float32:  # as positions in fp32 make the query of products in half precision
+        autocast = torch.is_autocast_enabled(query.device.type)
+        dtype = torch.get_autocast_dtype(query.device.type) if autocast else next(module.parameters()).dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention flash needs half precision, and this is {dtype}: add technique bf16")
+
     query, key, value = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))
     options = {
         "dropout_p": dropout,
