@@ -70,6 +70,7 @@ MODELS = {
 }
 # Kinds of run in params/gpu, with their settings there at a small size.
 BERT = {"model": "bert", "seq_len": 16}  # of MODELS
+HUB = {"kind": "hub_model", **BERT}
 REFORMER = {"kind": "reformer", "n_layers": 2, "hidden_size": 64, "n_heads": 2, "head_dim": 32, "feed_forward": 128}
 REFORMER |= {"vocab_size": 101, "seq_len": 64, "reversible": True}
 SEQ2SEQ = {"kind": "seq2seq", **SIZES, "target_len": 16}
@@ -123,7 +124,7 @@ RUNS: dict[str, dict] = {
     "inference pruned": {"kind": "inference", **BERT, "techniques": ["pruned=0.9"]},
     "inference fewer_heads": {"kind": "inference", **BERT, "techniques": ["fewer_heads=0.5"]},
     "generation": {"kind": "generation", "model": "gpt2", "seq_len": 16, "new_tokens": 4},
-    "validation": {"kind": "validation", "of": {"kind": "hub_model", **BERT, **STEP}, "timed_steps": 2},
+    "validation": {"kind": "validation", "of": {**HUB, **STEP}, "timed_steps": 2},
 }
 
 
@@ -132,7 +133,7 @@ TOGETHER = {
     "convention": ["convention", "lora"],
     "nf4_weights": ["nf4_weights", "lora"],
     "int8_weights": ["int8_weights", "lora"],
-    "ia3": ["ia3=k_proj+v_proj"],
+    "ia3": ["ia3"],
     "prefix": ["prefix=4"],
     "prompt": ["prompt=4"],
 }
@@ -271,7 +272,9 @@ def paths() -> Iterator[tuple[str, Callable]]:
         yield f"run {name}", partial(run, step | config)
     for text, technique in techniques.TECHNIQUES.items():
         if technique.in_training and not technique.several_processes:
-            yield f"technique {text}", partial(run, LM | {"techniques": TOGETHER.get(text, [text])})
+            # peft knows Llama's layers, and virtual tokens need positions beyond the text's.
+            base = HUB | {"model": "llama"} if text in ("ia3", "prefix", "prompt") else LM
+            yield f"technique {text}", partial(run, base | STEP | {"techniques": TOGETHER.get(text, [text])})
 
 
 def main() -> None:

@@ -28,7 +28,6 @@ _HUB: dict[str, tuple[str, int, int, str, dict]] = {
     "GPT-2, SGD": ("gpt2", 8, 512, "bf16,sgd", {}),
     "GPT-2, update in backward": ("gpt2", 8, 512, "bf16,optimizer_in_backward", {}),
     "GPT-2, offloaded activations": ("gpt2", 4, 512, "bf16,offload_activations", {}),
-    "GPT-2, sliding window": ("gpt2", 8, 1024, "bf16", {"convert_to": {"variant": "window", "window": 128}}),
     "GPT-2 medium, checkpointing": ("gpt2-medium", 16, 1024, "bf16,checkpointing", {}),
     "SmolLM2": ("smollm2-135m", 8, 1024, "bf16", {}),
     "T5": ("t5-small", 16, 512, "bf16", {}),
