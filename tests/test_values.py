@@ -131,8 +131,8 @@ def test_an_array_of_unknown_data_is_random_and_the_report_says_so():
     assert len(set(seen[0].flat)) == 6
 
 
-def test_sizes_that_only_data_can_say_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"^the step makes tensors whose sizes only its data can say, by aten.*unique"):
+def test_a_question_that_only_data_can_answer_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^the step asks for what only its data can say, by aten.*unique"):
         predict(lambda: lambda: torch.rand(5).unique(), iterations=1)
 
 

@@ -85,7 +85,7 @@ def predict(
     ------
     ValueError
         When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains a parameter
-        made outside ``build``, ``build`` asks for a CUDA device, sizes in the step depend on unknown data, or this
+        made outside ``build``, ``build`` asks for a CUDA device, the step asks for what only its data can say, or this
         process is one of several already.
     """
     if iterations < 1:
@@ -218,7 +218,7 @@ def follow(
                 step()
             events = recorder.events.copy()  # without the releases of what the step and the libraries hold
         except _BY_DATA as error:
-            raise ValueError(f"the step makes tensors whose sizes only its data can say, by {error.func}") from error
+            raise ValueError(f"the step asks for what only its data can say, by {error.func}") from error
         except (AssertionError, RuntimeError) as error:
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
