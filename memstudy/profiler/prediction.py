@@ -30,7 +30,7 @@ from memstudy.profiler.internals import (
     FakeTensor,
     FakeTensorMode,
 )
-from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
+from memstudy.profiler.isolation import files_on_real_tensors, modules_on_real_tensors, tables_of_bitsandbytes
 from memstudy.profiler.recorder import ON_CUDA, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
@@ -179,6 +179,7 @@ def follow(
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
         stack.enter_context(patch("memstudy.profiler.roles.next_iteration", recorder.begin_step))
         stack.enter_context(modules_on_real_tensors())
+        stack.enter_context(files_on_real_tensors())
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
         stack.enter_context(patch("torch.compile", recorder.compiled))
         stack.enter_context(patch.object(FakeTensor, "numpy", lambda tensor, **_: recorder.array(tensor), create=True))
