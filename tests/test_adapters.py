@@ -4,9 +4,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers as hf
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
-from support.tiny_models import config_file
+from support.tiny_models import SIZES, config_file
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from memstudy.profiler import measure, predict
 from memstudy.techniques.weights import Nf4Weights
@@ -189,6 +192,45 @@ def test_4_bit_rows_are_unpacked_as_they_were_packed_or_refused(width):
     assert right or width % 64
     with nullcontext() if right else pytest.raises(ValueError, match=f"^4-bit weights of {width} inputs: "):
         Nf4Weights().layer(torch.randn(32, width))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    """Give a run of a small mixture of experts with some techniques."""
+    path = tmp_path_factory.mktemp("models") / "config.json"
+    experts = {"num_local_experts": 4, "num_key_value_heads": 2, "architectures": ["MixtralForCausalLM"]}
+    hf.MixtralConfig(**SIZES, **experts).to_json_file(path)
+
+    def run(*techniques):
+        given = {"experiment": "test", "model": str(path), "seq_len": 32, "batch_size": 2}
+        return HubModelRun(**given, techniques=techniques)
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*stay in bfloat16")
+@pytest.mark.parametrize("techniques", [("lora=4",), ("qlora=4",)], ids="+".join)
+def test_adapters_beside_experts_take_what_is_predicted(techniques, mixtral):
+    run = mixtral(*techniques)
+    assert predict(run.build()).iteration_peaks == measure(run.build()).iteration_peaks
+
+
+def test_experts_in_one_tensor_stay_as_transformers_leaves_them(mixtral):
+    ours, theirs = mixtral().make_model(), mixtral().make_model()
+    with pytest.warns(UserWarning, match="^0.000786 billion weights stay in bfloat16: experts"):
+        Nf4Weights().prepare(ours)
+    replace_with_bnb_linear(theirs, ["lm_head"], hf.BitsAndBytesConfig(load_in_4bit=True))
+    packed = [{name for name, m in model.named_modules() if isinstance(m, Linear4bit)} for model in (ours, theirs)]
+    assert packed[0] == packed[1]
+    assert len(packed[0]) == 2 * 4
+    assert 2 * 4 * 3 * 128 * 256 == 786_432 == sum(p.numel() for p in ours.parameters() if p.dim() == 3)
+
+
+def test_dora_beside_experts_is_refused_in_one_line(mixtral):
+    with pytest.raises(
+        ValueError, match=r"^dora=4: peft has no DoRA beside experts, .* take dora=4:attention, or lora$"
+    ):
+        mixtral("dora=4").build()()
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,14 @@ ADAPTERS = {
 BOUNDED = "cpt"  # its loss leaves out tokens by their labels, which a prediction does not know
 
 
-def padded(adapter):
-    """A step on rows of which one is shorter."""
+def padded(adapter, **changes):
+    """A step on rows of which one is shorter; ``changes`` of the model's sizes."""
 
     def build():
         torch.manual_seed(0)
         config = ADAPTERS[adapter]
         config.task_type = "CAUSAL_LM"
-        model = peft.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)), config).train()
+        model = peft.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, **changes)), config).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         tokens = torch.randint(64, (4, 32))
         mask = torch.ones_like(tokens)
@@ -55,6 +55,14 @@ def padded(adapter):
 @pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != BOUNDED])
 def test_an_adapter_on_a_padded_batch_takes_what_is_predicted(adapter):
     assert predict(padded(adapter)).iteration_peaks == measure(padded(adapter)).iteration_peaks
+
+
+def test_adapters_read_from_a_file_take_what_is_predicted(tmp_path, monkeypatch):
+    peft.get_peft_model(hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)), peft.LoraConfig(r=4)).save_pretrained(tmp_path)
+    mixture = peft.XLoraConfig(hidden_size=32, adapters={"0": str(tmp_path), "1": str(tmp_path)})
+    monkeypatch.setitem(ADAPTERS, "xlora", mixture)
+    predicted, measured = (of(padded("xlora", use_cache=False)) for of in (predict, measure))
+    assert predicted.iteration_peaks == measured.iteration_peaks
 
 
 def test_a_loss_that_chooses_tokens_by_unknown_labels_has_a_bound():
@@ -131,8 +139,8 @@ def test_an_array_of_unknown_data_is_random_and_the_report_says_so():
     assert len(set(seen[0].flat)) == 6
 
 
-def test_sizes_that_only_data_can_say_are_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"^the step makes tensors whose sizes only its data can say, by aten.*unique"):
+def test_a_question_that_only_data_can_answer_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^the step asks for what only its data can say, by aten.*unique"):
         predict(lambda: lambda: torch.rand(5).unique(), iterations=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import SourceFileLoader
 from unittest.mock import patch
 
@@ -30,6 +30,30 @@ def modules_on_real_tensors():
             execute(self, module)
 
     return patch.object(SourceFileLoader, "exec_module", exec_module)
+
+
+def files_on_real_tensors():
+    """A patch: safetensors' ``load_file`` reads a file's tensors without the prediction's modes, as an adapter's."""
+    if "safetensors.torch" not in sys.modules:
+        return nullcontext()
+    opened = sys.modules["safetensors.torch"].safe_open
+
+    class File:
+        def __init__(self, *args, **kwargs):
+            self._file = opened(*args, **kwargs)
+
+        def __enter__(self):
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            self._file.__exit__(*error)
+
+        def get_tensors(self):
+            with _disable_current_modes():
+                return self._file.get_tensors()
+
+    return patch("safetensors.torch.safe_open", File)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from memstudy.profiler.internals import (
     FakeTensor,
     FakeTensorMode,
 )
-from memstudy.profiler.isolation import modules_on_real_tensors, tables_of_bitsandbytes
+from memstudy.profiler.isolation import files_on_real_tensors, modules_on_real_tensors, tables_of_bitsandbytes
 from memstudy.profiler.recorder import ON_CUDA, CannotFollow, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
@@ -89,7 +89,7 @@ def predict(
     ------
     ValueError
         When ``iterations`` or ``processes`` is below 1, the GPU is unknown, the step trains a parameter
-        made outside ``build``, ``build`` asks for a CUDA device, sizes in the step depend on unknown data, or this
+        made outside ``build``, ``build`` asks for a CUDA device, the step asks for what only its data can say, or this
         process is one of several already.
     """
     if iterations < 1:
@@ -190,6 +190,7 @@ def follow(
         stack.enter_context(watch_modules(recorder.modules.append, recorder.modules.pop))
         stack.enter_context(patch("memstudy.profiler.roles.next_iteration", recorder.begin_step))
         stack.enter_context(modules_on_real_tensors())
+        stack.enter_context(files_on_real_tensors())
         stack.enter_context(patch("torch.cuda.empty_cache", recorder.empty_cache))
         stack.enter_context(patch("torch.compile", recorder.compiler.compile))
         stack.enter_context(patch.object(FakeTensor, "numpy", lambda tensor, **_: recorder.array(tensor), create=True))
@@ -229,7 +230,7 @@ def follow(
                 step()
             events = _oldest_first(recorder.events)  # without the releases of what the step and the libraries hold
         except _BY_DATA as error:
-            raise ValueError(f"the step makes tensors whose sizes only its data can say, by {error.func}") from error
+            raise ValueError(f"the step asks for what only its data can say, by {error.func}") from error
         except (AssertionError, RuntimeError) as error:
             if refused := refusal(error):
                 raise ValueError(refused) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,16 +49,24 @@ class Lora(Adapters):
         from peft import LoraConfig, inject_adapter_in_model
 
         transposed = any(isinstance(module, Conv1D) for module in model.modules())
-        inject_adapter_in_model(
-            LoraConfig(
-                r=int(self.rank),
-                lora_alpha=2 * int(self.rank),
-                target_modules=_targets(model, self.targets),
-                fan_in_fan_out=transposed,
-                use_dora=self.with_lengths,
-            ),
-            model,
+        config = LoraConfig(
+            r=int(self.rank),
+            lora_alpha=2 * int(self.rank),
+            target_modules=_targets(model, self.targets),
+            fan_in_fan_out=transposed,
+            use_dora=self.with_lengths,
         )
+        with warnings.catch_warnings():  # peft says so of the experts' tensors, whose ranks it then does take from them
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+            try:
+                inject_adapter_in_model(config, model)
+            except ValueError as error:
+                if "ParamWrapper does not work with use_dora" not in str(error):
+                    raise
+                raise ValueError(
+                    f"dora={self.rank:g}: peft has no DoRA beside experts, whose matrices share one tensor: take "
+                    f"dora={self.rank:g}:attention, or lora"
+                ) from None
         if self.dtype:
             cast_trained(model, check_dtype(self.dtype))
 

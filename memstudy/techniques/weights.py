@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 class QuantizedWeights(Technique):
     """Base of the formats: the matrices of the blocks are quantised, the rest is loaded in bfloat16.
 
-    As transformers' ``BitsAndBytesConfig`` does, except that the weights are quantised where they are made.
+    As transformers' ``BitsAndBytesConfig`` does, except that the weights are quantised where they are made. Neither
+    quantises experts whose matrices share one tensor, as all mixtures of experts in transformers 5 have them.
     """
 
     exact = False
@@ -38,6 +40,12 @@ class QuantizedWeights(Technique):
                 quantised.bias = layer.bias
                 model.base_model.set_submodule(name, quantised)
         model.requires_grad_(False)
+        if experts := _elements_of_experts(model):
+            warnings.warn(
+                f"{experts / 1e9:.3g} billion weights stay in bfloat16: experts whose matrices share one tensor, which "
+                "transformers and bitsandbytes do not quantise either",
+                stacklevel=2,
+            )
 
     def layer(self, weight: torch.Tensor) -> nn.Linear:
         """A linear layer without bias that computes with a quantised ``weight`` (out, in)."""
@@ -79,6 +87,16 @@ class Nf4Weights(QuantizedWeights):
         layer = Linear4bit(*weight.shape[::-1], bias=False, compute_dtype=compute, device="meta", **settings)
         layer.weight = Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
         return layer
+
+
+def _elements_of_experts(model: nn.Module) -> int:
+    return sum(
+        parameter.numel()
+        for name, module in model.base_model.named_modules()
+        if name.endswith("experts")
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    )
 
 
 @functools.cache
