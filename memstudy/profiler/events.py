@@ -22,8 +22,8 @@ class Event:
     ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream; ``in_register``: a fused
     kernel would not write the block) · ``free`` (block) · ``is``
     (block belongs to category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) ·
-    ``empty_cache`` (a caching allocator gives back its unused memory). ``kernel`` is the number of the fused kernel that
-    the event would belong to; 0 for none.
+    ``empty_cache`` (a caching allocator gives back its unused memory). ``kernel`` is the number of the fused kernel
+    that the event would belong to; 0 for none.
     """
 
     kind: str

@@ -3,9 +3,12 @@
 Another release may move or drop a name: pyproject.toml pins the release, and importing this file fails with the name
 that is gone. What the profiler replaces during a prediction is given by dotted name, so that FSDP and DTensor are
 imported for several processes only. Private attributes of PyTorch's objects stay where they are read:
-``OpOverload._schema``, ``._overloadname``, ``._dispatch_cache`` and ``._op_dk``, ``FakeTensor._fake_device``, ``UntypedStorage._cdata``,
+``OpOverload._schema``, ``._overloadname``, ``._dispatch_cache`` and ``._op_dk``, ``FakeTensor._fake_device``,
+``UntypedStorage._cdata``,
 ``TorchDispatchMode._should_skip_dynamo``, ``Tensor._make_subclass``.
 """
+
+import importlib
 
 from torch._C import (
     DispatchKey,
@@ -49,3 +52,19 @@ BOOKKEEPING = (
     "torch.distributed.fsdp._fully_shard._fsdp_init.init_device_mesh",
     "torch.distributed.tensor._sharding_prop.ShardingPropagator._propagate_tensor_meta_non_cached",
 )
+
+# Of the compiler, which takes a second to import: only a step that compiles needs these names.
+_OF_THE_COMPILER = {
+    "aot_autograd": "torch._dynamo.backends.common",
+    "BackendCompilerFailed": "torch._dynamo.exc",
+    "Unsupported": "torch._dynamo.exc",
+    "get_default_op_list": "torch._functorch.partitioners",
+    "min_cut_rematerialization_partition": "torch._functorch.partitioners",
+    "select_decomp_table": "torch._inductor.decomposition",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OF_THE_COMPILER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_OF_THE_COMPILER[name]), name)

@@ -216,7 +216,7 @@ def follow(
                 step()
             events = recorder.events.copy()  # without the releases of what the step and the libraries hold
         except (AssertionError, RuntimeError) as error:
-            if refused := refusal(error):
+            if recorder.compiler.used and (refused := refusal(error)):
                 raise ValueError(refused) from error
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
