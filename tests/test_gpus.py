@@ -26,6 +26,7 @@ PUBLISHED = {
     "A100-PCIe-40GB": ((8, 0), 40, 5120, 2.43), "A100-80GB": ((8, 0), 80, 5120, 3.186),
     "L4": ((8, 9), 24, 192, 12.5), "L40S": ((8, 9), 48, 384, 18), "H100-PCIe": ((9, 0), 80, 5120, 3.125),
     "H100-80GB": ((9, 0), 80, 5120, 5.234), "H200": ((9, 0), 141, 6144, 6.25), "GH200": ((9, 0), 96, 6144, 5.2),
+    "H20": ((9, 0), 96, 6144, 5.2),
     "B200": ((10, 0), 180, 8192, 7.8),
 }  # fmt: skip
 # fp32 cores of an SM, and tensor FLOP of fp16 for one FLOP of fp32: Hopper and B200 clock their tensor cores lower.
@@ -33,6 +34,7 @@ SM = {
     (7, 0): (64, 8), (7, 5): (64, 8), (8, 0): (64, 16), (8, 6): (128, 4), (8, 9): (128, 4), (9, 0): (128, 14.8),
     (10, 0): (128, 28), (12, 0): (128, 4),
 }  # fmt: skip
+LIMITED = {"H20": 3.36}  # tensor FLOP for one of fp32, for export
 # A GeForce card adds up in fp32 at half the rate of its generation, and so does AWS's A10G.
 HALF = {name for name in PUBLISHED if name.startswith("RTX")} - {"RTX6000Ada", "RTXPRO6000"} | {"A10G"}
 
@@ -62,7 +64,7 @@ def test_the_peaks_of_a_card_fit_together(name):
     capability, _, bits, rate = PUBLISHED[name]
     speed = find_gpu(name).speed
     assert speed.bandwidth_gb_s == pytest.approx(bits * rate / 8, rel=0.005)
-    cores, tensor = SM[capability]
+    cores, tensor = SM[capability][0], LIMITED.get(name, SM[capability][1])
     hertz = speed.fp32_tflops * 1e12 / (2 * cores * speed.sms)  # two FLOP in a multiply-add
     assert 1.3e9 < hertz < 2.7e9
     assert speed.tensor_tflops == pytest.approx(speed.fp32_tflops * tensor / (2 if name in HALF else 1), rel=0.03)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -64,10 +63,7 @@ class Compiler:
         """
         if function is None:
             return functools.partial(self.compile, **options)
-        whole = isinstance(function, torch.nn.Module) or isinstance(
-            getattr(function, "__self__", None), torch.nn.Module
-        )
-        if whole:
+        if isinstance(getattr(function, "__self__", function), torch.nn.Module):
             return self._followed(function, options)
 
         @functools.wraps(function)
@@ -92,9 +88,7 @@ class Compiler:
         return self._compile(function, backend=self._backend, dynamic=options.get("dynamic"), fullgraph=True)
 
     def _follow(self, graph: fx.GraphModule, inputs: list) -> Callable:
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch.partitioners import min_cut_rematerialization_partition
-        from torch._inductor.decomposition import select_decomp_table
+        from memstudy.profiler.internals import aot_autograd, min_cut_rematerialization_partition, select_decomp_table
 
         if any(isinstance(given, torch.SymInt) for given in inputs):
             raise ValueError("torch.compile: a second length makes the shapes dynamic, which is not predicted")
@@ -149,7 +143,7 @@ class _Runner(fx.Interpreter):
 
 def _generated(graph: fx.Graph) -> set[fx.Node]:
     """The ops that inductor writes kernels for: those that the partitioner calls fusible, and those that scatter."""
-    from torch._functorch.partitioners import get_default_op_list
+    from memstudy.profiler.internals import get_default_op_list
 
     ops = {*get_default_op_list().fusible_ops, *_SCATTER, *_PASTE}
     return {node for node in graph.nodes if _computes(node) and node.target.overloadpacket in ops}
@@ -210,16 +204,14 @@ def _check(options: dict) -> None:
 
 def forget() -> None:
     """Drop what the process has compiled, with its fake tensors, its lengths and its choice of kernels."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for op in get_cached_ops():
         op._dispatch_cache.clear()
 
 
 def refusal(error: Exception) -> str:
     """Why ``error`` says that something is not compiled as a whole, in one line; empty for another error."""
-    if "torch._dynamo.exc" not in sys.modules:
-        return ""
-    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+    from memstudy.profiler.internals import BackendCompilerFailed, Unsupported
 
     if isinstance(error, BackendCompilerFailed):
         said = str(error.inner_exception).split("\n\nWhile executing")[0]

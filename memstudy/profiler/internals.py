@@ -7,6 +7,8 @@ imported for several processes only. Private attributes of PyTorch's objects sta
 ``UntypedStorage._cdata``, ``TorchDispatchMode._should_skip_dynamo``, ``Tensor._make_subclass``.
 """
 
+import importlib
+
 from torch._C import (
     DispatchKey,
     DispatchKeySet,
@@ -54,3 +56,19 @@ BOOKKEEPING = (
     "torch.distributed.fsdp._fully_shard._fsdp_init.init_device_mesh",
     "torch.distributed.tensor._sharding_prop.ShardingPropagator._propagate_tensor_meta_non_cached",
 )
+
+# Of the compiler, which takes a second to import: only a step that compiles needs these names.
+_OF_THE_COMPILER = {
+    "aot_autograd": "torch._dynamo.backends.common",
+    "BackendCompilerFailed": "torch._dynamo.exc",
+    "Unsupported": "torch._dynamo.exc",
+    "get_default_op_list": "torch._functorch.partitioners",
+    "min_cut_rematerialization_partition": "torch._functorch.partitioners",
+    "select_decomp_table": "torch._inductor.decomposition",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OF_THE_COMPILER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_OF_THE_COMPILER[name]), name)

@@ -232,7 +232,7 @@ def follow(
         except _BY_DATA as error:
             raise ValueError(f"the step asks for what only its data can say, by {error.func}") from error
         except (AssertionError, RuntimeError) as error:
-            if refused := refusal(error):
+            if recorder.compiler.used and (refused := refusal(error)):
                 raise ValueError(refused) from error
             if not any(text in str(error) for text in _NO_CUDA):
                 raise
