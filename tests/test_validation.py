@@ -122,6 +122,7 @@ def test_the_standard_steps_are_models_techniques_and_variants():
     assert {step.mixer().name for step in chosen.values() if step.mixer()} >= {"softmax", "window", "lsh", "performer"}
     for name, step in chosen.items():
         run = ValidationRun(experiment=name, of=step)
+        step.build(gpu="A100-80GB")  # raises for what cannot run
         assert parse_run(run.model_dump(mode="json")) == run
 
 

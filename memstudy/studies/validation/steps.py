@@ -5,8 +5,8 @@ from __future__ import annotations
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.language_model import LanguageModelRun
 
-_DECODER = {"n_layers": 6, "hidden_size": 768, "n_heads": 12, "feed_forward": 3072, "vocab_size": 16_000}
-_LONG = _DECODER | {"seq_len": 2048, "batch_size": 8, "techniques": ("bf16",)}
+_DECODER = {"n_layers": 1, "hidden_size": 512, "n_heads": 4, "feed_forward": 2048, "vocab_size": 16_000}
+_LONG = _DECODER | {"seq_len": 1024, "batch_size": 16, "techniques": ("bf16",)}
 # Model, sequences, tokens, techniques, other choices. The first of a kind are the quick set.
 _HUB: dict[str, tuple[str, int, int, str, dict]] = {
     "BERT, fp32": ("bert-base-uncased", 32, 128, "", {}),
@@ -38,7 +38,6 @@ _VARIANTS: dict[str, dict] = {
     "decoder, SDPA": {"variant": "softmax", "implementation": "sdpa"},
     "decoder, sliding window": {"variant": "window", "window": 256},
     "decoder, LSH": {"variant": "lsh", "num_hashes": 2},
-    "decoder, MemSizer": {"variant": "memsizer", "slots": 4},
     "decoder, Performer": {"variant": "performer", "features": 128},
 }
 QUICK = (
