@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -90,6 +91,9 @@ def state_mib(run: LayerRun) -> float:
     return 4 * run.mixer().state_elements(*_shape(run)) / MIB
 
 
+SHORT = (9, 17, 33)  # tokens of text that are followed: a recurrent model takes them one by one
+
+
 def while_decoding(
     models: Iterable[str],
     variants: Mapping[str, dict],
@@ -101,14 +105,24 @@ def while_decoding(
 ) -> pd.DataFrame:
     """Memory [MiB] that decoding keeps beside the weights, a row for each of ``lengths`` [tokens].
 
-    A column for each of ``models``, whose caches of keys and values or states are predicted on ``gpu``; and one for
-    each of ``variants``, in fp32 and closed form, in as many layers of the shape that the model ``like`` has.
+    A column for each of ``models``, whose caches of keys and values or states are predicted on ``gpu``, and go on as
+    the line through two of `SHORT`: not for a sliding window. And one for each of ``variants``, in fp32 and closed
+    form, in as many layers of the shape that the model ``like`` has.
+
+    Raises
+    ------
+    ValueError
+        When a model's third short text is not on the line.
     """
     table = pd.DataFrame(index=pd.Index(lengths, name="seq_len"))
     for model in models:
-        run = GenerationRun(experiment="decoding", model=model, seq_len=lengths[0], new_tokens=2, batch_size=batch_size)
-        reports = [run.model_copy(update={"seq_len": length}).foretell(gpu) for length in lengths]
-        table[model] = [report.timeline[-1][2]["cache"] / MIB for report in reports]
+        run = GenerationRun(experiment="decoding", model=model, seq_len=SHORT[0], new_tokens=2, batch_size=batch_size)
+        reports = [run.model_copy(update={"seq_len": length}).foretell(gpu) for length in SHORT]
+        kept = [report.timeline[-1][2]["cache"] / MIB for report in reports]
+        slopes = np.diff(kept) / np.diff(SHORT)
+        if slopes[0] != slopes[1]:
+            raise ValueError(f"{model}: what decoding keeps is no line in the length: {kept} MiB at {SHORT} tokens")
+        table[model] = kept[0] + slopes[0] * (table.index - SHORT[0])
     config = model_config(like).get_text_config()
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     for name, settings in variants.items():
