@@ -28,8 +28,9 @@ class Program:
     ----------
     turns : tuple of int
         The slot of a block, to make the block the first time and to free it the second; or `EMPTY`.
-    made : tuple of (phase, module, stream)
-        Of each block made, in order of slots; the blocks taken from earlier steps have the slots after.
+    made : tuple
+        Phase, module and stream of each block made, in order of slots; the blocks taken from earlier steps have the
+        slots after.
     taken : tuple of (steps ago, place)
         The blocks of earlier steps that this one frees: the place is that in the earlier program's ``left``.
     left : tuple of int
