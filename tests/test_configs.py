@@ -203,7 +203,7 @@ def test_tables_with_rows_for_the_padding_have_fewer_positions(family, tmp_path)
     [
         ({"optimizer": "adam"}, "unknown optimizer 'adam'; known: adamw, adamw_torch"),
         ({"task": "translation"}, "'lm', 'classification' or 'contrastive'"),
-        ({"attention": "flash"}, "'eager' or 'sdpa'"),
+        ({"attention": "tiled"}, "'eager', 'sdpa' or 'flash'"),
         ({"measure_steps": 0}, "greater than 0"),
         ({"techniques": ("fp8",)}, "unknown technique 'fp8'; known: bf16"),
         ({"techniques": ("accumulation=4",)}, "accumulation=4 does not divide batch_size=2"),

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_told_where(models, small_gpu):
 
 
 PREDICTED = {
-    "run", "device", "kind", "waterfall_mib", "peak_allocated_mib", "peak_reserved_mib", "whole_gpu_mib",
+    "run", "device", "kind", "waterfall_mib", "peak_allocated_mib", "peak_reserved_mib", "whole_gpu_mib", "fused",
     "at_rest_mib", "peak_by_phase_mib", "fits", "out_of_memory", "unverified", "time",
     "time_by_pass",
 }  # fmt: skip
@@ -152,7 +152,7 @@ def test_the_json_of_a_prediction_for_this_cpu(models):
     assert given.keys() == PREDICTED
     assert (given["kind"], given["device"]) == ("predicted", "cpu")
     assert sum(given["waterfall_mib"].values()) == pytest.approx(given["peak_allocated_mib"])
-    for name in ("peak_reserved_mib", "whole_gpu_mib", "fits", "out_of_memory", "time"):
+    for name in ("peak_reserved_mib", "whole_gpu_mib", "fused", "fits", "out_of_memory", "time"):
         assert given[name] is None
 
 

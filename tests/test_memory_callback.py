@@ -224,7 +224,8 @@ def test_an_unsupported_trainer_gets_one_line(attribute, said, tmp_path, capsys)
 def test_a_model_that_cannot_be_followed_is_named_and_trained(tmp_path, capsys):
     class Odd(hf.LlamaForCausalLM):
         def forward(self, input_ids, labels):
-            input_ids.numpy()
+            if self.lm_head.weight.sum() > 1e9:
+                return None
             return super().forward(input_ids, labels=labels)
 
     made = trainer(tmp_path, model=lambda: Odd(hf.LlamaConfig(**LLAMA)), max_steps=1)

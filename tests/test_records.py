@@ -139,6 +139,8 @@ def checkout(tmp_path):
     package.mkdir()
     for name in ("__init__.py", "machine.py", "records.py"):
         shutil.copy(ROOT / "memstudy" / name, package)
+    for name in ("notebooks", "params"):  # of the repository
+        (tmp_path / name).mkdir()
     return tmp_path
 
 

@@ -228,7 +228,8 @@ def follow(
                 recorder.begin_step()
                 roles.tell_parameters()
                 step()
-            events = _oldest_first(recorder.events)  # without the releases of what the step and the libraries hold
+            # Without the releases of what the step and the libraries hold.
+            events = recorder.events.copy() if card is None else _oldest_first(recorder.events)
         except _BY_DATA as error:
             raise ValueError(f"the step asks for what only its data can say, by {error.func}") from error
         except (AssertionError, RuntimeError) as error:

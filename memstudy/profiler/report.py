@@ -86,7 +86,7 @@ class MemoryReport:
     fused: MemoryReport | None = None
     time_by_pass: dict[str, StepTime] = field(default_factory=dict)
     gpu: Gpu | None = None
-    events: Sequence[Event] = field(default=(), repr=False)
+    events: Sequence[Event] = field(default=(), repr=False, compare=False)  # with times of this run
     issued: Sequence[tuple[str, Work]] = field(default=(), repr=False)
 
     @property
