@@ -100,8 +100,8 @@ def test_the_table_of_all_records_says_none_yet_until_there_is_one(tmp_path):
     comparison.write(tmp_path, rows(), find_gpu("A100-80GB"), TOLD, started=records.now(), quick=False)
     (name,) = (table := comparison.of_all(tmp_path)).index
     assert name == "A100-80GB, driver 550.54.15, PyTorch 2.13.0+cu126"
-    assert table.loc[name, "steps"] == 3
-    assert table.loc[name, "step time, worst [%]"] == 10.0
+    assert table.loc[name, ("", "steps")] == 3
+    assert table.loc[name, ("step time", "worst [%]")] == 10.0
     assert list(table.columns) == list(empty.columns)
 
 

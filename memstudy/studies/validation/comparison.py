@@ -75,7 +75,7 @@ def write(folder: Path, rows: Sequence[dict], card: Gpu, told: Mapping[str, str]
 
 def of_all(folder: Path) -> pd.DataFrame:
     """One row for each record under ``folder``: median and largest errors [%]; "none yet" without a record."""
-    columns = [f"{quantity}, {which} [%]" for quantity in QUANTITIES for which in ("median", "worst")]
+    columns = [(quantity, f"{which} [%]") for quantity in QUANTITIES for which in ("median", "worst")]
     table = {}
     for record in records.read_records(folder):
         config, metrics = record["config"], record["metrics"]
@@ -84,4 +84,5 @@ def of_all(folder: Path) -> pd.DataFrame:
         errors = [metrics.get(f"{each}_{which}_percent") for each in names for which in ("median", "worst")]
         table[name] = [metrics["n_measured"], *errors]
     table = table or {"none yet": [None] * (1 + len(columns))}
-    return pd.DataFrame.from_dict(table, orient="index", columns=["steps", *columns], dtype=float)
+    frame = pd.DataFrame.from_dict(table, orient="index", dtype=float)
+    return frame.set_axis(pd.MultiIndex.from_tuples([("", "steps"), *columns]), axis=1)
