@@ -6,7 +6,7 @@ import re
 import pytest
 import transformers as hf
 from support.tiers import slow_but
-from support.tiny_models import SIZES, TINY
+from support.tiny_models import SIZES, TINY, write_configs
 from typer.testing import CliRunner
 
 from memstudy.cli.main import app
@@ -33,10 +33,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, config in MODELS.items():
-        config().to_json_file(folder / f"{name}.json", use_diff=False)
-    return {name: str(folder / f"{name}.json") for name in MODELS}
+    return write_configs(MODELS, tmp_path_factory.mktemp("models"))
 
 
 def generation(model, *, prompt=20, new=64, batch=2, dtype="fp32", **choices):

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from support.command_line import assert_one_line, invoke
 from support.tiers import slow_but
-from support.tiny_models import SIZES, TINY
+from support.tiny_models import SIZES, TINY, write_configs
 
 from memstudy.attention import Unavailable
 from memstudy.cli.of_lengths import AskedOfAny, quantiles, show_epoch
@@ -30,10 +30,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, config in MODELS.items():
-        config().to_json_file(folder / f"{name}.json", use_diff=False)
-    return {name: str(folder / f"{name}.json") for name in MODELS}
+    return write_configs(MODELS, tmp_path_factory.mktemp("models"))
 
 
 def step_of(model, **choices):

@@ -8,7 +8,7 @@ from functools import partial
 
 import typer
 
-from memstudy.cli.answers import WIDTH, duration, readable, time_as_dict
+from memstudy.cli.answers import WIDTH, readable, time_as_dict
 from memstudy.cli.asked import Batch, Budget, Keep, about_a_step
 from memstudy.cli.of_lengths import AskedOfTraining
 
@@ -76,7 +76,7 @@ def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep
             "effective_batch": batch,
             "accumulation": run.accumulation,
         }
-        times[rung] = duration(report.time) if report.time else f"{measured:.2f} ×" if measured else ""
+        times[rung] = str(report.time) if report.time else f"{measured:.2f} ×" if measured else ""
         return tried[rung]["fits"]
 
     found = advice.first_that_fits(rungs, fits)

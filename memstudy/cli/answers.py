@@ -98,7 +98,7 @@ class Answer:
         said = "tested" if found.tested else "predicted"
         changes = {"yes": "", "no": "; other arithmetic"}.get(self.result, f"; {self.result} of the weights")
         effective = f"effective batch {self.batch_size * self.accumulation}"
-        time = f"; {duration(found.report.time)} an update" if found.report.time else ""
+        time = f"; {found.report.time} an update" if found.report.time else ""
         return f"{names}: {what}, {parts}{effective} ({said}), {found.headroom_percent:.1f} % left{time}{changes}"
 
 
@@ -134,12 +134,7 @@ def show(report: MemoryReport, run: HubModelRun) -> None:
     for name, time in report.time_by_pass.items():
         # generate prepares each pass in Python, which no constant of the host has been fitted on.
         bound = ", which does more than issue these ops: a lower bound" * (time.bound_by == "host")
-        console.print(f"{name}: {duration(time)}, predicted; bound by the {time.bound_by}{bound}", soft_wrap=True)
-
-
-def duration(time: StepTime) -> str:
-    """A predicted step time with its band, as text, in seconds from 10 s on."""
-    return str(time)
+        console.print(f"{name}: {time}, predicted; bound by the {time.bound_by}{bound}", soft_wrap=True)
 
 
 def show_time(time: StepTime, run: HubModelRun) -> None:
@@ -150,7 +145,7 @@ def show_time(time: StepTime, run: HubModelRun) -> None:
     parts = sorted(((ms / time.step_time_ms, kind) for kind, ms in time.by_kind_ms.items()), reverse=True)
     shares = ", ".join(f"{kind} {100 * share:.0f} %" for share, kind in parts if share >= 0.005)
     console.print(
-        f"step time: {duration(time)}, predicted; {tokens_per_s(time, run):,.0f} tokens/s, "
+        f"step time: {time}, predicted; {tokens_per_s(time, run):,.0f} tokens/s, "
         f"{100 * time.share_of_peak:.0f} % of the tensor cores' peak; bound by the {time.bound_by}\n"
         f"where the time goes: {shares}",
         soft_wrap=True,

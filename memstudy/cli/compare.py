@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from memstudy.cli.answers import WIDTH, as_dict, duration, readable, tokens_per_s
+from memstudy.cli.answers import WIDTH, as_dict, readable, tokens_per_s
 from memstudy.cli.asked import Asked, Batch, about_a_step
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _text(cell: Cell) -> str:
     fits = cell.report.out_of_memory is None
     lines = [f"[green]fits: {needed}[/]" if fits else f"[red]no: {needed}[/]"]
     if cell.report.time:
-        time, _, band = duration(cell.report.time).partition(" (")
+        time, _, band = str(cell.report.time).partition(" (")
         speed = f"{tokens_per_s(cell.report.time, cell.run):,.0f} tokens/s"
         lines += [f"[bold]{time}[/]" if fits else time, f"[dim]{band.rstrip(')')}[/]", speed]
     return "\n".join(lines)

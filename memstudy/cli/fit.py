@@ -175,14 +175,13 @@ class _Search:
 
     def _run(self, build, size: int) -> float | None:
         """The measured peak [MiB] of ``size``; None if the step does not fit."""
+        from memstudy.huggingface.out_of_memory import is_out_of_memory
         from memstudy.profiler import measure
 
         try:
             peak = measure(build(size)).peak_allocated_mib
-        except MemoryError:
-            return None
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             return None
         return peak if peak <= self.budget_mib else None

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from torch.autograd.graph import _engine_run_backward
 from transformers import Trainer
 
 from memstudy.profiler import MIB, Gpu, gpus
 from memstudy.profiler.events import OutOfMemory
+from memstudy.profiler.internals import _engine_run_backward
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # What torch's allocators of CUDA and of the CPU say.

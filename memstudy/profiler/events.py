@@ -20,11 +20,10 @@ class Event:
     """One memory event: ``kind`` decides which of the other fields count.
 
     ``alloc`` (block, bytes, ``label`` = module, CUDA stream, where 0 is the compute stream; ``in_register``: a fused
-    kernel would not write the block) · ``free`` (block) · ``is``
-    (block belongs to category ``label``) · ``phase`` (``label`` begins) · ``iteration`` (the next step begins) ·
-    ``empty_cache`` (a caching allocator gives back its unused memory). ``issued`` counts the ops that the step has
-    issued by then, of a prediction; ``kernel`` is the number of the fused kernel that the event would belong to, 0 for
-    none.
+    kernel would not write the block) · ``free`` (block) · ``is`` (block belongs to category ``label``) · ``phase``
+    (``label`` begins) · ``iteration`` (the next step begins) · ``empty_cache`` (a caching allocator gives back its
+    unused memory). A prediction's event has the number of ops ``issued`` before it, and the number of the fused
+    ``kernel`` that it would belong to, or 0.
 
     A replay of the caching allocator gives each ``alloc`` its ``address``, and its block's size as ``bytes``, in place
     of the bytes ``requested``. It adds the kinds ``segment_alloc``, ``segment_free`` and, of expandable segments,

@@ -1,5 +1,8 @@
 """Configurations of small Hugging Face models, and their config.json files for runs and predictions."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import transformers as hf
 
 SIZES = {
@@ -47,3 +50,10 @@ def config_file(folder, family: str, **changes) -> str:
     path = folder / f"{family}-{len(list(folder.iterdir()))}.json"
     config.to_json_file(path, use_diff=False)
     return str(path)
+
+
+def write_configs(models: dict[str, Callable[[], hf.PretrainedConfig]], folder: Path) -> dict[str, str]:
+    """The path of each model's config.json, written under ``folder``."""
+    for name, config in models.items():
+        config().to_json_file(folder / f"{name}.json", use_diff=False)
+    return {name: str(folder / f"{name}.json") for name in models}
