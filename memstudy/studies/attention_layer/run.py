@@ -76,13 +76,7 @@ class LayerRun(Run):
         if self.who == "memstudy":
             mixer = self.mixer()
             return mixer.module(self.hidden_size, self.n_heads, mixer, is_causal=self.is_causal)
-        return PEERS[self.who].make(
-            self.mixer(),
-            hidden_size=self.hidden_size,
-            n_heads=self.n_heads,
-            seq_len=self.seq_len,
-            is_causal=self.is_causal,
-        )
+        return PEERS[self.who].make(self)
 
     def build(self, *, gpu: str | Gpu | None = None) -> Callable[[], Step]:
         """The argument of ``profiler.predict``: makes the layer and returns its step, the same for every ``gpu``."""
