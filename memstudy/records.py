@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -74,19 +75,22 @@ def write_record(folder: Path, record: dict) -> Path:
         if there and there["provenance"]["device"] != here:
             path = folder / f"{record['run_id']}-{run_id({'device': here})[:6]}.json"
     fields = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in record.items())
-    text = "{\n" + ",\n".join(fields) + "\n}"
-    with tempfile.NamedTemporaryFile(
-        "w", dir=folder, prefix=f".{path.stem}-", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            file.write(text + "\n")
+    text = "{\n" + ",\n".join(fields) + "\n}\n"
+    write_whole(path, text.encode())
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the file ``path``, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    return path
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_records(folder: Path) -> list[dict]:
