@@ -179,8 +179,8 @@ def perform(
     execute: Callable[[Path], dict],
     *,
     timed: bool = True,
-    out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
-    unavailable: tuple[type[BaseException], ...] = (),
+    out_of_memory: tuple[type[Exception], ...] = (MemoryError,),
+    unavailable: tuple[type[Exception], ...] = (),
 ) -> dict:
     """Carry out a run in this process and write its record, also when the run fails.
 
@@ -209,22 +209,21 @@ def perform(
 def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
     started = now()
     checkpoints = checkpoints_of(config)
-    result: dict = {"metrics": {}, "curves": {}, "data": {}}
+    result: dict = {}
     status, reason = "ok", ""
     try:
-        result = execute(checkpoints)
-        json.dumps(result, allow_nan=False)
-    except out_of_memory as error:
-        status, reason = "oom", _one_line(error)
-    except unavailable as error:
-        status, reason = "unavailable", _one_line(error)
+        found = execute(checkpoints)
+        json.dumps(found, allow_nan=False)
+        result = found
     except Exception as error:
-        traceback.print_exc()
-        status, reason = "failed", f"{type(error).__name__}: {_one_line(error)}"
-        if "can't allocate memory" in str(error):  # the message of torch's CPU allocator
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        if isinstance(error, out_of_memory) or "can't allocate memory" in str(error):  # torch's CPU allocator says so
             status = "oom"
-    if status == "failed":
-        result = {"metrics": {}, "curves": {}, "data": {}}
+        elif isinstance(error, unavailable):
+            status = "unavailable"
+        else:
+            traceback.print_exc()
+            status, reason = "failed", f"{type(error).__name__}: {reason}"
     record = make_record(config, status, reason, started) | result
     write_record(folder, record)
     if status != "failed":
@@ -284,7 +283,3 @@ def _git(*arguments: str) -> str:
 def now() -> str:
     """The current time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
