@@ -114,6 +114,3 @@ class LowRankConfig(AttentionConfig):
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
         tensors = 5 * batch * heads * seq * head_dim + batch * heads * seq  # as in exact attention
         return tensors + len(self.parts) * batch * seq * min(self.rank, heads * head_dim)  # between the factors
-
-    def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * seq * head_dim  # the keys and values of all tokens
