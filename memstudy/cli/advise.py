@@ -17,8 +17,10 @@ from memstudy.cli.of_lengths import AskedOfTraining
 def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep: Keep = None) -> None:
     """Find the techniques that make a batch fit, those that change least first.
 
-    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048\n
-    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --lengths lengths.csv
+    \b
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 \\
+        --lengths lengths.csv
 
     Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
     accumulation in more and more parts, techniques that change the arithmetic, adapters, which train few weights, and

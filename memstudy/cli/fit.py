@@ -39,8 +39,10 @@ def fit(
 ) -> None:
     """Find the largest batch that fits, by prediction.
 
-    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise\n
-    memstudy fit --model qwen2.5-7b --prompt 30720 --generate 2048 --search seq-len --gpu RTX4090\n
+    \b
+    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --advise
+    memstudy fit --model qwen2.5-7b --gpu RTX4090 \\
+        --prompt 30720 --generate 2048 --search seq-len
     memstudy fit --model gpt2-large --gpu RTX4090 --lengths lengths.csv
 
     With --lengths or --dataset, the largest batch with which all steps of an epoch fit. With --advise, techniques are

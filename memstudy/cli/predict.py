@@ -33,12 +33,18 @@ def predict(
 ) -> None:
     """Predict the memory of a training step or of generation, whether it fits, and how long it takes; nothing is run.
 
-    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4\n
-    memstudy predict --model gpt2-xl --batch 32 --seq-len 512 --technique fsdp,bf16 --processes 8 --gpu RTX4090\n
-    memstudy predict --model qwen2.5-7b --batch 1 --prompt 6144 --generate 2048 --gpu RTX4090\n
-    memstudy predict --model llama-3.1-8b --batch 2 --technique lora=16,convention=trl,checkpointing
-    --gpu RTX4090 --lengths lengths.csv --figure peaks.pdf
-    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4 --snapshot gpt2.pickle --trace gpt2.json
+    \b
+    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 \\
+        --technique bf16,checkpointing --gpu T4
+    memstudy predict --model gpt2-xl --batch 32 --seq-len 512 \\
+        --technique fsdp,bf16 --processes 8 --gpu RTX4090
+    memstudy predict --model qwen2.5-7b --batch 1 --gpu RTX4090 \\
+        --prompt 6144 --generate 2048
+    memstudy predict --model llama-3.1-8b --batch 2 --gpu RTX4090 \\
+        --technique lora=16,convention=trl,checkpointing \\
+        --lengths lengths.csv --figure peaks.pdf
+    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4 \\
+        --snapshot gpt2.pickle --trace gpt2.json
 
     The step is Hugging Face Trainer's own, and generation transformers' own, traced on fake tensors. The band of the
     times spans fast and slow hosts and the error of the GPU's calibration. Exit status 0 whether or not it fits.
