@@ -11,11 +11,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDTH = 5.83  # text width of the report [inches]
 MARKERS = "osD^vP<>X*phd8"
-HATCHES = ("", "////", "", "....", "", "xxxx", "", "")  # tell stacked parts apart in grey
+HATCHES = ("", "////", "\\\\\\\\", "....", "", "xxxx", "", "")  # tell stacked parts apart in grey
 
 
 def use_style() -> None:
@@ -43,13 +44,15 @@ def stacked_bars(parts: pd.DataFrame, *, row_height: float, margin: float, label
         plt.setp(part.patches, hatch=hatch)
     axes.set(xlabel=label, ylabel="")
     axes.grid(axis="y", visible=False)
-    legend_above(axes, legend_columns, x=0.4)
+    legend_above(axes, legend_columns)
     return axes
 
 
-def legend_above(axes: Axes, columns: int, *, x: float = 0.5) -> None:
-    """Put the legend above ``axes``, centred at the fraction ``x`` of their width."""
-    axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(x, 1.0), columnspacing=1.0, handlelength=1.0)
+def legend_above(axes: Axes, columns: int) -> None:
+    """Put the legend above ``axes``, in the middle of the figure."""
+    middle_above = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "bbox_transform": middle_above}
+    axes.legend(ncols=columns, columnspacing=1.0, handlelength=1.0, **place)
 
 
 def memory_timeline(axes: Axes, x: pd.Series, parts: pd.DataFrame, phases: pd.Series) -> dict[str, float]:

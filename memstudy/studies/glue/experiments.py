@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from memstudy.figures import small_multiples
+from memstudy.figures import MARKERS, small_multiples
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.glue.significance import compare
 from memstudy.studies.glue.tasks import TASKS
@@ -96,10 +96,11 @@ def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mappin
     for kind, shades in (("lowrank", "Blues"), ("linformer", "Oranges")):
         alike = [name for name in names if name.startswith(kind)]
         colors |= zip(alike, sns.color_palette(shades, 2 + len(alike))[2:], strict=True)
+    marks = dict(zip(names, MARKERS, strict=False))
     hollow = points["significant"].eq(False)
     panels = small_multiples(list(titles), columns=2, height=2.3, margin=0.6, sharex=True)
     for (task, name), point in points.iterrows():
-        look = {"fmt": "s", "markerfacecolor": "white"} if hollow[task, name] else {"fmt": "o"}
+        look = {"fmt": marks[name], "markerfacecolor": "white"} if hollow[task, name] else {"fmt": marks[name]}
         span = [[point["difference"] - point["low"]], [point["high"] - point["difference"]]]
         look |= {"color": colors[name], "markersize": 4, "capsize": 2}
         panels[task].errorbar(peak[name], point["score"], yerr=span, **look)
@@ -108,7 +109,8 @@ def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mappin
         axes.set_title(titles[task], loc="left")
     figure = axes.figure
     dots = [
-        Line2D([], [], color=colors[name], marker="o", linestyle="", label=name.replace("_", " ")) for name in names
+        Line2D([], [], color=colors[name], marker=marks[name], linestyle="", label=name.replace("_", " "))
+        for name in names
     ]
     figure.legend(handles=dots, ncols=min(5, len(names)), loc="outside upper center", fontsize=7)
     figure.supxlabel(label, fontsize=9)
