@@ -49,9 +49,10 @@ def stacked_bars(parts: pd.DataFrame, *, row_height: float, margin: float, label
 
 
 def legend_above(axes: Axes, columns: int) -> None:
-    """Put the legend above ``axes``, in the middle of the figure."""
-    middle_above = blended_transform_factory(axes.figure.transFigure, axes.transAxes)
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "bbox_transform": middle_above}
+    """Put the legend above ``axes``; above the only axes of a figure, in the middle of the figure."""
+    across = axes.figure.transFigure if len(axes.figure.axes) == 1 else axes.transAxes
+    above = blended_transform_factory(across, axes.transAxes)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "bbox_transform": above}
     axes.legend(ncols=columns, columnspacing=1.0, handlelength=1.0, **place)
 
 
