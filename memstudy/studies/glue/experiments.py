@@ -98,7 +98,7 @@ def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mappin
     for (task, name), point in points.iterrows():
         span = [[point["difference"] - point["low"]], [point["high"] - point["difference"]]]
         look = {"fmt": marks[name], "color": colors[name], "markersize": 4, "capsize": 2}
-        panels[task].errorbar(peak[name], point["score"], yerr=span, mfc="white" if hollow[task, name] else None, **look)
+        panels[task].errorbar(peak[name], point.score, yerr=span, mfc="white" if hollow[task, name] else None, **look)
     for task, axes in panels.items():
         axes.axhline(points["score"][task, "unchanged"], color="0.3", linewidth=0.8, linestyle="--")
         axes.set_title(titles[task], loc="left")
