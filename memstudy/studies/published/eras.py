@@ -28,6 +28,13 @@ fms: 4-bit weights, TRL, fp32 outputs         BEFORE: code of bitsandbytes 0.43.
 notebook: versions of the libraries           AFTER: on its model, forward and backward readings, all of them
 fms: one table for all second scales          AFTER: code of bitsandbytes 0.43.3, read for Mistral-7B's QLoRA at rest on
                                               1 GPU, 1 KiB a weight high without it
+lit-gpt: 4-bit layers keep their inputs       BEFORE: code of bitsandbytes 0.41.1
+lit-gpt: the commit that added the table      AFTER: on all Llama rows, 3 to 7 % low with the commit that the table
+                                              names, whose norms are in bf16
+lit-gpt: 4 bits packed from fp16              AFTER: code of Lightning, read for phi-1.5 with double quantisation, 5.4 %
+                                              low without it
+torchtune: a GB, layers that are copies       BEFORE: torchtune's code of the time
+torchtune: tokens of the longest batch        AFTER: on LoRA of rank 8 in training
 generation: cache, logits, tables of 2023     BEFORE: code of transformers 4.35.2 and of the benchmark. No constant
 generation: a forward pass's logits freed     AFTER: kept by mistake at first; found on "eager, 8 × (256 + 512),
                                               reserved", 6.6 % low with them, 0.3 % without

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -153,11 +152,6 @@ def run_of(row) -> tuple[str, str, int, int, int]:
 def name_of(row) -> str:
     model_id, method, batch, seq, _ = run_of(row)
     return f"{model_id.rpartition('/')[2]}, {method}, {batch} × {seq}, {row.parallel[:5]}, {READINGS[row.metric]}"
-
-
-def chosen_on(name: str) -> str:
-    """The rule that was chosen on the row of that ``name``, or nothing."""
-    return next((rule for rule, rows in CHOSEN_ON.items() if re.fullmatch(rows, name)), "")
 
 
 def _mib(run: tuple[str, str, int, int, int], reading: str) -> float:

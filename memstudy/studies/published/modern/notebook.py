@@ -23,7 +23,7 @@ from memstudy.techniques.adapters import cast_trained
 READINGS = {"model": "model.to(cuda)", "forward": "after forward", "backward": "after backward"}
 METHODS = {"13": "full", "17": "LoRA", "19": "LoRA, checkpointing", "26": "QLoRA, checkpointing"}  # by the cell
 WITHOUT_BACKWARD_BEFORE = ("13", "19")  # cells that began without the workspace of the backward pass
-CHOSEN_ON = "versions of the libraries"  # on all rows
+CHOSEN_ON = {"versions of the libraries": ".*"}
 SOFTWARE = "made with unnamed versions of early 2024; predicted by the code of transformers 4.37 and bitsandbytes 0.42"
 
 
