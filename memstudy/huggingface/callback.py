@@ -82,7 +82,7 @@ class MemoryCallback(TrainerCallback):
         except RuntimeError as error:  # another profiler is running
             _say(f"memory not measured by category: {_line(error)}")
         else:
-            self._recording.know(self._trainer.model, self._trainer.optimizer, self._trainer._tr_loss)
+            self._recording.know(twin.models(self._trainer), self._trainer.optimizer, self._trainer._tr_loss)
 
     def on_step_begin(self, args, state, control, **_):
         if self._recording:
@@ -121,7 +121,7 @@ class MemoryCallback(TrainerCallback):
         if self._card is not None:
             console.print(verdict(report), soft_wrap=True)
             return
-        held = sum(p.untyped_storage().nbytes() for p in self._trainer.model.parameters())
+        held = sum(p.untyped_storage().nbytes() for each in twin.models(self._trainer) for p in each.parameters())
         more, left = (report.peak_bytes - held) / GIB, psutil.virtual_memory().available / GIB
         console.print(f"{'fits' if more < left else 'does not fit'}: {more:.1f} GiB more, {left:.1f} available")
 
