@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import bitsandbytes  # noqa: F401 - has the op that is described below
 import torch
 from oracle import Recorder
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -137,6 +138,18 @@ TOGETHER = {
     "prefix": ["prefix=4"],
     "prompt": ["prompt=4"],
 }
+
+
+# How many columns have outliers depends on the data, and bitsandbytes' own descriptions refuse to say: here none has.
+@torch.library.register_fake("bitsandbytes::int8_vectorwise_quant", allow_override=True)
+def quantised_rows(x: torch.Tensor, threshold: float = 0.0) -> tuple:
+    columns = x.new_empty(0, dtype=torch.int64) if threshold else None
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32), columns
+
+
+@torch.library.register_fake("bitsandbytes::int8_mixed_scaled_mm", allow_override=True)
+def mixed_product(x: torch.Tensor, quantised: torch.Tensor, weight: torch.Tensor, *scales_and_bias) -> tuple:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(0)
 
 
 class Watching(Recorder):
