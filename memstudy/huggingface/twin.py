@@ -20,15 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from memstudy.profiler import Gpu, MemoryReport, predict, roles
+from memstudy.profiler.recorder import CannotFollow
 
 UPDATES = 2  # the first ends with new optimizer state
 PARTS = 2  # of an accumulated batch: they reach the peak of any larger number
 SAMPLE = 256  # rows among which the longest are looked for
 _CONTAINERS = (dict, list, set, deque, defaultdict)
-
-
-class Unpredicted(ValueError):
-    """The Trainer's step is not predicted."""
 
 
 def unsupported(trainer: Trainer) -> str:
@@ -43,15 +40,16 @@ def unsupported(trainer: Trainer) -> str:
         return f"torch.nn.DataParallel shares the step among {trainer.args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES to one"
     if trainer.args.torch_compile:
         return "torch.compile wraps the model: leave torch_compile out to see its memory without compilation"
-    for name, tensor in chain.from_iterable(map(_tensors, models(trainer))):
+    held = models(trainer)
+    for name, tensor in chain(held.named_parameters(), held.named_buffers()):
         if type(tensor) not in _followed() or tensor.layout is not torch.strided:
-            return f"{name} is a {type(tensor).__name__}, and no plain tensor"
+            return f"{name.partition('.')[2]} is a {type(tensor).__name__}, and no plain tensor"
     return ""
 
 
-def models(trainer: Trainer) -> list[torch.nn.Module]:
+def models(trainer: Trainer) -> torch.nn.ModuleList:
     """The model of ``trainer``, and others that it holds, as the reference of a preference loss."""
-    return list(dict.fromkeys(value for value in vars(trainer).values() if isinstance(value, torch.nn.Module)))
+    return torch.nn.ModuleList(value for value in vars(trainer).values() if isinstance(value, torch.nn.Module))
 
 
 def longest_parts(trainer: Trainer, loader: DataLoader) -> list[object]:
@@ -61,13 +59,13 @@ def longest_parts(trainer: Trainer, loader: DataLoader) -> list[object]:
 
     Raises
     ------
-    Unpredicted
+    CannotFollow
         When there are no rows to look at.
     """
     if not isinstance(loader, DataLoader):
-        raise Unpredicted(f"its batches come from a {type(loader).__name__}, and a DataLoader is needed")
+        raise CannotFollow(f"its batches come from a {type(loader).__name__}, and a DataLoader is needed")
     if isinstance(loader.dataset, IterableDataset):
-        raise Unpredicted("its data set is a stream, whose rows training would miss: give one with a length")
+        raise CannotFollow("its data set is a stream, whose rows training would miss: give one with a length")
     rows, accumulation = loader.dataset, trainer.args.gradient_accumulation_steps
     size, parts = trainer.state.train_batch_size, min(accumulation, PARTS)
     with random_numbers_kept():
@@ -157,14 +155,6 @@ def _copy(batch: object, *, on_cpu: bool) -> object:
     return recursively_apply(copied, batch)
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers and tensors that are plain attributes, with their paths."""
-    for path, module in model.named_modules():
-        for name, value in chain(module._parameters.items(), module._buffers.items(), vars(module).items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{path}.{name}".lstrip("."), value
-
-
 def _followed() -> list[type[torch.Tensor]]:
     """The types of tensors that have fakes: plain ones, and bitsandbytes' weights in 4 and 8 bits."""
     layers = sys.modules.get("bitsandbytes.nn.modules")
@@ -204,7 +194,7 @@ def _twin(trainer: Trainer, fakes: _Fakes, parts: int) -> Trainer:
     for name, value in vars(trainer).items():
         if isinstance(value, torch.nn.Module) or (type(value) in _CONTAINERS and not name.endswith("_dataset")):
             setattr(twin, name, fakes.copy(value))
-    for module in chain.from_iterable(each.modules() for each in models(twin)):
+    for module in models(twin).modules():
         for name, parameter in module._parameters.items():
             module.register_parameter(name, parameter)  # tells the profiler, which watches registrations
     twin.args = copy.copy(trainer.args)

@@ -9,7 +9,7 @@ used: it misses memory that the allocator reuses. The event stream also has the 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -91,16 +91,14 @@ class Recording:
     def __exit__(self, *error) -> None:
         self._stack.__exit__(*error)
 
-    def know(self, models: Sequence[torch.nn.Module], optimizer: torch.optim.Optimizer, *others: torch.Tensor) -> None:
-        """Count the memory of ``models``, the ``optimizer`` and ``others`` from before the recording."""
-        for model in models:
-            self.roles.watch_model(model)
-        parameters = [parameter for model in models for parameter in model.parameters()]
-        buffers = [buffer for model in models for buffer in model.buffers()]
-        beside = [value for parameter in parameters for value in vars(parameter).values()]
+    def know(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *others: torch.Tensor) -> None:
+        """Count the memory of the ``model``, its ``optimizer`` and ``others`` from before the recording."""
+        self.roles.watch_model(model)
+        beside = [value for parameter in model.parameters() for value in vars(parameter).values()]
         beside += [value.state2 for value in beside if hasattr(value, "state2")]  # the scales of bitsandbytes' scales
         state = [value for values in optimizer.state.values() for value in values.values()]
-        kept = [("parameters", parameters), ("other", [*buffers, *others, *beside]), ("optimizer", state)]
+        others = [*model.buffers(), *others, *beside]
+        kept = [("parameters", list(model.parameters())), ("other", others), ("optimizer", state)]
         known: set[int] = set()
         for category, tensors in kept:
             for tensor in (part for each in tensors for part in plain_tensors(each)):
