@@ -124,9 +124,9 @@ def report_of(
     **others,
 ) -> MemoryReport:
     """The report of predicted ``events``, on a GPU after a replay of its allocator; ``others`` as in `account`."""
+    unverified = (*sorted(recorder.below.unverified | recorder.assumed), *uncounted)
     if card is None:
-        assumed = tuple(sorted(recorder.assumed))
-        return account(events, device="cpu", kind="predicted", unverified=assumed, **others)
+        return account(events, device="cpu", kind="predicted", unverified=unverified, **others)
     replayed = replay(events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
     return account(
         replayed.events,
@@ -137,7 +137,7 @@ def report_of(
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
         gpu=card,
-        unverified=(*sorted(recorder.below.unverified | recorder.assumed), *uncounted),
+        unverified=unverified,
         **others,
     )
 

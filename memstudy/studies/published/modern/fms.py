@@ -51,6 +51,7 @@ def fine_tune(model_id: str, method: str, batch: int, seq: int, processes: int) 
     config.use_cache = False
     with local_torch_dtype(torch.bfloat16):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="unpadded_2025")
+        eras.experts_in_layers(model)
     model.loss_function = eras.bf16_loss if santacoder else eras.fp32_loss
     model.activation_checkpointing_enable({"use_reentrant": True})
     quantised = method.startswith("QLoRA")
