@@ -154,8 +154,11 @@ class AskedOfText(Asked):
     ] = None
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt, with --generate.", min=1, max=2**31)] = None
     cache: Annotated[
-        Literal["growing", "static"] | None,
-        typer.Option(help="With --generate: growing (the default), or static, as long as the whole text at once."),
+        Literal["growing", "static", "fp8", "quanto4", "quanto2"] | None,
+        typer.Option(
+            help="With --generate: growing (the default), static (as long as the whole text at once), or quantised: "
+            "fp8, or optimum-quanto's of 4 or 2 bits (slow: each token is followed)."
+        ),
     ] = None
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="With --generate: the weights' format; bf16.")
