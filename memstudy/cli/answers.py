@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memstudy.profiler import Fit, MemoryReport
-    from memstudy.profiler.time import StepTime
+    from memstudy.profiler.time.cost import StepTime
     from memstudy.trainers.hub_model import HubModelRun
 
 WIDTH = 100  # of wide tables [characters]; a wider terminal is used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
@@ -119,6 +119,15 @@ class Asked:
             return advice.measured_alone(reference.reference().rows, texts)
         with Console(stderr=True).status(f"{self.model}: the time of each technique alone on {self.gpu}"):
             return advice.predicted_alone(self.run(batch_size, ()), texts, self.card())
+
+    def quickest(
+        self, batch_size: int, techniques: tuple[str, ...], loose: Sequence[str], fits: Callable[..., bool]
+    ) -> tuple[str, ...]:
+        """The techniques without those of ``loose`` that only take time (`advice.quickest`)."""
+        from memstudy.studies.ablation import advice
+
+        with advice.estimates(self.run(batch_size, ()), self.card()) as figures:
+            return advice.quickest(techniques, loose, lambda texts: figures(texts)[0], fits)
 
     def takes(self, batch_size: int, techniques: tuple[str, ...]) -> bool:
         """Whether the step can be predicted with ``techniques``; tells on stderr which package is missing."""

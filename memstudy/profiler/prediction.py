@@ -39,7 +39,7 @@ from memstudy.profiler.recorder import ON_CUDA, CannotFollow, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
-from memstudy.profiler.time import StepTime, step_time
+from memstudy.profiler.time.cost import StepTime, step_time
 
 _BY_DATA = (DynamicOutputShapeException, DataDependentOutputException)
 # Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
