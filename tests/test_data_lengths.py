@@ -61,6 +61,14 @@ def test_packs_are_filled_best_fit_decreasing():
     assert sorted(map(sorted, packs)) == [[2, 3, 5], [4, 6]]
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_parts_of_a_batch_come_in_its_order(sampler):
+    lengths = [7 * number % 41 + 1 for number in range(30)]
+    whole, parts = (batches(lengths, 8, sampler, longest=64, parts=number) for number in (1, 4))
+    assert [length for batch in parts for length in batch] == [length for batch in whole for length in batch]
+    assert len(parts) > 3 * (len(whole) - 1)
+
+
 def test_a_histogram_gives_its_texts_in_one_order():
     lengths = text_lengths("openorca")
     assert (len(lengths), max(lengths)) == (251, 1837)

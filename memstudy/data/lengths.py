@@ -134,7 +134,13 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def batches(
-    lengths: Sequence[int], batch_size: int, sampler: Sampler = "shuffled", *, longest: int | None = None, seed: int = 0
+    lengths: Sequence[int],
+    batch_size: int,
+    sampler: Sampler = "shuffled",
+    *,
+    longest: int | None = None,
+    seed: int = 0,
+    parts: int = 1,
 ) -> list[tuple[int, ...]]:
     """The batches of one epoch, each the lengths of its texts; the last may be smaller.
 
@@ -151,6 +157,8 @@ def batches(
     longest : int, optional
         The tokens of a pack; needed when packed.
     seed : int
+    parts : int
+        In how many batches an update is accumulated: each has that share of ``batch_size``.
 
     Raises
     ------
@@ -159,13 +167,13 @@ def batches(
     """
     if sampler not in get_args(Sampler):
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(get_args(Sampler))}")
-    generator = torch.Generator().manual_seed(seed)
+    generator, size = torch.Generator().manual_seed(seed), batch_size // parts
     if sampler == "packed":
         packs = _packs(lengths, longest or max(lengths))
         order = torch.randperm(len(packs), generator=generator).tolist()
         return [
-            tuple(length for place in order[start : start + batch_size] for length in packs[place])
-            for start in range(0, len(order), batch_size)
+            tuple(length for place in order[start : start + size] for length in packs[place])
+            for start in range(0, len(order), size)
         ]
     if sampler == "shuffled":
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -181,7 +189,7 @@ def batches(
             for place in np.argsort(keys, kind="stable")
         ]
     chosen = [lengths[place] for place in order]
-    return [tuple(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+    return [tuple(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
 def _packs(lengths: Sequence[int], longest: int) -> list[list[int]]:
