@@ -36,7 +36,7 @@ _CHANGES_STORAGE = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.
 def with_real_strides(func: OpOverload, args: Sequence, result: object) -> object:
     """``result`` with the strides of a real view (TensorUtils.cpp, ``computeStride_impl``).
 
-    A fake view (`torch._refs._reshape_view_helper`) has other ones where a side is 1, by which ``matmul`` decides
+    A fake view (``_reshape_view_helper``) has other ones where a side is 1, by which ``matmul`` decides
     whether one token of each sequence takes a product of matrices or a batch of products.
     """
     if func not in _VIEWS or 1 not in result.shape:
