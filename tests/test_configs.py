@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.command_line import invoke
+from support.results import committed
 from support.tiers import cover, slow_but
 from support.tiny_models import TINY, config_file
 from support.tiny_run import tiny_run
@@ -274,13 +275,12 @@ def test_a_description_names_what_is_not_at_its_default_and_its_kind():
     assert nested == {"kind": "prediction", "experiment": "of", "of": tiny_run(seed=3).model_dump(mode="json")}
 
 
-RECORDS = sorted((records.ROOT / "results" / "lab4_grid").glob("*.json"))
+RECORDS = committed("lab4_grid")
 
 
 def test_the_records_of_the_study_still_describe_the_runs_that_their_names_say():
     assert len(RECORDS) > 50
-    for path in RECORDS:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for path, record in RECORDS.items():
         run = parse_run(record["config"])
         assert isinstance(getattr(run, "of", run), LanguageModelRun)
         assert records.run_id(run.model_dump(mode="json")) == record["run_id"]

@@ -4,6 +4,7 @@ import json
 
 import papermill
 import pytest
+from support.results import committed
 from support.tiny_run import tiny_run
 
 from memstudy import machine, project, records
@@ -80,12 +81,7 @@ def test_a_processor_without_a_name_goes_by_its_family_and_number(processor):
 
 
 def test_every_committed_record_is_read_with_instruction_sets():
-    devices = {
-        record["provenance"]["device"]
-        for folder in (records.ROOT / "results").iterdir()
-        if folder.name != "validation"  # records of others' GPUs
-        for record in records.read_records(folder)
-    }
+    devices = {record["provenance"]["device"] for record in committed().values()}
     assert devices
     assert all("AVX-512 bf16" in device and "thread" in device for device in devices)
 

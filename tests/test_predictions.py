@@ -5,10 +5,10 @@ from importlib.util import find_spec
 
 import pytest
 from pydantic import ValidationError
+from support.results import committed
 from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 
-from memstudy import records
 from memstudy.kinds import LargestBatchRun, LongestSequenceRun, PredictionRun, parse_run
 from memstudy.profiler import MIB, find_gpu, fit, predict
 from memstudy.studies.reformer.run import ReformerRun
@@ -97,11 +97,10 @@ def test_bad_choices_are_refused(choices, said):
     assert said in str(refusal.value)
 
 
-def committed() -> list[dict]:
+def smallest() -> list[dict]:
     """The committed prediction with fewest tokens for each study, kind of run and GPU, among those possible here."""
     fewest: dict[tuple, dict] = {}
-    for path in sorted((records.ROOT / "results").glob("*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for path, record in committed().items():
         config = record["config"]
         if config["kind"] != "prediction" or record["status"] != "ok":
             continue
@@ -114,10 +113,10 @@ def committed() -> list[dict]:
     return list(fewest.values())
 
 
-ONE_OF_A_KIND = cover(committed(), lambda record: {record["config"]["of"]["kind"]})
+ONE_OF_A_KIND = cover(smallest(), lambda record: {record["config"]["of"]["kind"]})
 
 
-@pytest.mark.parametrize("record", slow_but(ONE_OF_A_KIND, committed()), ids=lambda record: record["run_id"])
+@pytest.mark.parametrize("record", slow_but(ONE_OF_A_KIND, smallest()), ids=lambda record: record["run_id"])
 def test_committed_predictions_are_made_again_to_the_byte(record, tmp_path):
     again = parse_run(record["config"]).execute(tmp_path)["metrics"]
     # Older records were predicted before the gradients of cast weights counted as gradients.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from support.results import committed
 from support.study_models import classifier, masked
 from support.techniques import HERE
 from support.tiers import cover, slow_but
@@ -275,9 +276,8 @@ def test_a_job_asks_for_every_process():
     "study", slow_but(["memsizer"], ["lab4_grid", "reformer_seqlen", "memory_ablation", "memsizer"])
 )
 def test_runs_in_one_process_are_named_as_ever(study):
-    committed = [json.loads(path.read_text("utf-8")) for path in (ROOT / "results" / study).glob("*.json")]
-    assert committed
-    for record in committed:
+    assert committed(study)
+    for record in committed(study).values():
         config = parse_run(record["config"]).model_dump(mode="json")
         assert config == record["config"]
         assert records.run_id(config) == record["run_id"]

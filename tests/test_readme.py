@@ -1,6 +1,5 @@
 """The README's tables equal the committed rows, and its commands, code and links work."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pandas as pd
 import papermill
 import pytest
 from matplotlib.image import imread
+from support.results import committed
 from support.tiers import slow_but
 from typer.testing import CliRunner
 
@@ -33,8 +33,7 @@ SHOWN = (
 def headline() -> list[str]:
     """The table's lines from the committed records of each technique alone on the ablation's model."""
     measured, predicted, trained, seeds = {}, {}, {}, []
-    for path in sorted((ROOT / "results" / "memory_ablation").glob("*.json")):
-        record = json.loads(path.read_text("utf-8"))
+    for record in committed("memory_ablation").values():
         run = parse_run(record["config"])
         of = getattr(run, "of", run)
         if record["status"] != "ok" or of.kind != "language_model" or len(of.techniques) > 1:
@@ -86,8 +85,7 @@ METHODS = {
 def card() -> list[str]:
     """The lines of the table of one card, from the committed predictions of the study of fine-tuning."""
     cells = {}
-    for path in sorted((ROOT / "results" / "fine_tuning").glob("*.json")):
-        record = json.loads(path.read_text("utf-8"))
+    for record in committed("fine_tuning").values():
         run = parse_run(record["config"])
         if run.kind == "prediction" and (run.gpu, run.of.batch_size, run.of.seq_len) == ("RTX4090", 1, 2048):
             taken = f"{record['metrics']['whole_gpu_mib'] / 1024:.1f} GiB"
@@ -129,8 +127,8 @@ SHOWN_ERRORS = {
 
 def records(study: str, kind: str) -> list[dict]:
     """The committed records of a ``kind`` of run that ended well."""
-    read = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "results" / study).glob("*.json"))]
-    return [record for record in read if record["config"]["kind"] == kind and record["status"] == "ok"]
+    found = committed(study).values()
+    return [record for record in found if (record["config"]["kind"], record["status"]) == (kind, "ok")]
 
 
 def published_times() -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -1,4 +1,20 @@
-"""The part of a run's result that repeated runs share."""
+"""The reference's records, and the part of a run's result that repeated runs share."""
+
+import subprocess
+from pathlib import Path
+
+from memstudy.records import ROOT, read_record
+
+
+def committed(study: str = "*") -> dict[Path, dict]:
+    """The committed records of ``study`` by file: a user's own runs lie in the same folders.
+
+    Outside of a git checkout nothing tells the two apart, and all records are returned.
+    """
+    pattern = f"results/{study}/*.json"
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True)
+    paths = ROOT.glob(pattern) if listed.returncode else [ROOT / line for line in listed.stdout.splitlines()]
+    return {path: read_record(path) for path in sorted(paths)}
 
 
 def without_times(result):
