@@ -145,6 +145,14 @@ def test_timings_of_another_machine_are_used_only_when_nothing_may_be_run(swept,
     assert rows["device"].tolist() == [machine.device()]
 
 
+def test_a_row_without_times_may_come_from_another_machine_if_this_one_has_none(swept, folder, tmp_path):
+    from_another_machine(folder, tmp_path / "lab4_grid")
+    assert make_study(tmp_path).sweep(PLANNED[:1], any_machine=True)["device"].tolist() == ["another GPU"]
+    name = records.run_id(PLANNED[0].model_dump(mode="json"))
+    shutil.copy(folder / "lab4_grid" / f"{name}.json", tmp_path / "lab4_grid" / f"{name}-here.json")
+    assert make_study(tmp_path).sweep(PLANNED[:1], any_machine=True)["device"].tolist() == [machine.device()]
+
+
 def test_where_nothing_may_be_run_the_machine_with_most_records_is_used_alone(swept, folder, tmp_path):
     place = tmp_path / "lab4_grid"
     from_another_machine(folder, place)
