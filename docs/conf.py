@@ -6,6 +6,9 @@ extensions = ["sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", 
 exclude_patterns = ["api/modules.rst"]
 html_theme = "furo"
 html_title = "memstudy"
+html_static_path, html_css_files = ["_static"], ["lines.css"]
+html_theme_options = {"light_css_variables": {"code-font-size": "74%"}}  # 100 columns fit beside the contents
+html_show_copyright = False
 
 apidoc_modules = [
     {"path": "../memstudy", "destination": "api", "separate_modules": True, "module_first": True},

@@ -11,10 +11,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
 
 STYLE = Path(__file__).with_name("paper.mplstyle")
 WIDTH = 5.83  # text width of the report [inches]
 MARKERS = "osD^vP<>X*phd8"
+HATCHES = ("", "////", "\\\\\\\\", "....", "", "xxxx", "", "")  # tell stacked parts apart in grey
 
 
 def use_style() -> None:
@@ -37,16 +39,21 @@ def stacked_bars(parts: pd.DataFrame, *, row_height: float, margin: float, label
     ``row_height`` and ``margin`` [inches] set the figure's height; ``label`` is the axis label.
     """
     _, axes = plt.subplots(figsize=(WIDTH, margin + row_height * len(parts)))
-    parts.iloc[::-1].plot.barh(stacked=True, ax=axes, width=0.75, linewidth=0)
+    parts.iloc[::-1].plot.barh(stacked=True, ax=axes, width=0.75, linewidth=0, edgecolor="white")
+    for part, hatch in zip(axes.containers, HATCHES, strict=False):
+        plt.setp(part.patches, hatch=hatch)
     axes.set(xlabel=label, ylabel="")
     axes.grid(axis="y", visible=False)
-    legend_above(axes, legend_columns, x=0.4)
+    legend_above(axes, legend_columns)
     return axes
 
 
-def legend_above(axes: Axes, columns: int, *, x: float = 0.5) -> None:
-    """Put the legend above ``axes``, centred at the fraction ``x`` of their width."""
-    axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(x, 1.0), columnspacing=1.0, handlelength=1.0)
+def legend_above(axes: Axes, columns: int) -> None:
+    """Put the legend above ``axes``; above the only axes of a figure, in the middle of the figure."""
+    across = axes.figure.transFigure if len(axes.figure.axes) == 1 else axes.transAxes
+    above = blended_transform_factory(across, axes.transAxes)
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "bbox_transform": above}
+    axes.legend(ncols=columns, columnspacing=1.0, handlelength=1.0, **place)
 
 
 def memory_timeline(axes: Axes, x: pd.Series, parts: pd.DataFrame, phases: pd.Series) -> dict[str, float]:
@@ -117,15 +124,14 @@ def name_points(axes: Axes, points: pd.DataFrame, named: pd.DataFrame) -> None:
         axes.annotate(name, where, xytext=offset, textcoords="offset points", fontsize=6)
 
 
-def trade_off_panel(axes: Axes, rows: pd.DataFrame, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
+def trade_off_panel(axes: Axes, rows: pd.DataFrame, looks: Mapping[str, dict], markers: Mapping[str, str]) -> None:
     """Draw ``memory`` against ``time`` of ``rows``, both relative to a baseline at 1, on logarithmic axes.
 
-    ``quality`` chooses the colour and ``study`` the marker; the ``technique`` of each study that takes least memory is
+    ``quality`` chooses colour and fill, ``study`` the marker; the ``technique`` that takes least memory in a study is
     named.
     """
     for (study, quality), points in rows.groupby(["study", "quality"]):
-        look = {"color": colors[quality], "markersize": 5, "alpha": 0.8}
-        axes.plot(points["time"], points["memory"], markers[study], **look)
+        axes.plot(points["time"], points["memory"], markers[study], **looks[quality], markersize=5, alpha=0.8)
     axes.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
     axes.axvline(1, color="0.5", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", yscale="log")

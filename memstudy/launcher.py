@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -69,16 +68,14 @@ def forker(number: int) -> Forker:
 
 def spawn_together(configs: Mapping[str, dict], folder: Path) -> Iterator[tuple[str, dict]]:
     """Carry out untimed runs, two at a time (`spawn`); yield the name and the record of each run as it ends."""
-    free: queue.LifoQueue[int] = queue.LifoQueue()
-    for number in reversed(range(TOGETHER)):
-        free.put(number)
+    free = list(reversed(range(TOGETHER)))  # as many forkers as threads: a thread always finds one
 
     def one(config: dict) -> dict:
-        number = free.get()
+        number = free.pop()
         try:
             return spawn(config, folder, number)
         finally:
-            free.put(number)
+            free.append(number)
 
     pool = ThreadPoolExecutor(TOGETHER)
     try:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import time
+import timeit
 from pathlib import Path
 
 _ABOVE = Path(__file__).resolve().parents[1]
@@ -135,12 +135,8 @@ def _measured_bf16_speed() -> float:
 
     def seconds(dtype: torch.dtype) -> float:
         square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=where)
-        times = []
-        while len(times) < 2 or (len(times) < 9 and sum(times) < 0.2):  # the first warms up
-            began = time.perf_counter()
-            (square @ square)[0, 0].item()
-            times.append(time.perf_counter() - began)
-        return min(times)
+        # The least of several: the first one warms up.
+        return min(timeit.repeat(lambda: (square @ square)[0, 0].item(), number=1, repeat=7))
 
     return round(seconds(torch.float32) / seconds(torch.bfloat16), 3)
 

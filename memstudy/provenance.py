@@ -17,16 +17,17 @@ def is_prediction(record: dict) -> bool:
 def said(used: Sequence[dict], parameters: dict, stem: str) -> dict[str, str]:
     """The captions' text on the records ``used``, as values of the report.
 
-    If the study only predicts, ``device`` says that nothing was run, and ``commit`` is the commit that predicted. Runs
+    If the study only predicts, ``device`` says that nothing was run; ``commit`` is the newest that made a record. Runs
     and predictions are counted only in the study that made them, here ``stem``, since the report adds all studies up.
     """
     measured = [record for record in used if not is_prediction(record)]
     sources = sorted({f"{r['data']['name']} ({r['data']['source']})" for r in used if r["data"]})
-    commits = sorted({_commit(record["provenance"]) for record in used}) or [_commit(records.git_state())]
+    in_order = sorted(used, key=lambda record: record["provenance"]["started"])
+    commits = list(dict.fromkeys(_commit(record["provenance"]) for record in reversed(in_order)))
     own = Counter(is_prediction(record) for record in used if record["study"] == stem)
     return {
         "parameters_hash": records.run_id(parameters)[:8],
-        "commit": ", ".join(commits),
+        "commit": _newest(commits or [_commit(records.git_state())]),
         "dataset": ", ".join(sources) or "random tokens",
         "device": "; ".join(sorted({r["provenance"]["device"] for r in measured})) or "nothing was run",
         "n_runs": str(own[False]),
@@ -77,6 +78,11 @@ def _runs(used: Sequence[dict]) -> list[str]:
         )
         paragraphs.append(f"\\noindent Commit \\texttt{{{commit}}}, {days}: {listed}.")
     return paragraphs
+
+
+def _newest(commits: Sequence[str]) -> str:
+    """The first of ``commits``, and how many others there are; the appendix has them all."""
+    return commits[0] + (f" and {len(commits) - 1} earlier" if len(commits) > 1 else "")
 
 
 def _commit(state: dict) -> str:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -74,19 +75,22 @@ def write_record(folder: Path, record: dict) -> Path:
         if there and there["provenance"]["device"] != here:
             path = folder / f"{record['run_id']}-{run_id({'device': here})[:6]}.json"
     fields = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False, allow_nan=False)}" for k, v in record.items())
-    text = "{\n" + ",\n".join(fields) + "\n}"
-    with tempfile.NamedTemporaryFile(
-        "w", dir=folder, prefix=f".{path.stem}-", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        try:
-            file.write(text + "\n")
+    text = "{\n" + ",\n".join(fields) + "\n}\n"
+    write_whole(path, text.encode())
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the file ``path``, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    return path
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -175,8 +179,8 @@ def perform(
     execute: Callable[[Path], dict],
     *,
     timed: bool = True,
-    out_of_memory: tuple[type[BaseException], ...] = (MemoryError,),
-    unavailable: tuple[type[BaseException], ...] = (),
+    out_of_memory: tuple[type[Exception], ...] = (MemoryError,),
+    unavailable: tuple[type[Exception], ...] = (),
 ) -> dict:
     """Carry out a run in this process and write its record, also when the run fails.
 
@@ -205,22 +209,21 @@ def perform(
 def _perform(config, folder, execute, out_of_memory, unavailable) -> dict:
     started = now()
     checkpoints = checkpoints_of(config)
-    result: dict = {"metrics": {}, "curves": {}, "data": {}}
+    result: dict = {}
     status, reason = "ok", ""
     try:
-        result = execute(checkpoints)
-        json.dumps(result, allow_nan=False)
-    except out_of_memory as error:
-        status, reason = "oom", _one_line(error)
-    except unavailable as error:
-        status, reason = "unavailable", _one_line(error)
+        found = execute(checkpoints)
+        json.dumps(found, allow_nan=False)
+        result = found
     except Exception as error:
-        traceback.print_exc()
-        status, reason = "failed", f"{type(error).__name__}: {_one_line(error)}"
-        if "can't allocate memory" in str(error):  # the message of torch's CPU allocator
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        if isinstance(error, out_of_memory) or "can't allocate memory" in str(error):  # torch's CPU allocator says so
             status = "oom"
-    if status == "failed":
-        result = {"metrics": {}, "curves": {}, "data": {}}
+        elif isinstance(error, unavailable):
+            status = "unavailable"
+        else:
+            traceback.print_exc()
+            status, reason = "failed", f"{type(error).__name__}: {reason}"
     record = make_record(config, status, reason, started) | result
     write_record(folder, record)
     if status != "failed":
@@ -280,7 +283,3 @@ def _git(*arguments: str) -> str:
 def now() -> str:
     """The current time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -96,6 +96,11 @@ def test_a_step_takes_what_is_predicted(techniques, llama):
     assert measured.iteration_peaks != measure(llama().build()).iteration_peaks
 
 
+def test_buffers_of_products_in_half_precision_are_as_the_processor_makes_them(llama):
+    run = llama("qlora=4", "checkpointing", seq_len=64, batch_size=8)
+    assert predict(run.build()).iteration_peaks == measure(run.build()).iteration_peaks
+
+
 def test_targets_are_the_layers_named(llama, tmp_path):
     def targets(text):
         return {name.split(".")[-4] for name in shapes(prepared(llama(text), tmp_path))}

@@ -175,6 +175,36 @@ def test_without_reference_rows_it_is_said_how_to_make_them(tmp_path, monkeypatc
         reference.made()
 
 
+# --- the quickest of what fits
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (1000, ()),
+        (30, ("accumulation=2",)),
+        (22, ("checkpointing", "accumulation=2")),
+        (10, ("checkpointing", "accumulation=4")),
+        (5, ("checkpointing", "accumulation=8")),
+        (2.5, ("checkpointing", "chunked_loss", "accumulation=8")),
+    ],
+)
+def test_what_later_techniques_make_needless_is_left_out_again(limit, expected):
+    def parts(rung):
+        return next((int(text.partition("=")[2]) for text in rung if text.startswith("accumulation")), 1)
+
+    def time(rung):
+        return 10 + 2 * parts(rung) * (1 + 1.1 * ("chunked_loss" in rung)) + 3 * ("checkpointing" in rung)
+
+    def fits(rung):
+        saved = (0.5 if "checkpointing" in rung else 1) * (0.75 if "chunked_loss" in rung else 1)
+        return 48 / parts(rung) * saved <= limit
+
+    full = ("checkpointing", "chunked_loss", "accumulation=8")
+    assert advice.quickest(full, full, time, fits) == expected
+    assert advice.quickest(full, (), time, fits) == full
+
+
 # --- alone, by prediction
 
 

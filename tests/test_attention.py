@@ -494,10 +494,17 @@ def test_a_layer_of_full_rank_is_exact_attention():
     _compare(layer(hidden_states), exact(hidden_states), [hidden_states])
 
 
-@pytest.mark.parametrize("config", [LowRankConfig(3, "qv"), LowRankConfig(5), LowRankConfig(100, "o")], ids=_id)
-def test_weight_elements_are_those_of_the_layer(config):
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        (LowRankConfig(3, "qv"), 2 * 2 * 12 * 3 + 2 * 12**2),
+        (LowRankConfig(5), 4 * 2 * 12 * 5),
+        (LowRankConfig(100, "o"), 2 * 12 * 12 + 3 * 12**2),
+    ],
+)
+def test_a_layer_has_two_factors_for_each_part_and_else_the_whole_projection(config, weights):
     layer = config.module(12, 3, config, is_causal=True)
-    assert config.weight_elements(12) == sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    assert weights == sum(p.numel() for p in layer.parameters() if p.dim() == 2)
 
 
 def test_nystrom_with_as_many_landmarks_as_real_tokens_is_exact_for_that_sequence_alone():

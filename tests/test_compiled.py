@@ -162,3 +162,27 @@ def test_a_prediction_leaves_nothing_compiled_on_fake_tensors():
     predict(evaluated(Chain))
     assert model(x).requires_grad
     assert predict(lambda: lambda: None).fused is None
+
+
+class Loss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 4096, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x, labels):
+        return nn.functional.cross_entropy(self.head(x).float(), labels)
+
+
+def test_on_a_gpu_no_kernel_writes_the_logits_in_fp32():
+    """Inductor computes them in the kernels that read them."""
+
+    def peak(backend):
+        def build():
+            model = torch.compile(Loss(), backend=backend)
+            x, labels = torch.randn(512, 16, dtype=torch.bfloat16), torch.randint(4096, (512,))
+            return lambda: model(x, labels).backward()
+
+        return predict(build, gpu="A100-80GB").peak_bytes
+
+    logits = 512 * 4096 * 4
+    assert peak("aot_eager_decomp_partition") - peak("inductor") > 0.99 * logits

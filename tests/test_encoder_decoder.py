@@ -7,13 +7,13 @@ import torch
 from support.tiers import slow_but
 from transformers import AutoModelForSeq2SeqLM, MarianConfig, MarianMTModel
 
-from memstudy.attention import MemSizerConfig
-from memstudy.studies.memsizer.encoder_decoder import PLACES, Seq2SeqLM, encoder_decoder
+from memstudy.studies.memsizer.encoder_decoder import PLACES, Seq2SeqLM
+from memstudy.studies.memsizer.run import Seq2SeqRun
 from memstudy.studies.memsizer.seq2seq import decode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERYWHERE = {"encoder": MemSizerConfig(8), "decoder": MemSizerConfig(4), "cross": MemSizerConfig(8)}
+EVERYWHERE = {"encoder": {"slots": 8}, "decoder": {"slots": 4}, "cross": {"slots": 8}}
 CHOICES = [
     {place: EVERYWHERE[place] for place in chosen} for n in range(4) for chosen in itertools.combinations(PLACES, n)
 ]
@@ -25,9 +25,9 @@ every_choice = pytest.mark.parametrize(
 
 def small(memsizer, **changes):
     torch.manual_seed(0)
-    sizes = {"n_layers": 2, "hidden_size": 32, "n_heads": 4, "feed_forward": 64, "max_len": 200}
-    given = sizes | {"vocab_size": 50, "target_vocab_size": 0, "dropout": 0.0, "pad_token": 0, "eos_token": 1} | changes
-    model = encoder_decoder(memsizer=memsizer, **given).double().eval()
+    sizes = {"n_layers": 2, "hidden_size": 32, "n_heads": 4, "feed_forward": 64, "seq_len": 200, "target_len": 9}
+    given = sizes | {"vocab_size": 50, "dropout": 0.0, "batch_size": 2, "measure_steps": 1} | changes
+    model = Seq2SeqRun(experiment="small", memsizer=memsizer, **given).make_model().double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "query_proj" in name or "q_proj" in name:  # makes attention far from uniform
@@ -115,8 +115,8 @@ def test_every_gradient_is_finite_and_reaches_every_weight(tokens):
 def test_the_state_has_one_size_whatever_the_length():
     source = torch.randint(2, 50, (3, 40))
     with torch.no_grad():
-        held = {n: decode(small(EVERYWHERE, max_len=300), source, n) for n in (10, 100, 200)}
-        exact = {n: decode(small({}, max_len=300), source, n) for n in (10, 100, 200)}
+        held = {n: decode(small(EVERYWHERE, seq_len=300), source, n) for n in (10, 100, 200)}
+        exact = {n: decode(small({}, seq_len=300), source, n) for n in (10, 100, 200)}
     # Two layers in float64: sum and count over the decoder's tokens, and the summary of the encoder's tokens.
     assert set(held.values()) == {2 * 3 * (8 * 4 * 32 + 8 + 8 * 8 * 32)}
     assert exact == {n: 2 * 2 * 3 * 32 * 8 * (n + 40) for n in exact}  # keys and values
@@ -166,7 +166,7 @@ def test_what_memsizer_saves_in_parameters():
     four = 4 * (hidden**2 + hidden)
     memory = (hidden + 1) * (heads * slots + slots + hidden) + 2 * (slots + hidden)
     sizes = {
-        chosen: sum(p.numel() for p in small({place: MemSizerConfig(slots) for place in chosen}).parameters())
+        chosen: sum(p.numel() for p in small({place: {"slots": slots} for place in chosen}).parameters())
         for chosen in ((), *((place,) for place in PLACES), PLACES)
     }
     for place in PLACES:
@@ -176,7 +176,7 @@ def test_what_memsizer_saves_in_parameters():
 
 def test_bad_choices():
     with pytest.raises(ValueError, match=r"unknown place 'self'; known: encoder, decoder, cross"):
-        small({"self": MemSizerConfig()})
+        small({"self": {}})
     model = small(EVERYWHERE)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     with pytest.raises(ValueError, match="decodes without padding"):

@@ -45,6 +45,7 @@ def generation(model, *, prompt=20, new=64, batch=2, dtype="fp32", **choices):
 CASES = [
     ("llama", "growing", 20), ("llama", "static", 20), ("window", "growing", 20), ("window", "growing", 60),
     ("window", "static", 20), ("gpt2", "growing", 480), ("llama", "growing", 480), ("mamba", "growing", 20),
+    ("llama", "fp8", 20), ("llama", "quanto4", 20), ("llama", "quanto2", 32),
 ]  # fmt: skip
 
 
@@ -54,6 +55,16 @@ def test_each_token_takes_what_is_predicted(model, cache, prompt, models):
     predicted = run.foretell()
     assert predicted.iteration_peaks == measure(run.build(), iterations=1).iteration_peaks
     assert len(predicted.iteration_peaks) == 64
+
+
+@pytest.mark.slow
+def test_optimum_quantos_own_cache_takes_what_its_rules_say(models, monkeypatch):
+    pytest.importorskip("optimum.quanto")
+    run = generation(models["llama"], cache="quanto4", new=150)
+    predicted = run.foretell()
+    real = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
+    monkeypatch.setattr(GenerationRun, "_cache", lambda self: real)
+    assert predicted.iteration_peaks == measure(run.build(), iterations=1).iteration_peaks
 
 
 @pytest.mark.slow
@@ -183,6 +194,8 @@ BAD = [
     ("gpt2", ["--generate", 10, "--prompt", 10, "--seq-len", 10], "no --seq-len"),
     ("gpt2", ["--seq-len", 10, "--cache", "static"], "--cache and --dtype are for --generate"),
     ("gpt2", [], "missing option --seq-len"),
+    ("window", ["--prompt", 10, "--generate", 10, "--cache", "fp8"], "full attention alone, and the model has sliding"),
+    ("mamba", ["--prompt", 10, "--generate", 10, "--cache", "quanto4"], "cache quanto4"),
     ("bert", ["--prompt", 10, "--generate", 10], "generation is for causal language models"),
     ("t5", ["--prompt", 10, "--generate", 10], "generation is for causal language models"),
     ("gpt2", ["--prompt", 10, "--generate", 10, "--technique", "lora"], "technique 'lora' is for training alone"),

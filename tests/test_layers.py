@@ -15,9 +15,8 @@ from memstudy import machine, records
 from memstudy.attention import ATTENTION, Unavailable
 from memstudy.kinds import parse_run
 from memstudy.profiler import MIB, measure, predict
-from memstudy.studies.attention_layer import layers
 from memstudy.studies.attention_layer.peers import PEERS
-from memstudy.studies.attention_layer.run import LayerRun
+from memstudy.studies.attention_layer.run import LayerRun, _Along
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -91,8 +90,8 @@ STEPS = list(itertools.product(["softmax", "window"], [False, True]))
 @pytest.mark.parametrize(("variant", "is_causal"), slow_but(cover(STEPS), STEPS))
 def test_the_peak_repeats_itself_and_is_predicted_to_the_byte(variant, is_causal, tmp_path):
     run = layer_run(variant, is_causal=is_causal, batch_size=2)
-    peak = layers.peak_bytes(run, measure)
-    assert peak == layers.peak_bytes(run, measure) == layers.peak_bytes(run, predict)
+    peak = run.peak_bytes(measure)
+    assert peak == run.peak_bytes(measure) == run.peak_bytes(predict)
     metrics = run.execute(tmp_path)["metrics"]
     assert metrics["predicted_peak_mib"] == metrics["peak_allocated_mib"] == peak / MIB
     assert metrics["peak_u"] == peak / (2 * 32 * 16 * 4)
@@ -112,7 +111,7 @@ def test_what_a_run_reports(tmp_path):
 def test_the_peak_has_inputs_and_gradients_but_not_weights_and_the_next_layers_gradient(monkeypatch):
     monkeypatch.setattr(LayerRun, "make_layer", lambda run: nn.Linear(run.hidden_size, run.hidden_size))
     tensor, weights = 4 * 32 * 16, 4 * (16 * 16 + 16)  # bytes
-    peak = layers.peak_bytes(layer_run(), measure)
+    peak = layer_run().peak_bytes(measure)
     assert 0 <= peak - (2 * tensor + weights) <= 16  # input, its gradient, weights' gradients; loss and its gradient
 
 
@@ -123,13 +122,13 @@ def test_a_second_sequence_and_its_gradient_count(monkeypatch):
 
     monkeypatch.setattr(LayerRun, "make_layer", lambda run: Sum())
     run = layer_run().model_copy(update={"cross": True})  # without a check that the variant has this form
-    assert 0 <= layers.peak_bytes(run, measure) - 4 * 4 * 32 * 16 <= 16
+    assert 0 <= run.peak_bytes(measure) - 4 * 4 * 32 * 16 <= 16
 
 
 def test_the_loss_hands_on_its_direction_and_nothing_else():
     output = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(2, 3, 4, dtype=torch.float64)
-    loss = layers._Along.apply(output, direction)
+    loss = _Along.apply(output, direction)
     assert torch.allclose(loss, (output * direction).sum())
     (gradient,) = torch.autograd.grad(loss, output)
     assert gradient.data_ptr() == direction.data_ptr()
@@ -145,7 +144,7 @@ def test_a_layer_is_predicted_for_a_gpu_as_a_run(tmp_path):
     weights = 4 * (16 * 16 + 16)
     direction = run.seq_len * run.hidden_size
     report = run.foretell()
-    assert max(report.iteration_peaks) == layers.peak_bytes(run, predict) + 4 * (weights + direction)
+    assert max(report.iteration_peaks) == run.peak_bytes(predict) + 4 * (weights + direction)
 
 
 # --- the peers

@@ -5,7 +5,9 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -42,6 +44,16 @@ def with_lora():
     return peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
 
 
+def quantised(**bits):
+    """A LoRA model on weights that bitsandbytes has quantised, as ``from_pretrained`` makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+        config = hf.BitsAndBytesConfig(**bits)
+        model = hf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+
 def with_dropout():
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=48))
 
@@ -75,6 +87,19 @@ def watched(made, **options):
     return callback
 
 
+class Preferring(hf.Trainer):
+    """Has a second model, which its loss compares with, as TRL's DPOTrainer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.reference = llama().eval().requires_grad_(False)
+
+    def compute_loss(self, model, inputs, **kwargs):
+        with torch.no_grad():
+            preferred = self.reference(**inputs).logits
+        return (model(**inputs).logits - preferred).square().mean()
+
+
 STEPS = {
     "accumulated": {"gradient_accumulation_steps": 3},
     "checkpointing": {"activation_checkpointing": True},
@@ -87,6 +112,9 @@ STEPS = {
     "adafactor": {"optim": "adafactor"},
     "lora, bf16 and checkpointing": {"model": with_lora, "bf16": True, "activation_checkpointing": True},
     "8-bit": {"optim": "adamw_bnb_8bit"},
+    "qlora": {"model": partial(quantised, load_in_4bit=True, bnb_4bit_use_double_quant=True)},
+    "8-bit weights": {"model": partial(quantised, load_in_8bit=True)},
+    "a reference": {"kind": Preferring},
 }
 
 

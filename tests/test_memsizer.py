@@ -8,7 +8,7 @@ from support import naive
 from support.tiers import pairwise, slow_but
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memstudy.attention import MemSizerConfig, memsizer
+from memstudy.attention import MemSizerConfig, MemSizerState, memsizer
 from memstudy.profiler import measure, predict
 
 
@@ -92,7 +92,7 @@ def test_memsizers_beams_take_their_state_along():
     layer, hidden_states = _layer(MemSizerConfig(4), is_causal=True), _tokens(3, 2)
     _, state = layer.step(hidden_states[:, :1])
     beams = torch.tensor([2, 0, 0])
-    output, _ = layer.step(hidden_states[:, 1:], state.reorder(beams))
+    output, _ = layer.step(hidden_states[:, 1:], MemSizerState(state.sum[beams], state.count[beams]))
     whole = torch.cat([hidden_states[beams, :1], hidden_states[:, 1:]], 1)
     torch.testing.assert_close(output, layer(whole)[:, 1:])
 

@@ -15,8 +15,8 @@ from memstudy.attention import SoftmaxConfig
 from memstudy.profiler import find_gpu, gpus, predict
 from memstudy.profiler.cuda import TODAY
 from memstudy.profiler.prediction import follow
-from memstudy.profiler.time import WAIT, Work, step_time
-from memstudy.profiler.time.cost import Constant, constants, kernel_us, step_us
+from memstudy.profiler.time.cost import Constant, constants, kernel_us, step_time, step_us
+from memstudy.profiler.time.ops import WAIT, Work
 from memstudy.trainers.hub_model import HubModelRun
 
 A100, V100, T4 = map(find_gpu, ("A100-80GB", "V100-16GB", "T4"))

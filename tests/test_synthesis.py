@@ -37,8 +37,8 @@ def test_the_table_has_what_saves_memory_in_the_order_of_its_price(generated):
     tables = generated / "report" / "tables"
     text = (tables / "synthesis_best.tex").read_text("utf-8")
     order = [
-        "one: free & nothing & 0.50 & 0.90 & +0.5", r"one: unjudged\_1 & nothing & 0.90 & 1.00 & –",
-        "one: slow & time & 0.40 & 1.30 & -2.0", "another one: worse & quality & 0.30",
+        "one: free & nothing & 0.50 & 0.90", r"one: unjudged\_1 & nothing (quality not judged) & 0.90 & 1.00",
+        "one: slow & time & 0.40 & 1.30", "another one: worse & quality & 0.30",
         r"another one: both \& more & both",
     ]  # fmt: skip
     places = [text.index(line) for line in order]

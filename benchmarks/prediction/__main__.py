@@ -2,14 +2,16 @@
 
 python benchmarks/prediction [ops|bert|inference|modern|generation]... [--rows TEXT] [--json FILE]
 
-``modern`` is fine-tuning of 2024 to 2026: fms-acceleration's runs, fsdp_qlora's notebook and PEFT's comparison of
-methods. All tables take six minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
+``modern`` is fine-tuning of 2023 to 2026: fms-acceleration's runs, fsdp_qlora's notebook, PEFT's comparison of methods,
+and where their code is on the path, lit-gpt's and torchtune's (``of_their_time.sh`` fetches both). All tables take six
+minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +21,8 @@ from memstudy.studies.published import modern as fine_tuning
 from memstudy.studies.published import peft
 from memstudy.studies.published.bert import savings
 from memstudy.studies.published.inference import length_differences
-from memstudy.studies.published.modern import calculators, fms, notebook
-from memstudy.studies.published.rows import predicted_rows, published
+from memstudy.studies.published.modern import calculators, fms, litgpt, notebook, torchtune
+from memstudy.studies.published.rows import chosen_on, predicted_rows, published
 
 
 def ops(text: str) -> list[pd.DataFrame]:
@@ -42,19 +44,25 @@ def inference(text: str) -> list[pd.DataFrame]:
 
 
 def modern(text: str) -> list[pd.DataFrame]:
-    """Fine-tuning of 2025 and 2026; says how it was made, and names the rows that are not predicted.
+    """Fine-tuning of 2023 to 2026; says how it was made, and names the rows that are not predicted.
 
     The last table is what other calculators say.
     """
     print(f"fms: allocated memory; {fms.SOFTWARE}\nnotebook: allocated memory; {notebook.SOFTWARE}")
-    print(f"peft: reserved memory; {peft.SOFTWARE}\nnot predicted:")
+    print(f"peft: reserved memory; {peft.SOFTWARE}\nlitgpt: allocated memory; {litgpt.SOFTWARE}")
+    print(f"torchtune: {torchtune.SOFTWARE}\nnot predicted:")
     for query, cause in fine_tuning.OUTSIDE.items():
-        print(f"  {' '.join(fine_tuning.published().query(query).id)}: {cause}")
-    rows, cells, of_peft = (predicted_rows(table, named(table, text)) for table in ("fms", "notebook", "peft"))
-    rows, cells = rows.assign(chosen_on=[*map(fms.chosen_on, rows.row)]), cells.assign(chosen_on=notebook.CHOSEN_ON)
-    of_peft = of_peft.assign(chosen_on=[peft.CHOSEN_ON.get(row, "") for row in of_peft.row])
+        print(f"  {' '.join(fine_tuning.published('AB').query(query).id)}: {cause}")
+    tables = ["fms", "notebook", "peft"]
+    for table, module in (("litgpt", "lit_gpt"), ("torchtune", "torchtune")):
+        if find_spec(module):
+            tables.append(table)
+        else:
+            print(f"  all rows of {table}: its code is not here; benchmarks/prediction/of_their_time.sh fetches it")
+    frames = [predicted_rows(table, named(table, text)) for table in tables]
+    frames = [rows.assign(chosen_on=[*map(chosen_on, rows.table, rows.row)]) for rows in frames]
     others = calculators.figures()
-    return [rows, cells, of_peft, others[others.row.str.contains(text, regex=False)]]
+    return [*frames, others[others.row.str.contains(text, regex=False)]]
 
 
 def generation(rows: str) -> list[pd.DataFrame]:

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from memstudy.profiler import find_gpu
 from memstudy.profiler.prediction import follow
-from memstudy.profiler.time import Work, step_time
-from memstudy.profiler.time.cost import constants, step_us
+from memstudy.profiler.time.cost import constants, step_time, step_us
+from memstudy.profiler.time.ops import Work
 from memstudy.studies.published.times import UNNAMED, Row
 from memstudy.studies.published.times.errors import LOWER_BOUNDS
 from memstudy.studies.published.times.tables import TABLES

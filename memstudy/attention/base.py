@@ -174,8 +174,11 @@ class AttentionConfig:
         raise NotImplementedError
 
     def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        """Count the elements that decoding must keep after ``seq`` tokens to make the next token."""
-        raise NotImplementedError
+        """Count the elements that decoding must keep after ``seq`` tokens to make the next token.
+
+        Here the keys and values of all tokens.
+        """
+        return 2 * batch * heads * seq * head_dim
 
 
 def check_heads(hidden_size: int, num_heads: int) -> None:

@@ -106,14 +106,6 @@ class LowRankConfig(AttentionConfig):
     def attend(self, query, key, value, **options) -> torch.Tensor:
         return softmax_attention(query, key, value, implementation="sdpa", **options)
 
-    def weight_elements(self, hidden_size: int) -> int:
-        """Count the weights of a layer's four projections, biases left out [elements]."""
-        factored = len(self.parts) * 2 * hidden_size * min(self.rank, hidden_size)
-        return factored + (len(PARTS) - len(self.parts)) * hidden_size**2
-
     def saved_elements(self, batch: int, heads: int, seq: int, head_dim: int, *, is_causal: bool = True) -> int:
         tensors = 5 * batch * heads * seq * head_dim + batch * heads * seq  # as in exact attention
         return tensors + len(self.parts) * batch * seq * min(self.rank, heads * head_dim)  # between the factors
-
-    def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * seq * head_dim  # the keys and values of all tokens

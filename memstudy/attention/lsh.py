@@ -395,6 +395,3 @@ class LSHConfig(AttentionConfig):
         orders = (self.num_hashes if chunks > 1 else 1) * chunks * self.chunk_length
         tensors = 2 if self.recompute else 4  # input and heads' outputs; queries and values
         return batch * heads * (tensors * seq * head_dim + seq + orders)  # log-sum-exps, each round's order
-
-    def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * seq * head_dim  # the queries (also the keys) and values of all tokens

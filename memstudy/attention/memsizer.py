@@ -49,10 +49,6 @@ class MemSizerState(NamedTuple):
     sum: torch.Tensor
     count: torch.Tensor
 
-    def reorder(self, beams: torch.Tensor) -> "MemSizerState":
-        """Select the states that beam search continues with: ``beams``, (batch,) indices."""
-        return MemSizerState(self.sum.index_select(0, beams), self.count.index_select(0, beams))
-
 
 class MemSizerAttention(nn.Module):
     """MemSizer on hidden states: causal, bidirectional, or across two sequences.

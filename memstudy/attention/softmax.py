@@ -284,6 +284,3 @@ class SoftmaxConfig(AttentionConfig):
         if self.implementation == "eager":  # the weights; a boolean causal mask
             return tensors + (batch * heads + (is_causal and seq > 1)) * seq**2
         return tensors + batch * heads * seq  # a log-sum-exp for each query
-
-    def state_elements(self, batch: int, heads: int, seq: int, head_dim: int) -> int:
-        return 2 * batch * heads * seq * head_dim  # the keys and values of all tokens

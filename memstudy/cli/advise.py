@@ -17,14 +17,17 @@ from memstudy.cli.of_lengths import AskedOfTraining
 def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep: Keep = None) -> None:
     """Find the techniques that make a batch fit, those that change least first.
 
-    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048\n
-    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --lengths lengths.csv
+    \b
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048
+    memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 \\
+        --lengths lengths.csv
 
     Techniques are added until the step is predicted to fit: first those that keep the arithmetic exact, then gradient
     accumulation in more and more parts, techniques that change the arithmetic, adapters, which train few weights, and
     4-bit weights beside them. What changes as much comes fastest first: on a GPU by the step time predicted for your
     model with each technique alone; on this CPU, and for a GPU described without its speed, by the memory ablation's
-    reference rows, of another model.
+    reference rows, of another model. On a GPU, techniques that are needless beside later ones are then left out again,
+    and accumulation takes fewer parts, where that is predicted to save time and still fits: the last line.
 
     With --lengths or --dataset, all steps of an epoch have to fit. The batches come first: as asked, grouped by length,
     without padding, and packed to --seq-len or the longest text; then techniques, for the batches that need least. Exit
@@ -46,8 +49,9 @@ def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep
             _finish(asked, batch, ways, [""] * len(ways))
             return
     elsewhere = None if asked.is_timed or asked.of_lengths else reference()
+    alone = asked.alone(batch)
     rungs = advice.climb(
-        asked.alone(batch),
+        alone,
         partial(asked.takes, batch),
         start=asked.techniques,
         parts_of=1 if asked.of_lengths else batch // asked.processes,
@@ -81,6 +85,10 @@ def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep
 
     found = advice.first_that_fits(rungs, fits)
     climbed = [rung for rung in rungs[: None if found is None else found + 1] if rung in tried]
+    if found and asked.is_timed and not asked.of_lengths:
+        slow = [text for text in rungs[found] if alone.times.get(text, 0) > 1 or text.startswith("accumulation=")]
+        loose = [text for text in slow if text not in asked.techniques]
+        climbed = list(dict.fromkeys([*climbed, asked.quickest(batch, rungs[found], loose, fits)]))
     if ways:
         climbed = [rung for rung in climbed if rung != asked.techniques]  # among the ways already
     answers = ways + [tried[rung] for rung in climbed]

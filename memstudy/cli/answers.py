@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memstudy.profiler import Fit, MemoryReport
-    from memstudy.profiler.time import StepTime
+    from memstudy.profiler.time.cost import StepTime
     from memstudy.trainers.hub_model import HubModelRun
 
 WIDTH = 100  # of wide tables [characters]; a wider terminal is used
@@ -20,15 +20,8 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "device": report.device,
         "kind": report.kind,
         "waterfall_mib": report.waterfall_mib(),
-        "peak_allocated_mib": report.peak_allocated_mib,
-        "peak_reserved_mib": report.peak_reserved_mib,
-        "whole_gpu_mib": report.whole_gpu_mib,
-        "fused": report.fused
-        and {
-            "peak_allocated_mib": report.fused.peak_allocated_mib,
-            "peak_reserved_mib": report.fused.peak_reserved_mib,
-            "whole_gpu_mib": report.fused.whole_gpu_mib,
-        },
+        **_totals(report),
+        "fused": report.fused and _totals(report.fused),
         "at_rest_mib": report.at_rest_bytes / 2**20,
         "peak_by_phase_mib": {phase: size / 2**20 for phase, size in report.peak_by_phase.items()},
         "fits": None if report.memory_bytes is None else report.out_of_memory is None,
@@ -37,6 +30,11 @@ def as_dict(report: MemoryReport, run: HubModelRun) -> dict:
         "time": time_as_dict(report, run),
         "time_by_pass": {name: asdict(time) for name, time in report.time_by_pass.items()},
     }
+
+
+def _totals(report: MemoryReport) -> dict[str, float | None]:
+    names = ("peak_allocated_mib", "peak_reserved_mib", "whole_gpu_mib")
+    return {name: getattr(report, name) for name in names}
 
 
 def time_as_dict(report: MemoryReport, run: HubModelRun) -> dict | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
@@ -120,6 +120,15 @@ class Asked:
         with Console(stderr=True).status(f"{self.model}: the time of each technique alone on {self.gpu}"):
             return advice.predicted_alone(self.run(batch_size, ()), texts, self.card())
 
+    def quickest(
+        self, batch_size: int, techniques: tuple[str, ...], loose: Sequence[str], fits: Callable[..., bool]
+    ) -> tuple[str, ...]:
+        """The techniques without those of ``loose`` that only take time (`advice.quickest`)."""
+        from memstudy.studies.ablation import advice
+
+        with advice.estimates(self.run(batch_size, ()), self.card()) as figures:
+            return advice.quickest(techniques, loose, lambda texts: figures(texts)[0], fits)
+
     def takes(self, batch_size: int, techniques: tuple[str, ...]) -> bool:
         """Whether the step can be predicted with ``techniques``; tells on stderr which package is missing."""
         from memstudy.attention import Unavailable
@@ -154,8 +163,11 @@ class AskedOfText(Asked):
     ] = None
     prompt: Annotated[int | None, typer.Option(help="Tokens of the prompt, with --generate.", min=1, max=2**31)] = None
     cache: Annotated[
-        Literal["growing", "static"] | None,
-        typer.Option(help="With --generate: growing (the default), or static, as long as the whole text at once."),
+        Literal["growing", "static", "fp8", "quanto4", "quanto2"] | None,
+        typer.Option(
+            help="With --generate: growing (the default), static (as long as the whole text at once), or quantised: "
+            "fp8, or optimum-quanto's of 4 or 2 bits (slow: each token is followed)."
+        ),
     ] = None
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="With --generate: the weights' format; bf16.")

@@ -51,8 +51,9 @@ def compare(
 ) -> None:
     """Compare GPUs, and sets of techniques, by the predicted memory and time of a training step; nothing is run.
 
-    memstudy compare --model gpt2-xl --batch 8 --seq-len 1024 --gpu RTX4090,A100-80GB --technique bf16 --technique
-    bf16,checkpointing
+    \b
+    memstudy compare --model gpt2-xl --batch 8 --seq-len 1024 \\
+        --gpu RTX4090,A100-80GB --technique bf16 --technique bf16,checkpointing
 
     A row for each --technique, after one without any; a column for each GPU. A cell has the memory of the whole GPU,
     the step time with its band (fast to slow hosts, and the error of the GPU's calibration) and tokens per second. For

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from memstudy.profiler import Gpu, LengthsReport, MemoryReport
     from memstudy.trainers.hub_model import HubModelRun
 
-STEP_TOKENS = 8  # sequence lengths are searched in multiples of 8, which GPUs multiply fastest
-
 
 @about_a_step
 def fit(
@@ -41,8 +39,10 @@ def fit(
 ) -> None:
     """Find the largest batch that fits, by prediction.
 
-    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --effective-batch 64 --advise\n
-    memstudy fit --model qwen2.5-7b --prompt 30720 --generate 2048 --search seq-len --gpu RTX4090\n
+    \b
+    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --advise
+    memstudy fit --model qwen2.5-7b --gpu RTX4090 \\
+        --prompt 30720 --generate 2048 --search seq-len
     memstudy fit --model gpt2-large --gpu RTX4090 --lengths lengths.csv
 
     With --lengths or --dataset, the largest batch with which all steps of an epoch fit. With --advise, techniques are
@@ -85,6 +85,8 @@ def fit(
 
 def _check(asked: AskedOfAny, budget_mib: float | None, search: str, verify: bool, effective_batch: int | None) -> None:
     """Raise ValueError for options that exclude each other."""
+    from memstudy.profiler.search import STEP_TOKENS
+
     if verify and asked.gpu is not None:
         raise ValueError("--verify runs on this CPU: leave --gpu out and give --budget-mib")
     if verify and asked.processes > 1:
@@ -117,7 +119,6 @@ class _Search:
         from memstudy.profiler import fit as largest_fit
 
         processes, over_batch = self.asked.processes, self.over == "batch"
-        limit = self._limit() if over_batch else processes * ((self.asked.prompt or self.asked.seq_len) // STEP_TOKENS)
         card = self.asked.card()
         with Console(stderr=True).status("predicting") as status:
 
@@ -143,7 +144,7 @@ class _Search:
                 effective_batch=self.effective_batch if over_batch else None,
                 expandable_segments=self.asked.expandable_segments,
                 processes=processes,
-                limit=processes if smallest else limit,
+                limit=processes if smallest else self._limit(),
                 run=partial(self._run, build) if self.verify else None,
                 foretell=over_an_epoch if self.asked.of_lengths else generates if self.asked.generate else None,
             )
@@ -153,9 +154,11 @@ class _Search:
         return Answer(techniques, self.asked.result(techniques), batch, seq_len, parts, refused, found)
 
     def _limit(self) -> int:
-        """The largest batch to consider: that of all texts, where there are texts."""
-        from memstudy.profiler.search import LIMIT
+        """The largest size to consider: of all texts where there are texts, and of the length asked for."""
+        from memstudy.profiler.search import LIMIT, STEP_TOKENS
 
+        if self.over != "batch":
+            return self.asked.processes * ((self.asked.prompt or self.asked.seq_len) // STEP_TOKENS)
         return min(LIMIT, len(self.asked.texts)) if self.asked.of_lengths else LIMIT
 
     def run(self, answer: Answer) -> HubModelRun:
@@ -169,6 +172,8 @@ class _Search:
 
     def _sizes(self, size: int) -> tuple[int, int]:
         """Batch and sequence length of a ``size`` of the search, which are multiples of the number of processes."""
+        from memstudy.profiler.search import STEP_TOKENS
+
         if self.over == "batch":
             return size, self.asked.seq_len
         return self.asked.processes, (self.asked.generate or 0) + size // self.asked.processes * STEP_TOKENS

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,16 +15,7 @@ from memstudy.cli.errors import one_line
 RESULTS = "Folder of the records, with a subfolder for each study."
 
 
-class Listing(StrEnum):
-    """The tables of `memstudy list`."""
-
-    variants = "variants"
-    techniques = "techniques"
-    datasets = "datasets"
-    gpus = "gpus"
-    models = "models"
-    studies = "studies"
-    runs = "runs"
+Listing = Literal["variants", "techniques", "datasets", "gpus", "models", "studies", "runs"]
 
 
 def list_(
@@ -39,7 +29,7 @@ def list_(
     with one_line():
         rows = _LISTINGS[what](results)
     if not rows:
-        typer.echo(f"no {what.value} yet")
+        typer.echo(f"no {what} yet")
         return
     table = Table(*rows[0], box=None)
     for row in rows:
@@ -132,11 +122,11 @@ def _runs(results: Path) -> list[dict]:
 
 
 _LISTINGS = {
-    Listing.variants: _variants,
-    Listing.techniques: _techniques,
-    Listing.datasets: _datasets,
-    Listing.gpus: _gpus,
-    Listing.models: _models,
-    Listing.studies: _studies,
-    Listing.runs: _runs,
+    "variants": _variants,
+    "techniques": _techniques,
+    "datasets": _datasets,
+    "gpus": _gpus,
+    "models": _models,
+    "studies": _studies,
+    "runs": _runs,
 }

@@ -30,16 +30,28 @@ app = typer.Typer(
     A study is a notebook that asks for rows. Each row without a record is run, in a fresh process. Every table, figure
     and number of the report is computed from the rows.
 
-    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4       will it fit? no GPU needed\n
-    memstudy compare --model gpt2 --batch 8 --seq-len 512 --gpu T4,L4    which card, which technique\n
-    memstudy fit --model gpt2 --seq-len 512 --gpu T4 --advise            the largest batch\n
-    memstudy advise --model gpt2 --batch 64 --seq-len 512 --gpu T4       what makes it fit\n
-    memstudy validate --quick        the predictions against the GPU of this machine\n
-    memstudy list studies            the studies; also: models, gpus, techniques, ...\n
-    memstudy report lab4_grid        run one study at quick scale, typeset build/report.pdf\n
-    memstudy run CONFIG.json         one run; its record says how it ended\n
-    memstudy list runs               the runs recorded so far\n
-    memstudy serve                   question the trained models on a web page
+    \b
+    Without a GPU, in seconds:
+      memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4
+          will it fit, how long does a step take
+      memstudy compare --model gpt2 --batch 8 --seq-len 512 --gpu T4,L4
+          which card, which technique
+      memstudy fit --model gpt2 --seq-len 512 --gpu T4
+          the largest batch
+      memstudy advise --model gpt2 --batch 64 --seq-len 512 --gpu T4
+          what makes it fit
+
+    \b
+    The studies:
+      memstudy list studies       also: models, gpus, techniques, ...
+      memstudy report lab4_grid   run one at quick scale, write build/report.pdf
+      memstudy run CONFIG.json    one run; its record says how it ended
+      memstudy list runs          the runs recorded so far
+      memstudy serve              question the trained models on a web page
+
+    \b
+    With a GPU:
+      memstudy validate --quick   the predictions against this machine's GPU
 
     Stopped half-way? Repeat the command: finished runs are never repeated.
     """,

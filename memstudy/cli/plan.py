@@ -25,7 +25,8 @@ def plan(
 ) -> None:
     """Write a study's missing runs as job files, with what each job needs, by prediction; print what all would take.
 
-    memstudy plan lab4_grid --scale gpu --gpu T4          what it would take\n
+    \b
+    memstudy plan lab4_grid --scale gpu --gpu T4          what it would take
     memstudy plan lab4_grid jobs --scale gpu --gpu T4     and the jobs, into a folder
 
     For a workflow engine (see the Snakefile): run each file with memstudy run and plan again, until no run is missing;

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from memstudy import records
 from memstudy.cli.answers import as_dict, show
 from memstudy.cli.asked import Batch, about_a_step
 from memstudy.cli.of_lengths import AskedOfAny, epoch_as_dict, show_epoch
@@ -32,12 +33,18 @@ def predict(
 ) -> None:
     """Predict the memory of a training step or of generation, whether it fits, and how long it takes; nothing is run.
 
-    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 --technique bf16,checkpointing --gpu T4\n
-    memstudy predict --model gpt2-xl --batch 32 --seq-len 512 --technique fsdp,bf16 --processes 8 --gpu RTX4090\n
-    memstudy predict --model qwen2.5-7b --batch 1 --prompt 6144 --generate 2048 --gpu RTX4090\n
-    memstudy predict --model llama-3.1-8b --batch 2 --technique lora=16,convention=trl,checkpointing
-    --gpu RTX4090 --lengths lengths.csv --figure peaks.pdf
-    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4 --snapshot gpt2.pickle --trace gpt2.json
+    \b
+    memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 \\
+        --technique bf16,checkpointing --gpu T4
+    memstudy predict --model gpt2-xl --batch 32 --seq-len 512 \\
+        --technique fsdp,bf16 --processes 8 --gpu RTX4090
+    memstudy predict --model qwen2.5-7b --batch 1 --gpu RTX4090 \\
+        --prompt 6144 --generate 2048
+    memstudy predict --model llama-3.1-8b --batch 2 --gpu RTX4090 \\
+        --technique lora=16,convention=trl,checkpointing \\
+        --lengths lengths.csv --figure peaks.pdf
+    memstudy predict --model gpt2 --batch 8 --seq-len 512 --gpu T4 \\
+        --snapshot gpt2.pickle --trace gpt2.json
 
     The step is Hugging Face Trainer's own, and generation transformers' own, traced on fake tensors. The band of the
     times spans fast and slow hosts and the error of the GPU's calibration. Exit status 0 whether or not it fits.
@@ -49,14 +56,18 @@ def predict(
     if asked.of_lengths:
         _epoch(asked, batch, figure)
         return
-    with _whole_file("--snapshot", snapshot) as put_snapshot, _whole_file("--trace", trace) as put_trace:
-        report, run = asked.report(batch, asked.techniques), asked.run(batch, asked.techniques)
-        if snapshot:
-            from memstudy.profiler.snapshot import pickled
+    for option, path in (("--snapshot", snapshot), ("--trace", trace)):
+        if path is not None:
+            _check_place(option, path)
+    report, run = asked.report(batch, asked.techniques), asked.run(batch, asked.techniques)
+    if snapshot is not None:
+        from memstudy.profiler.snapshot import pickled
 
-            put_snapshot(pickled(report))
-        if trace:
-            put_trace(json.dumps(report.trace()).encode())
+        with _naming("--snapshot", snapshot):
+            records.write_whole(snapshot, pickled(report))
+    if trace is not None:
+        with _naming("--trace", trace):
+            records.write_whole(trace, json.dumps(report.trace()).encode())
     if asked.as_json:
         typer.echo(json.dumps(as_dict(report, run), indent=2))
     else:
@@ -82,32 +93,12 @@ def _epoch(asked: AskedOfAny, batch: int, figure: Path | None) -> None:
     write_figure(drawn, figure)
 
 
-@contextmanager
-def _whole_file(option: str, path: Path | None) -> Iterator[Callable[[bytes], object]]:
-    """A function that writes the file at ``path``, which appears at the end of the block, or not at all.
-
-    Raises ValueError before the block for a place that cannot be written.
-    """
-    if path is None:
-        yield lambda data: None
-        return
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}.tmp")
-    try:
-        if path.is_dir():
-            raise ValueError(f"{option} {path}: is a folder; give the path of a file")
-        with _naming(option, path):
-            unfinished.touch()
-
-        def put(data: bytes) -> None:
-            with _naming(option, path):
-                unfinished.write_bytes(data)
-
-        yield put
-        with _naming(option, path):
-            os.replace(unfinished, path)
-    finally:
-        if unfinished.parent.is_dir():
-            unfinished.unlink(missing_ok=True)
+def _check_place(option: str, path: Path) -> None:
+    """Raise ValueError unless a file can be written at ``path``: before the prediction, which takes seconds."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder; give the path of a file")
+    with _naming(option, path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 @contextmanager

@@ -77,12 +77,7 @@ class LoadedData:
 
     def provenance(self) -> dict[str, str]:
         """The fields that a record keeps: all but the rows."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "revision": self.revision,
-            "content_hash": self.content_hash,
-        }
+        return {name: getattr(self, name) for name in ("name", "source", "revision", "content_hash")}
 
 
 def load(name: str) -> LoadedData:

@@ -16,6 +16,7 @@ from memstudy.huggingface.out_of_memory import advice, is_out_of_memory, request
 from memstudy.profiler import Gpu, MemoryReport, find_gpu
 from memstudy.profiler.local import local_gpu
 from memstudy.profiler.measurement import Recording
+from memstudy.profiler.recorder import CannotFollow
 from memstudy.profiler.waterfall import verdict, waterfall
 
 GIB = 2**30
@@ -82,7 +83,7 @@ class MemoryCallback(TrainerCallback):
         except RuntimeError as error:  # another profiler is running
             _say(f"memory not measured by category: {_line(error)}")
         else:
-            self._recording.know(self._trainer.model, self._trainer.optimizer, self._trainer._tr_loss)
+            self._recording.know(twin.models(self._trainer), self._trainer.optimizer, self._trainer._tr_loss)
 
     def on_step_begin(self, args, state, control, **_):
         if self._recording:
@@ -109,8 +110,8 @@ class MemoryCallback(TrainerCallback):
             with console.status("tracing the Trainer's step on fake tensors"):
                 parts = twin.longest_parts(self._trainer, loader)
                 self.predicted = report = twin.foretell(self._trainer, parts, self._card)
-        except twin.Unpredicted as error:
-            _say(f"memory not predicted: {error}")
+        except CannotFollow as error:
+            _say(f"memory not predicted: {_line(error)}")
             return
         except Exception as error:  # of any kind, from the model's own code: the training goes on
             _say(f"memory not predicted: {type(error).__name__}: {_line(error)}")
@@ -121,7 +122,7 @@ class MemoryCallback(TrainerCallback):
         if self._card is not None:
             console.print(verdict(report), soft_wrap=True)
             return
-        held = sum(p.untyped_storage().nbytes() for p in self._trainer.model.parameters())
+        held = sum(p.untyped_storage().nbytes() for p in twin.models(self._trainer).parameters())
         more, left = (report.peak_bytes - held) / GIB, psutil.virtual_memory().available / GIB
         console.print(f"{'fits' if more < left else 'does not fit'}: {more:.1f} GiB more, {left:.1f} available")
 

@@ -62,8 +62,9 @@ def advice(trainer: Trainer, seq_len: int, card: Gpu | None) -> str:
     optimizer = str(trainer.args.optim.value)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "config.json")
-        # A model that was not loaded names no class of its own.
-        config.write_text(json.dumps(model.config.to_dict() | {"architectures": [type(model).__name__]}, default=str))
+        # A model that was not loaded names no class of its own; quantised weights are among the techniques.
+        told = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": None}
+        config.write_text(json.dumps(told, default=str))
         options = {
             "model": config,
             "batch": batch,
@@ -92,6 +93,8 @@ def _described(trainer: Trainer) -> tuple[torch.nn.Module, list[str]]:
     """The model without adapters, and the techniques of the Trainer by name."""
     args, model = trainer.args, trainer.model
     techniques = [name for name in ("bf16", "fp16") if getattr(args, name)]
+    loaded = {"is_loaded_in_4bit": "nf4_weights", "is_loaded_in_8bit": "int8_weights"}
+    techniques += [name for flag, name in loaded.items() if getattr(model, flag, False)]
     if getattr(model, "is_activation_checkpointing", False):
         techniques.append("checkpointing")
     if args.gradient_accumulation_steps > 1:

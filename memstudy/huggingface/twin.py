@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, cycle
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -18,16 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from memstudy.profiler import Gpu, MemoryReport, predict, roles
+from memstudy.profiler.recorder import CannotFollow
 
 UPDATES = 2  # the first ends with new optimizer state
 PARTS = 2  # of an accumulated batch: they reach the peak of any larger number
 SAMPLE = 256  # rows among which the longest are looked for
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CONTAINERS = (dict, list, set, deque, defaultdict)
-
-
-class Unpredicted(ValueError):
-    """The Trainer's step is not predicted."""
 
 
 def unsupported(trainer: Trainer) -> str:
@@ -42,10 +40,16 @@ def unsupported(trainer: Trainer) -> str:
         return f"torch.nn.DataParallel shares the step among {trainer.args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES to one"
     if trainer.args.torch_compile:
         return "torch.compile wraps the model: leave torch_compile out to see its memory without compilation"
-    for name, tensor in _tensors(trainer.model):
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
-            return f"{name} is a {type(tensor).__name__}, and no plain tensor"
+    held = models(trainer)
+    for name, tensor in chain(held.named_parameters(), held.named_buffers()):
+        if type(tensor) not in _followed() or tensor.layout is not torch.strided:
+            return f"{name.partition('.')[2]} is a {type(tensor).__name__}, and no plain tensor"
     return ""
+
+
+def models(trainer: Trainer) -> torch.nn.ModuleList:
+    """The model of ``trainer``, and others that it holds, as the reference of a preference loss."""
+    return torch.nn.ModuleList(value for value in vars(trainer).values() if isinstance(value, torch.nn.Module))
 
 
 def longest_parts(trainer: Trainer, loader: DataLoader) -> list[object]:
@@ -55,13 +59,13 @@ def longest_parts(trainer: Trainer, loader: DataLoader) -> list[object]:
 
     Raises
     ------
-    Unpredicted
+    CannotFollow
         When there are no rows to look at.
     """
     if not isinstance(loader, DataLoader):
-        raise Unpredicted(f"its batches come from a {type(loader).__name__}, and a DataLoader is needed")
+        raise CannotFollow(f"its batches come from a {type(loader).__name__}, and a DataLoader is needed")
     if isinstance(loader.dataset, IterableDataset):
-        raise Unpredicted("its data set is a stream, whose rows training would miss: give one with a length")
+        raise CannotFollow("its data set is a stream, whose rows training would miss: give one with a length")
     rows, accumulation = loader.dataset, trainer.args.gradient_accumulation_steps
     size, parts = trainer.state.train_batch_size, min(accumulation, PARTS)
     with random_numbers_kept():
@@ -151,49 +155,48 @@ def _copy(batch: object, *, on_cpu: bool) -> object:
     return recursively_apply(copied, batch)
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers and tensors that are plain attributes, with their paths."""
-    for path, module in model.named_modules():
-        for name, value in chain(module._parameters.items(), module._buffers.items(), vars(module).items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{path}.{name}".lstrip("."), value
+def _followed() -> list[type[torch.Tensor]]:
+    """The types of tensors that have fakes: plain ones, and bitsandbytes' weights in 4 and 8 bits."""
+    layers = sys.modules.get("bitsandbytes.nn.modules")
+    quantised = [layers.Params4bit, layers.Int8Params] if layers else []
+    return [torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, *quantised]
 
 
 class _Fakes:
-    """Fake tensors in place of real ones, by ``id``; those of one storage share one."""
+    """Deep copies that have fake tensors in place of real ones; those of one storage share one."""
 
     def __init__(self):
-        self.memo: dict[int, object] = {}  # as `copy.deepcopy` takes it
+        self._memo: dict[int, object] = {}  # as `copy.deepcopy` takes it
         self._storages: dict[int, torch.Tensor] = {}
 
-    def of(self, value: object) -> object:
-        """The fake in place of a tensor; any other value as it is."""
-        if not isinstance(value, torch.Tensor):
-            return value
-        if id(value) not in self.memo:
-            storage = value.untyped_storage()
-            if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
-            flat = self._storages[storage._cdata].view(value.dtype)
-            fake = flat.as_strided(value.shape, value.stride(), value.storage_offset())
-            if isinstance(value, torch.nn.Parameter):
-                fake = torch.nn.Parameter(fake, value.requires_grad)
-            self.memo[id(value)] = fake
-        return self.memo[id(value)]
+    def copy(self, value: object) -> object:
+        """A deep copy of ``value``; what is copied twice is one object."""
+        with patch.dict(copy._deepcopy_dispatch, dict.fromkeys(_followed(), self._fake)):
+            return copy.deepcopy(value, self._memo)
+
+    def _fake(self, value: torch.Tensor, memo: dict) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8)
+        flat = self._storages[storage._cdata].view(value.dtype)
+        fake = flat.as_strided(value.shape, value.stride(), value.storage_offset())
+        if not isinstance(value, torch.nn.Parameter):
+            return fake
+        parameter = memo[id(value)] = type(value)(fake, requires_grad=value.requires_grad)
+        vars(parameter).update(copy.deepcopy(vars(value), memo))  # among them a quantised weight's scales
+        return parameter
 
 
 def _twin(trainer: Trainer, fakes: _Fakes, parts: int) -> Trainer:
     """A Trainer that does what ``trainer`` does, on ``fakes``; it shares no mutable state."""
-    for _, tensor in _tensors(trainer.model):
-        fakes.memo[id(tensor)] = fakes.of(tensor)
-    model = copy.deepcopy(trainer.model, fakes.memo)
-    for module in model.modules():  # tells the profiler, which watches registrations
-        for name, parameter in module._parameters.items():
-            module.register_parameter(name, parameter)
+    model = fakes.copy(trainer.model)
     twin = copy.copy(trainer)
     for name, value in vars(trainer).items():
-        if type(value) in _CONTAINERS and not name.endswith("_dataset"):
-            setattr(twin, name, copy.deepcopy(value, fakes.memo))
+        if isinstance(value, torch.nn.Module) or (type(value) in _CONTAINERS and not name.endswith("_dataset")):
+            setattr(twin, name, fakes.copy(value))
+    for module in models(twin).modules():
+        for name, parameter in module._parameters.items():
+            module.register_parameter(name, parameter)  # tells the profiler, which watches registrations
     twin.args = copy.copy(trainer.args)
     twin.args.gradient_accumulation_steps = parts
     vars(twin.args)["_setup_devices"] = torch.device("cpu")  # where a prediction runs, for whatever device
@@ -220,15 +223,9 @@ def _optimizer(optimizer: torch.optim.Optimizer, fakes: _Fakes) -> torch.optim.O
         (name, copy.copy(value) if type(value) in _CONTAINERS else value) for name, value in vars(optimizer).items()
     )
     vars(twin).pop("step", None)  # a scheduler's wrapper, which steps the other
-    twin.param_groups = [
-        {name: fakes.of(value) for name, value in group.items()} | {"params": [fakes.of(p) for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
+    twin.param_groups, twin.state = fakes.copy(optimizer.param_groups), fakes.copy(optimizer.state)
     if hasattr(optimizer, "mng"):
         twin.mng = _overrides(optimizer)
-    twin.state = defaultdict(dict)
-    for parameter, values in optimizer.state.items():
-        twin.state[fakes.of(parameter)] = {name: fakes.of(value) for name, value in values.items()}
     return twin
 
 

@@ -14,7 +14,7 @@ def grouped_mm_on(*, cuda: bool) -> Callable:
     """``aten::_grouped_mm`` of any type: a product for each expert, whatever the number of its tokens.
 
     The fake kernel takes bfloat16 only. aten/src/ATen/native/GroupedMMUtils.h, ``create_grouped_gemm_output_tensor``:
-    on CUDA, rows are aligned to 16 bytes.
+    on CUDA, rows are aligned to 16 bytes. oneDNN's buffers, which depend on each expert's tokens, are not counted.
     """
 
     def grouped_mm(left, right, offs=None, bias=None, out_dtype=None):

@@ -1,12 +1,13 @@
 """Memory that CPU kernels allocate internally: no dispatch mode sees it, so rules compute it.
 
 Each rule follows PyTorch 2.13's source and names the file (below ``aten/src/ATen``). A rule needs only shapes and
-types, and the number of threads where each thread has its own buffer. oneDNN's buffers for bfloat16 products and
-convolutions depend on the processor and are not counted.
+types, and the number of threads where each thread has its own buffer. oneDNN's buffers depend on the processor: oneDNN
+is asked for those of recurrent layers, of convolutions and of products in half precision, unless they are large.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -14,7 +15,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from memstudy.profiler.internals import OpOverload, _current_autograd_node, _get_current_graph_task_keep_graph
+from memstudy.profiler.internals import (
+    OpOverload,
+    OpOverloadPacket,
+    _current_autograd_node,
+    _disable_current_modes,
+    _get_current_graph_task_keep_graph,
+    tree_map_only,
+)
 
 _ATEN = torch.ops.aten
 _COMPARISONS = (_ATEN.eq, _ATEN.ne, _ATEN.lt, _ATEN.le, _ATEN.gt, _ATEN.ge)
@@ -32,6 +40,13 @@ IN_PYTHON = {
         "optimizer_update_8bit_blockwise",
     )
 }  # fmt: skip
+_RECURRENT = {_ATEN.mkldnn_rnn_layer, _ATEN.mkldnn_rnn_layer_backward}
+_PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.linear}
+_SUPPORTS = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+}
+MOST_ASKED = 2**30  # multiplications of a product: some hundredths of a second
 _QUOTIENTS = (_ATEN.div, _ATEN.div_)
 # Ops whose second operand is saved for backward (tools/autograd/derivatives.yaml).
 _SAVING = {_ATEN.mul, _ATEN.div, _ATEN.mul_, _ATEN.div_}
@@ -41,6 +56,7 @@ class BelowDispatch:
     """Follows the ops of a step and reports through ``tell`` the internal allocations of their kernels."""
 
     def __init__(self, tell: Callable[..., None]):
+        self.unverified: set[str] = set()
         self._tell = tell
         self._blocks = itertools.count(-1, -1)  # no storage's key is negative
         self._saved: tuple[int, weakref.ref] | None = None
@@ -62,6 +78,8 @@ class BelowDispatch:
     def after(self, func: OpOverload, args: Sequence, result: object) -> None:
         """To be called after ``func`` has returned and its results have been recorded."""
         inside, made = scratch(func, args, result), number(func, args)
+        if _multiplications(func, args, result) > MOST_ASKED:
+            self.unverified.add("oneDNN's buffers in large products (not counted)")
         if made:
             block = next(self._blocks)
             self._tell("alloc", block=block, size=made)
@@ -90,17 +108,61 @@ def corrected(func: OpOverload, args: Sequence, result: object) -> object:
     if func is _ATEN.native_layer_norm.default and args[2] is not None and args[2].dtype != args[0].dtype:
         # Mean and 1 / deviation are in the weight's type (native/cpu/mixed_data_type.h, ``param_scalar_type``).
         return result[0], *(statistic.to(args[2].dtype) for statistic in result[1:])
+    if func is _ATEN.mkldnn_rnn_layer.default:
+        return *result[:3], result[3].new_empty(_asked(func, args)[1])
+    if func is _ATEN.mkldnn_rnn_layer_backward.default:  # a gradient for each of the two biases
+        return *result[:4], torch.empty_like(result[3]), *result[5:]
     return result
 
 
 def scratch(func: OpOverload, args: Sequence, result: object) -> int:
     """Most bytes that the kernel of ``func`` holds besides its results; freed before the kernel returns."""
     packet = func.overloadpacket
+    if packet in _RECURRENT or 0 < _multiplications(func, args, result) <= MOST_ASKED:
+        return _asked(func, args)[0]
     if packet in _BINARY:
         return _casts(packet, args, result)
     rule = _RULES.get(packet)
     copied = sum(_copy(args[position]) for position in _CONTIGUOUS.get(packet, ()))
     return copied + (rule(args, result) if rule else 0)
+
+
+def _multiplications(func: OpOverload, args: Sequence, result: object) -> int:
+    """How many multiplications oneDNN makes: native/mkldnn/Matmul.cpp, ``use_mkldnn_matmul``."""
+    packet = func.overloadpacket
+    if packet in _PRODUCTS and _SUPPORTS.get(args[-2].dtype, bool)():
+        return result.numel() * args[-2].shape[-1]
+    if packet is _ATEN.convolution:
+        return result.numel() * math.prod(args[1].shape[1:])
+    return args[0].numel() * math.prod(args[2].shape[1:]) if packet is _ATEN.convolution_backward else 0
+
+
+def _asked(func: OpOverload, args: Sequence) -> tuple[int, int]:
+    """Bytes that oneDNN holds besides the results of ``func``, and bytes of a recurrent layer's workspace.
+
+    native/mkldnn/RNN.cpp, Conv.cpp and Matmul.cpp: workspace, packed weights and scratch are as large as oneDNN says.
+    """
+    described = tree_map_only(torch.Tensor, lambda tensor: (tensor.shape, tensor.stride(), tensor.dtype), args)
+    hashable = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in described)
+    return _run_once(func.overloadpacket, hashable, torch.is_grad_enabled(), torch.get_num_threads())
+
+
+@functools.cache
+def _run_once(packet: OpOverloadPacket, described: tuple, *settings: int) -> tuple[int, int]:
+    """Run on tensors without values; oneDNN's sizes depend on ``settings`` too."""
+    with _disable_current_modes():
+        args = [
+            torch.empty_strided(*arg[:2], dtype=arg[2])
+            if isinstance(arg, tuple) and torch.dtype in map(type, arg)
+            else arg
+            for arg in described
+        ]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = packet(*args)
+    events = profile.profiler.kineto_results.events()
+    held = list(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    workspace = packet is _ATEN.mkldnn_rnn_layer and result[3]
+    return max(held, default=0) - sum(held[-1:]), workspace.numel() if torch.is_tensor(workspace) else 0
 
 
 def number(func: OpOverload, args: Sequence) -> int:

@@ -28,7 +28,7 @@ COLOURS = {
     "cache": "#76b7b2",
     "logits": "#f28e2c",
 }
-LABELS, PLOT, NUMBERS = 100, 300, 120  # widths [px]
+LABELS, PLOT, NUMBERS = 100, 300, 130  # widths [px]
 ROW, HEIGHT = 20, 130  # heights of a bar's row and of the timeline [px]
 POINTS = 200  # of the timeline
 
@@ -58,19 +58,20 @@ class Comparison:
             yield [*[_bold(name)] * (name in self.named), *_lines(report), _waterfall(report, scale)]
 
     def _table(self) -> str:
-        parts = {name: report.waterfall_mib() for name, report in self.reports.items()}
-        rows = dict.fromkeys(part for each in parts.values() for part in each)
-        cells = {row: [each.get(row) for each in parts.values()] for row in rows}
-        cells["in all"] = [sum(each.values()) for each in parts.values()]
-        two = len(parts) == 2
-        head = "".join(f"<th>{escape(name)}</th>" for name in ["MiB", *parts, *["difference"] * two])
-        body = "".join(
-            f"<tr><th>{escape(row)}</th>"
-            + "".join(f"<td>{_number(size)}</td>" for size in [*sizes, *[_change(sizes)] * two])
-            + "</tr>"
-            for row, sizes in cells.items()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        columns = [(name, report.waterfall_mib()) for name, report in self.reports.items()]
+        rows = [*dict.fromkeys(part for _, parts in columns for part in parts), "in all"]
+        for _, parts in columns:
+            parts["in all"] = sum(parts.values())
+        if len(columns) == 2:
+            (_, before), (_, after) = columns
+            columns.append(("difference", {row: after[row] - before[row] for row in before if row in after}))
+        head = "".join(f"<th>{escape(name)}</th>" for name in ["MiB", *(name for name, _ in columns)])
+        body = ""
+        for row in rows:
+            cells = (f"<td>{parts[row]:z,.1f}</td>" if row in parts else "<td></td>" for _, parts in columns)
+            body += f"<tr><th>{escape(row)}</th>{''.join(cells)}</tr>"
+        style = 'style="font-size: inherit; text-align: right; border-spacing: 12px 0"'
+        return f"<table {style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def compare(*reports: MemoryReport, **named: MemoryReport) -> Comparison:
@@ -93,14 +94,6 @@ def _box(*parts: str) -> str:
 
 def _bold(text: str) -> str:
     return f"<div><b>{escape(text)}</b></div>"
-
-
-def _number(size: float | None) -> str:
-    return "" if size is None else f"{size:z,.1f}"
-
-
-def _change(sizes: list[float | None]) -> float | None:
-    return None if None in sizes else sizes[-1] - sizes[0]
 
 
 def _scale(report: MemoryReport) -> float:

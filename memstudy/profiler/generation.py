@@ -54,6 +54,7 @@ def predict_generation(
     tokens: int,
     gpu: str | Gpu | None = None,
     expandable_segments: bool = False,
+    uniform: bool = True,
 ) -> MemoryReport:
     """Predict the memory of generating ``tokens`` tokens after ``prompt`` others.
 
@@ -70,6 +71,8 @@ def predict_generation(
         Both at least 1, in each sequence.
     gpu, expandable_segments
         As in `predict`.
+    uniform : bool
+        Whether the tokens repeat one sequence of events. Otherwise each token is followed.
 
     Returns
     -------
@@ -89,7 +92,7 @@ def predict_generation(
         """Token ``number`` and the next, traced as those that come early after a longer prompt."""
         return traced(prompt + number - SETTLED, SETTLED + 2)[1][SETTLED:][:2]
 
-    if tokens <= 2 * SETTLED:
+    if tokens <= 2 * SETTLED or not uniform:
         recorder, told = traced(prompt, tokens + 1)  # the last token's events include the release of the cache
         last, told = recorder, told[:-1]
     else:

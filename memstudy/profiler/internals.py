@@ -26,7 +26,7 @@ from torch._C._dynamo.eval_frame import (
     set_code_exec_strategy,
 )
 from torch._library.custom_ops import OPDEFS
-from torch._ops import HigherOrderOperator, OpOverload, get_cached_ops
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket, get_cached_ops
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,

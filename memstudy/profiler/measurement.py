@@ -94,8 +94,11 @@ class Recording:
     def know(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *others: torch.Tensor) -> None:
         """Count the memory of the ``model``, its ``optimizer`` and ``others`` from before the recording."""
         self.roles.watch_model(model)
+        beside = [value for parameter in model.parameters() for value in vars(parameter).values()]
+        beside += [value.state2 for value in beside if hasattr(value, "state2")]  # the scales of bitsandbytes' scales
         state = [value for values in optimizer.state.values() for value in values.values()]
-        kept = [("parameters", list(model.parameters())), ("other", [*model.buffers(), *others]), ("optimizer", state)]
+        others = [*model.buffers(), *others, *beside]
+        kept = [("parameters", list(model.parameters())), ("other", others), ("optimizer", state)]
         known: set[int] = set()
         for category, tensors in kept:
             for tensor in (part for each in tensors for part in plain_tensors(each)):

@@ -39,7 +39,7 @@ from memstudy.profiler.recorder import ON_CUDA, CannotFollow, Recorder, key_of
 from memstudy.profiler.report import MemoryReport
 from memstudy.profiler.roles import Roles, Step, watch_modules, watch_optimizers
 from memstudy.profiler.subclasses import copying_fake_tensors, making_fake_subclasses
-from memstudy.profiler.time import StepTime, step_time
+from memstudy.profiler.time.cost import StepTime, step_time
 
 _BY_DATA = (DynamicOutputShapeException, DataDependentOutputException)
 # Errors of a CPU build of PyTorch when build() asks for CUDA without making a tensor.
@@ -124,9 +124,9 @@ def report_of(
     **others,
 ) -> MemoryReport:
     """The report of predicted ``events``, on a GPU after a replay of its allocator; ``others`` as in `account`."""
+    unverified = (*sorted(recorder.below.unverified | recorder.assumed), *uncounted)
     if card is None:
-        assumed = tuple(sorted(recorder.assumed))
-        return account(events, device="cpu", kind="predicted", unverified=assumed, **others)
+        return account(events, device="cpu", kind="predicted", unverified=unverified, **others)
     replayed = replay(events, capacity=card.capacity_bytes, expandable_segments=expandable_segments)
     return account(
         replayed.events,
@@ -137,7 +137,7 @@ def report_of(
         memory_bytes=int(card.memory_mib * MIB),
         out_of_memory=replayed.out_of_memory,
         gpu=card,
-        unverified=(*sorted(recorder.below.unverified | recorder.assumed), *uncounted),
+        unverified=unverified,
         **others,
     )
 

@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
             self._in_python = by_shape.kernels(cuda=True) | cuda.kernels(semantics.gemm_4bit)
         self.assumed: set[str] = set()  # what only the data or the device can say
         self.issued = Issued()
-        self.compiler = Compiler(self)
+        self.compiler = Compiler(self, on_gpu=card is not None)
         self._values = Values()
         self._results = Results(fake)
         self._corrected = cpu.corrected if card is None else cuda.corrected
@@ -143,12 +143,13 @@ class Recorder(TorchDispatchMode):
 
         return resized
 
-    def in_kernel(self, number: int, *, in_registers: bool = False) -> None:
+    def in_kernel(self, number: int, *, in_registers: bool = False, inlined: bool = False) -> None:
         """From now on, ops are parts of the fused kernel ``number``; of none if that is 0.
 
-        A kernel that a compiler generates allocates nothing but its results, which may stay ``in_registers``.
+        A kernel that a compiler generates allocates nothing but its results, which may stay ``in_registers``, and
+        surely do so if ``inlined``.
         """
-        self._kernel, self._in_registers = number, in_registers
+        self._kernel, self._in_registers, self._inlined = number, in_registers, inlined
 
     def as_one_kernel(self, function: Callable, args: tuple, kwargs: dict) -> object:
         """Run ``function`` as a compiled kernel, as of an optimizer: only its results count.
@@ -250,7 +251,7 @@ class Recorder(TorchDispatchMode):
                 raise CannotFollow(ON_CUDA)
             if not known and (tensor.device.type == "meta" or tensor.layout is not torch.strided):
                 continue  # has no memory on a real device either, or that of its parts
-            if self._in_one_kernel:
+            if self._in_one_kernel or self._inlined:
                 self._ignore_new(tensor)
             else:
                 self._note(tensor.untyped_storage())

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.events import CATEGORIES, MIB, Event, OutOfMemory
-from memstudy.profiler.time import StepTime, Work
+from memstudy.profiler.time.cost import StepTime
+from memstudy.profiler.time.ops import Work
 
 
 @dataclass(frozen=True)

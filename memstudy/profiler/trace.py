@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from memstudy.profiler.accounting import categorise
 from memstudy.profiler.events import Event
-from memstudy.profiler.time import schedule
+from memstudy.profiler.time.cost import schedule
 
 if TYPE_CHECKING:
     from memstudy.profiler.report import MemoryReport
-    from memstudy.profiler.time import TimedOp
+    from memstudy.profiler.time.cost import TimedOp
 
 PROCESS, PHASES, OPS = 1, 1, 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -11,10 +10,13 @@ from pydantic import PositiveInt, model_validator
 from transformers import PreTrainedModel, set_seed
 
 from memstudy import techniques
+from memstudy.huggingface.quanto import quantised_cache
 from memstudy.profiler import find_gpu, roles
 from memstudy.profiler.generation import predict_generation
 from memstudy.techniques.base import check_dtype
 from memstudy.trainers.hub_model import CAUSAL, HubModelRun
+
+CacheKind = Literal["growing", "static", "fp8", "quanto4", "quanto2"]
 
 
 def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, total: int, **options) -> None:
@@ -37,13 +39,14 @@ class GenerationRun(HubModelRun):
     """Every choice of one run of transformers' ``generate``, which chooses the likeliest token.
 
     ``seq_len`` counts the prompt's tokens and the ``new_tokens`` generated. The ``cache`` grows with each token, or is
-    ``static``: as long as the whole text from the beginning. Prefill computes the logits of the last token alone, as
-    the installed transformers does (``logits_to_keep``).
+    ``static``: as long as the whole text from the beginning. It grows quantised as ``fp8``, or as optimum-quanto's of 4
+    or 2 bits, which keeps up to 128 tokens as they are; of that one, each token is followed. Prefill computes the
+    logits of the last token alone, as the installed transformers does (``logits_to_keep``).
     """
 
     kind: Literal["generation"] = "generation"
     new_tokens: PositiveInt
-    cache: Literal["growing", "static"] = "growing"
+    cache: CacheKind = "growing"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     measure_steps: PositiveInt = 1
     processes: Literal[1] = 1
@@ -93,15 +96,28 @@ class GenerationRun(HubModelRun):
             for technique in self.parsed_techniques():
                 technique.prepare(model)
             ids = torch.randint(self.config().get_text_config().vocab_size, (self.batch_size, prompt), device=device)
-            cache = {"cache_implementation": "static"} if self.cache == "static" else {}
-            step = partial(generate, model, ids, tokens, self.seq_len, do_sample=False, **cache)
+
+            def step():
+                generate(model, ids, tokens, self.seq_len, do_sample=False, **self._cache())
+
             step.n_parameters = sum(parameter.numel() for parameter in model.parameters())
             return step
 
         return make
 
+    def _cache(self) -> dict:
+        """The options of ``generate`` for the cache."""
+        if self.cache == "growing":
+            return {}
+        if self.cache == "static":
+            return {"cache_implementation": "static"}
+        if not self._family(self.config())._supports_default_dynamic_cache():
+            raise ValueError(f"cache {self.cache}: {self.model} keeps other states than keys and values: take growing")
+        return {"past_key_values": quantised_cache(self.config(), self.cache)}
+
     def build(self, *, gpu=None, parts=None):
-        """As `StepRun.build`; the step generates the whole text."""
+        """As `StepRun.build`; the step generates the whole text. Raises also for an unsuited cache."""
+        self._cache()
         card = find_gpu(gpu) if isinstance(gpu, str) else gpu
         techniques.check_available(self.parsed_techniques(), capability=card and card.compute_capability)
         return self._generates(self.prompt, self.new_tokens)
@@ -117,8 +133,9 @@ class GenerationRun(HubModelRun):
             tokens=self.new_tokens,
             gpu=gpu or None,
             expandable_segments=expandable_segments,
+            uniform=not self.cache.startswith("quanto"),
         )
-        if not gpu or self.cache == "growing":
+        if not gpu or self.cache != "static":
             return report
         # On a GPU, generate compiles each token's pass over a static cache: its time is not that of the ops followed.
         compiled = "compiled passes over the static cache (followed without compilation)"

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from math import ceil, prod
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from memstudy.profiler.catalogue import Gpu
 from memstudy.profiler.time.ops import KINDS, Work
 
-CONSTANTS = Path(__file__).with_name("constants.yaml")
 # Tiles (rows, columns) of the libraries' products, and their speed relative to the largest: of tensor cores, and of
 # fp32 arithmetic, by the kernels that neusight_ops_fp32 names.
 TENSOR_TILES = {(256, 128): 1.0, (128, 256): 1.0, (128, 128): 0.95, (128, 64): 0.85, (64, 128): 0.85, (64, 64): 0.7}
@@ -25,7 +23,6 @@ FP32_TILES = {
     (128, 128): 1.0, (128, 64): 1.0, (64, 128): 1.0, (64, 64): 0.97, (128, 32): 0.86, (32, 128): 0.86, (64, 32): 0.8,
     (32, 64): 0.8, (32, 32): 0.62,
 }  # fmt: skip
-SPLITS = (1, 2, 4, 8, 16)  # parts of the inner dimension, whose sums are added up
 
 
 class Constant(BaseModel):
@@ -52,7 +49,8 @@ class Constant(BaseModel):
 @functools.cache
 def constants() -> dict[str, Constant]:
     """The constants of ``constants.yaml``, by name."""
-    return {name: Constant.model_validate(given) for name, given in yaml.safe_load(CONSTANTS.read_bytes()).items()}
+    text = Path(__file__).with_name("constants.yaml").read_bytes()
+    return {name: Constant.model_validate(given) for name, given in yaml.safe_load(text).items()}
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,13 @@ def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, 
     busy = sum(by_kind.values())
     by_kind["host waits"] += total - busy
     wrong = constants()["calibration_error"].of(gpu)
-    host = sum(_host_us(phase, "typical") for phase, _ in issued)
     flops = sum(_flops(work) for _, work in issued)
     return StepTime(
         step_time_ms=total / 1e3,
         low_ms=sum(fast.values()) * (1 - wrong) / 1e3,
         high_ms=sum(slow.values()) * (1 + wrong) / 1e3,
         kernels_ms=sum(alone[id(work)] for _, work in issued) / 1e3,
-        bound_by="host" if host > busy else "GPU",
+        bound_by="host" if sum(_host_us(phase, "typical") for phase, _ in issued) > busy else "GPU",
         by_phase_ms={phase: us / 1e3 for phase, us in typical.items()},
         by_kind_ms={kind: us / 1e3 for kind, us in by_kind.items()},
         share_of_peak=flops / (total * gpu.speed.tensor_tflops * 1e6) if total else 0.0,
@@ -142,27 +139,25 @@ def schedule(issued: Sequence[tuple[str, Work]], gpu: Gpu) -> list[TimedOp]:
 def _queue(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> Iterator[TimedOp]:
     """The host issues each op, and the GPU begins it when it is issued and the GPU is free."""
     issued_at = free_at = 0.0
-    for phase, ops in groupby(issued, key=itemgetter(0)):
-        per_op = _host_us(phase, host)
-        for _, work in ops:
-            issued_at += per_op
-            begins = max(free_at, issued_at)
-            if work.kernels:
-                free_at = begins + us[id(work)]
-            if work.kind == "host waits":
-                issued_at = max(issued_at, free_at)
-            yield TimedOp(phase, work, issued_at, begins, free_at)
+    per_op = {phase: _host_us(phase, host) for phase in {phase for phase, _ in issued}}
+    for phase, work in issued:
+        issued_at += per_op[phase]
+        begins = max(free_at, issued_at)
+        if work.kernels:
+            free_at = begins + us[id(work)]
+        if work.kind == "host waits":
+            issued_at = max(issued_at, free_at)
+        yield TimedOp(phase, work, issued_at, begins, free_at)
 
 
 def _run(issued: Sequence[tuple[str, Work]], us: dict[int, float], host: str) -> dict[str, float]:
     """Time by phase [µs], with the given ``host``."""
     before = 0.0
     times: dict[str, float] = {}
-    for phase, ops in groupby(_queue(issued, us, host), key=attrgetter("phase")):
+    for phase, ops in groupby(_queue(issued, us, host), key=lambda op: op.phase):
         for op in ops:
             now = max(op.issued_us, op.ends_us)
-        times[phase] = times.get(phase, 0.0) + now - before
-        before = now
+        before, times[phase] = now, times.get(phase, 0.0) + now - before
     return times
 
 
@@ -184,8 +179,7 @@ def kernel_us(work: Work, gpu: Gpu) -> float:
     elif work.kind == "attention":
         us = max(work.flops / (_rate(work.arithmetic, gpu) * known[work.attention].value * 1e6), us)
     elif work.unvectorised:
-        each = speed.sms * known["element_gb_s"].of(gpu) * min(work.unvectorised, 4) * 1e3
-        us = max(us, work.moved_bytes / each)
+        us = max(us, work.moved_bytes / (speed.sms * known["element_gb_s"].of(gpu) * min(work.unvectorised, 4) * 1e3))
     elif work.moved_bytes <= speed.l2_mib * 2**20:
         us /= known["l2_speed"].value
     return work.kernels * known["kernel_us"].value + us
@@ -216,7 +210,10 @@ def _flops(work: Work) -> int:
 
 
 def _product_us(work: Work, gpu: Gpu) -> float:
-    """Time of a product: its tiles in waves over the multiprocessors, by the best tile and the best of `SPLITS`."""
+    """Time of a product: its tiles in waves over the multiprocessors, by the best tile.
+
+    The inner dimension may be split, and the parts' sums added up.
+    """
     batch, rows, columns, inner = work.product
     if min(rows, columns) == 1:
         return 0.0  # a matrix by a vector, for which the libraries have a kernel of its own: only the bytes count
@@ -224,13 +221,10 @@ def _product_us(work: Work, gpu: Gpu) -> float:
     flops_per_us = _rate(work.arithmetic, gpu) * 1e6 / speed.sms  # of one multiprocessor
     bandwidth = speed.bandwidth_gb_s * known["memory_share"].of(gpu) * 1e3
     best = float("inf")
-    for ((height, width), efficiency), parts in product(
-        (FP32_TILES if work.arithmetic == "fp32" else TENSOR_TILES).items(), SPLITS
-    ):
-        if parts > 1 and inner < 256 * parts:
-            continue
-        tiles = batch * ceil(rows / height) * ceil(columns / width)
-        waves = ceil(tiles * parts / speed.sms)
+    tiles = FP32_TILES if work.arithmetic == "fp32" else TENSOR_TILES
+    splits = [parts for parts in (1, 2, 4, 8, 16) if parts == 1 or inner >= 256 * parts]
+    for ((height, width), efficiency), parts in product(tiles.items(), splits):
+        waves = ceil(batch * ceil(rows / height) * ceil(columns / width) * parts / speed.sms)
         us = waves * 2 * height * width * (inner / parts) / (flops_per_us * efficiency)
         if parts > 1:
             us += 8 * batch * rows * columns * parts / bandwidth  # fp32 sums, written and read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, log2, prod
 
@@ -60,7 +60,7 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     """The work of ``func`` on fake tensors; an op that no rule covers reads its arguments and writes its results."""
     packet = func.overloadpacket
     if packet in _WAITS:
-        return replace(WAIT, kernels=2, moved_bytes=_size(args[0]))
+        return replace(WAIT, kernels=2, moved_bytes=size_of(args[0]))
     made = tuple(tensors(result if isinstance(result, (tuple, list)) else (result,)))
     if func.is_view or packet in _NOTHING or (not made and not func._schema.is_mutable):
         return VIEW
@@ -68,7 +68,7 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     made = tuple(tensor for tensor in made if tensor.layout is torch.strided)
     arguments = func._schema.arguments
     named = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
-    everything = sum(map(_size, (*given, *made)))
+    everything = sum(map(size_of, (*given, *made)))
     if rule := _PRODUCTS.get(packet):
         return Work("products", 1, everything, product=rule(args, made), arithmetic=_unit(made[0].dtype))
     if packet in _ATTENTION:
@@ -80,25 +80,25 @@ def work_of(func: OpOverload, args: tuple, kwargs: dict, result: object) -> Work
     new = [tensor for tensor in made if tensor.untyped_storage()._cdata not in own]
     if not new and not func._schema.is_mutable:
         return VIEW  # a reshape that needed no copy
-    read, written, largest = 0, sum(map(_size, new)), max(map(_size, new), default=0)
+    read, written, largest = 0, sum(map(size_of, new)), max(map(size_of, new), default=0)
     for argument in arguments:
-        size = sum(map(_size, tensors((named.get(argument.name),))))
-        written += size if (writes := argument.alias_info is not None and argument.alias_info.is_write) else 0
+        size = sum(map(size_of, tensors((named.get(argument.name),))))
+        # The fused optimizers' schemas call gradients written; the kernels read them.
+        writes = argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        written += size if writes else 0
         read += 0 if packet in _READS_LITTLE or argument.is_out or (writes and packet in _OVERWRITES) else size
     if packet in _READS_RESULT:  # only the rows that are asked for are read
-        read = largest + sum(_size(tensor) for tensor in given if not tensor.is_floating_point())
+        read = largest + sum(size_of(tensor) for tensor in given if not tensor.is_floating_point())
     if packet in _PUTS:  # only the elements that are given are written
-        read, written = 2 * sum(map(_size, given[1:])), 0
-    if packet in _FUSED:
-        written -= sum(map(_size, args[1]))  # the schema calls gradients written; the kernel reads them
+        read, written = 2 * sum(map(size_of, given[1:])), 0
     *passes, kernels = _PASSES.get(packet, (0, 0, 0, 1))
-    moved = read + written + int(passes[_row(given[0])] * _size(given[0]) if given else 0)
+    moved = read + written + int(passes[_row(given[0])] * size_of(given[0]) if given else 0)
     if func._schema.name.startswith("aten::_fft"):  # a pass for each dimension: 4,096 elements fit in shared memory
         kernels = sum(max(1, ceil(log2(given[0].shape[dim]) / 12)) for dim in args[1])
         moved *= kernels
     kernels = ceil(_EACH_COLUMN[packet] * given[0].shape[-1]) if packet in _EACH_COLUMN else kernels
-    if packet in _CHUNKED or func._schema.name.startswith("aten::_foreach"):
-        kernels = _launches([value for value in args if _is_list(value)])
+    if func._schema.name.startswith(_MULTI_TENSOR):
+        kernels = _launches([value for value in args if isinstance(value, (list, tuple)) and [*tensors(value)]])
     return Work("elementwise and norms", kernels, moved, unvectorised=_element(func, given, made))
 
 
@@ -116,11 +116,8 @@ def _element(func: OpOverload, given: list[torch.Tensor], made: tuple[torch.Tens
         alike = len(types) <= 1 and len({(t.shape, t.stride()) for t in whole}) == 1
     else:
         return 0
-    return 0 if alike and all(map(_is_dense, whole)) else min((t.element_size() for t in whole), default=0)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.numel() == 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    dense = (t.numel() == 1 + sum((n - 1) * by for n, by in zip(t.shape, t.stride(), strict=True)) for t in whole)
+    return 0 if alike and all(dense) else min((t.element_size() for t in whole), default=0)
 
 
 def _row(tensor: torch.Tensor) -> int:
@@ -129,18 +126,10 @@ def _row(tensor: torch.Tensor) -> int:
     return (elements > 1024) + (elements * tensor.element_size() > 65536)
 
 
-def one_kernel(given: Iterable[torch.Tensor], made: Iterable[torch.Tensor]) -> Work:
-    """The work of a compiled function: one kernel, which reads ``given``, writes it back, and writes ``made``."""
-    return Work("elementwise and norms", moved_bytes=2 * sum(map(_size, given)) + sum(map(_size, made)))
-
-
 def is_untimed(func: OpOverload) -> bool:
     """Whether the time of ``func`` is not that of its bytes, and no rule knows another."""
-    return func._schema.name.startswith(_UNTIMED) and func.overloadpacket not in _TIMED
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value)
+    timed = {*_EACH_COLUMN, *_WAITS, _ATEN.linalg_vector_norm}
+    return func._schema.name.startswith(_UNTIMED) and func.overloadpacket not in timed
 
 
 def _launches(lists: list) -> int:
@@ -153,16 +142,15 @@ def _launches(lists: list) -> int:
     return max(1, -(-len(lists[0]) // tensors_in_launch), -(-chunks // 320))
 
 
-def _size(tensor: torch.Tensor) -> int:
+def size_of(tensor: torch.Tensor) -> int:
     """Bytes of ``tensor``, where an expanded dimension counts once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return prod(sizes) * tensor.element_size() if tensor.layout is torch.strided else 0
 
 
 def _unit(dtype: torch.dtype) -> str:
-    if dtype in (torch.float16, torch.bfloat16):
-        return "fp16" if dtype is torch.float16 else "bf16"
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
+    wide = "tf32" if torch.get_float32_matmul_precision() != "highest" else "fp32"
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, wide)
 
 
 def _rows(args: tuple, made: tuple) -> tuple[int, ...]:
@@ -194,8 +182,7 @@ def _convolution(args: tuple, made: tuple) -> tuple[int, ...]:
 
 def _convolution_backward(args: tuple, made: tuple) -> tuple[int, ...]:
     grad, _, weight = args[:3]
-    gradients = sum(args[-1][:2])
-    return gradients, grad.numel() // grad.shape[1], weight.shape[0], weight[0].numel()
+    return sum(args[-1][:2]), grad.numel() // grad.shape[1], weight.shape[0], weight[0].numel()
 
 
 _PRODUCTS: dict[object, Callable[[tuple, tuple], tuple[int, ...]]] = {
@@ -233,11 +220,9 @@ _EACH_COLUMN = {
     _ATEN._linalg_solve_ex: 17 / 16, _ATEN.linalg_inv_ex: 17 / 16, _ATEN.linalg_lu_factor_ex: 1, _ATEN.linalg_qr: 2,
     _ATEN.linalg_cholesky_ex: 1, _ATEN.linalg_lu_solve: 1 / 16, _ATEN.linalg_solve_triangular: 1 / 32,
 }  # fmt: skip
-_TIMED = {*_EACH_COLUMN, _ATEN.linalg_vector_norm, _ATEN._linalg_check_errors}
 _PUTS = {_ATEN.index_put_, _ATEN._index_put_impl_, _ATEN.scatter_, _ATEN.index_copy_}
 _OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_, _ATEN._foreach_copy_, _ATEN._foreach_zero_}
-_FUSED = {_ATEN._fused_adamw_, _ATEN._fused_adam_, _ATEN._fused_sgd_}
-_CHUNKED = _FUSED | {_ATEN._amp_foreach_non_finite_check_and_unscale_}
+_MULTI_TENSOR = "aten::_foreach", "aten::_fused_adam", "aten::_fused_sgd", "aten::_amp_foreach"
 _COPIES = {_ATEN._to_copy, _ATEN.copy_, _ATEN.clone, _ATEN.cat}
 # How many more passes an op makes over its first argument, for rows of up to 1,024 elements, of up to 64 KiB and longer
 # ones, and its kernels. aten/src/ATen/native/cuda/PersistentSoftmax.cuh holds a short row in registers; longer rows are

@@ -2,15 +2,18 @@
 
 The study's decision table adds the fastest first. ``memstudy advise`` and ``memstudy fit --advise`` add them by what
 they change: nothing, the arithmetic, which weights are trained, and the weights. What changes as much comes fastest
-first: on a GPU by prediction for the model itself, on this CPU by the reference rows of the memory ablation.
+first: on a GPU by prediction for the model itself, on this CPU by the reference rows of the memory ablation. On a GPU,
+techniques that turn out to be needless beside later ones are then left out again, where that saves time.
 """
 
 from __future__ import annotations
 
 import bisect
 import copy
+import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -156,6 +159,34 @@ def first_that_fits(rungs: Sequence[tuple[str, ...]], fits: Callable[[tuple[str,
     return 1 + bisect.bisect_left(range(1, len(rungs) - 1), True, key=lambda place: fits(rungs[place]))
 
 
+def quickest(
+    rung: tuple[str, ...],
+    loose: Sequence[str],
+    time: Callable[[tuple[str, ...]], float],
+    fits: Callable[[tuple[str, ...]], bool],
+) -> tuple[str, ...]:
+    """``rung`` without those of the techniques ``loose`` that only take ``time``, as long as the rest ``fits``.
+
+    Accumulation goes to half its parts at a time, an odd number of parts to one. Of each round's lists, the two that
+    take least time are tried.
+    """
+    names = {text.partition("=")[0] for text in loose}
+    while True:
+        shorter = {}
+        for text in rung:
+            name, _, value = text.partition("=")
+            halves = name == "accumulation" and int(value) > 2 and int(value) % 2 == 0
+            half = f"{name}={int(value) // 2}" if halves else ""
+            if name in names:
+                shorter[name] = tuple(filter(None, (half if other == text else other for other in rung)))
+        quicker = sorted((name for name in shorter if time(shorter[name]) < time(rung)), key=lambda n: time(shorter[n]))
+        chosen = next((name for name in quicker[:2] if fits(shorter[name])), None)
+        if chosen is None:
+            return rung
+        # What does not fit now does not fit with less, and is not tried again.
+        rung, names = shorter[chosen], {*quicker[quicker.index(chosen) :]}
+
+
 def suited(texts: Sequence[str], **choices: object) -> tuple[str, ...]:
     """The techniques in ``texts`` that a `HubModelRun` with ``choices`` accepts."""
 
@@ -185,7 +216,14 @@ def measured_alone(rows: Mapping[frozenset[str], Mapping[str, float]], texts: Se
 
 
 def predicted_alone(plain: HubModelRun, texts: Sequence[str], card: Gpu) -> Alone:
-    """The techniques ``texts``, each added alone to the step ``plain``, predicted for ``card``, whose speed is known.
+    """The techniques ``texts``, each added alone to the step ``plain``, predicted for a ``card`` of known speed."""
+    with estimates(plain, card) as figures:
+        return _relative({text: figures((text,) if text else ()) for text in ("", *texts)})
+
+
+@contextmanager
+def estimates(plain: HubModelRun, card: Gpu) -> Iterator[Callable[[tuple[str, ...]], list[float]]]:
+    """Within the block, a function from techniques to the step time [ms] and the memory [MiB] of ``plain`` with them.
 
     Steps of all layers would take a minute in all. Time is linear in the number of layers, and memory nearly so, hence
     two steps of a few layers of the model give the whole one. A model whose configuration does not say how many layers
@@ -197,15 +235,16 @@ def predicted_alone(plain: HubModelRun, texts: Sequence[str], card: Gpu) -> Alon
         models = {}
         if n_layers > max(CUTS):
             models = {number: cut(config, number, Path(folder, f"{number}.json")) for number in CUTS}
-        figures = {}
-        for text in ("", *texts):
-            chosen = {"techniques": (text,) if text else ()}
+
+        @functools.cache
+        def figures(texts: tuple[str, ...]) -> list[float]:
             at = {
-                number: _figures(HubModelRun(**dict(plain) | chosen | {"model": model}), card)
+                number: _figures(HubModelRun(**dict(plain) | {"techniques": texts, "model": model}), card)
                 for number, model in (models or {n_layers: plain.model}).items()
             }
-            figures[text] = _on_line(at, n_layers)
-    return _relative(figures)
+            return _on_line(at, n_layers)
+
+        yield figures
 
 
 def cut(config: transformers.PretrainedConfig, n_layers: int, path: Path) -> str:

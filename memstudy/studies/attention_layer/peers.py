@@ -10,13 +10,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from memstudy.attention import AttentionConfig, Unavailable
+from memstudy.attention import Unavailable
+
+if TYPE_CHECKING:
+    from memstudy.studies.attention_layer.run import LayerRun
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,11 @@ class Peer:
     variant : str
         The variant whose work the layer does, a name in ``ATTENTION``.
     make : callable
-        ``make(config, hidden_size=..., n_heads=..., seq_len=..., is_causal=...)`` returns the layer, or
-        raises `Unavailable`; ``config`` is the variant's.
+        ``make(run)`` returns the layer for a `LayerRun`, or raises `Unavailable`.
     """
 
     variant: str
-    make: Callable[..., nn.Module]
+    make: Callable[[LayerRun], nn.Module]
 
 
 def installed(package: str, module: str) -> ModuleType:
@@ -60,41 +64,33 @@ class _Projected(nn.Module):
         return self.o_proj(self.op(*heads).transpose(1, 2).flatten(2))
 
 
-def _torch(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool) -> nn.Module:
+def _torch(run: LayerRun) -> nn.Module:
     """PyTorch's fused attention."""
 
-    def attend(query, key, value):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-
-    return _Projected(hidden_size, n_heads, attend)
+    return _Projected(run.hidden_size, run.n_heads, partial(F.scaled_dot_product_attention, is_causal=run.is_causal))
 
 
-def _local_attention(
-    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
-) -> nn.Module:
+def _local(run: LayerRun, **options) -> nn.Module:
+    package = installed("local-attention", "local_attention")
+    op = package.LocalAttention(window_size=run.mixer().window, causal=run.is_causal, autopad=True, **options)
+    return _Projected(run.hidden_size, run.n_heads, op)
+
+
+def _local_attention(run: LayerRun) -> nn.Module:
     """The variant's window plus one key on each side, without the package's rotary positions."""
-    package = installed("local-attention", "local_attention")
-    op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, exact_windowsize=True)
-    return _Projected(hidden_size, n_heads, op)
+    return _local(run, exact_windowsize=True)
 
 
-def _local_attention_defaults(
-    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
-) -> nn.Module:
+def _local_attention_defaults(run: LayerRun) -> nn.Module:
     """The package's defaults: a query sees whole blocks, one to two windows back; rotary positions."""
-    package = installed("local-attention", "local_attention")
-    op = package.LocalAttention(window_size=config.window, causal=is_causal, autopad=True, dim=hidden_size // n_heads)
-    return _Projected(hidden_size, n_heads, op)
+    return _local(run, dim=run.hidden_size // run.n_heads)
 
 
-def _reformer_pytorch(
-    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
-) -> nn.Module:
+def _reformer_pytorch(run: LayerRun) -> nn.Module:
     """The sequence length must be a multiple of two chunks."""
     package = installed("reformer-pytorch", "reformer_pytorch")
-    return package.LSHSelfAttention(
-        hidden_size, n_heads, bucket_size=config.chunk_length, n_hashes=config.num_hashes, causal=is_causal
-    )
+    options = {"bucket_size": run.mixer().chunk_length, "n_hashes": run.mixer().num_hashes, "causal": run.is_causal}
+    return package.LSHSelfAttention(run.hidden_size, run.n_heads, **options)
 
 
 class _ReformerAttention(nn.Module):
@@ -108,46 +104,42 @@ class _ReformerAttention(nn.Module):
         return self.output(self.attention(hidden_states).hidden_states)
 
 
-def _transformers(
-    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
-) -> nn.Module:
+def _transformers(run: LayerRun) -> nn.Module:
     from transformers import ReformerConfig
     from transformers.models.reformer import modeling_reformer
 
+    config = run.mixer()
     # The number and factors of buckets that the layer itself would choose, with a warning.
-    power = (2 * (seq_len // config.chunk_length)).bit_length() - 1
-    whole = 2**power <= 2 * max(int((seq_len // config.chunk_length) ** 0.5), config.chunk_length)
+    power = (2 * (run.seq_len // config.chunk_length)).bit_length() - 1
+    whole = 2**power <= 2 * max(int((run.seq_len // config.chunk_length) ** 0.5), config.chunk_length)
     reformer = ReformerConfig(
-        hidden_size=hidden_size,
-        num_attention_heads=n_heads,
-        attention_head_size=hidden_size // n_heads,
+        hidden_size=run.hidden_size,
+        num_attention_heads=run.n_heads,
+        attention_head_size=run.hidden_size // run.n_heads,
         lsh_attn_chunk_length=config.chunk_length,
         num_buckets=2**power if whole else [2 ** (power // 2), 2 ** (power - power // 2)],
         num_hashes=config.num_hashes,
-        is_decoder=is_causal,
+        is_decoder=run.is_causal,
         lsh_attention_probs_dropout_prob=0.0,
         hidden_dropout_prob=0.0,
         hash_seed=0,  # the same rotations each time
-        max_position_embeddings=seq_len,
+        max_position_embeddings=run.seq_len,
     )
     return _ReformerAttention(
         modeling_reformer.LSHSelfAttention(reformer), modeling_reformer.ReformerSelfOutput(reformer)
     )
 
 
-def _linformer(config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool) -> nn.Module:
+def _linformer(run: LayerRun) -> nn.Module:
     package = installed("linformer", "linformer")
-    return package.LinformerSelfAttention(hidden_size, seq_len, k=config.rank, heads=n_heads)
+    return package.LinformerSelfAttention(run.hidden_size, run.seq_len, k=run.mixer().rank, heads=run.n_heads)
 
 
-def _performer_pytorch(
-    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
-) -> nn.Module:
+def _performer_pytorch(run: LayerRun) -> nn.Module:
     """Causal attention uses the package's own fallback for its CUDA extension."""
     package = installed("performer-pytorch", "performer_pytorch")
-    return package.SelfAttention(
-        hidden_size, causal=is_causal, heads=n_heads, dim_head=hidden_size // n_heads, nb_features=config.features
-    )
+    sizes = {"heads": run.n_heads, "dim_head": run.hidden_size // run.n_heads, "nb_features": run.mixer().features}
+    return package.SelfAttention(run.hidden_size, causal=run.is_causal, **sizes)
 
 
 class _ReleasedMemSizer(nn.Module):
@@ -179,10 +171,8 @@ class _ReleasedMemSizer(nn.Module):
         return torch.einsum("btk,tbkd->btd", weights, sums)
 
 
-def _released_memsizer(
-    config: AttentionConfig, *, hidden_size: int, n_heads: int, seq_len: int, is_causal: bool
-) -> nn.Module:
-    return _ReleasedMemSizer(hidden_size, n_heads, config.slots, is_causal)
+def _released_memsizer(run: LayerRun) -> nn.Module:
+    return _ReleasedMemSizer(run.hidden_size, run.n_heads, run.mixer().slots, run.is_causal)
 
 
 PEERS: dict[str, Peer] = {

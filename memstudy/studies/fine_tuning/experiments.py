@@ -81,6 +81,23 @@ def published_limits(gpus: Iterable[str]) -> pd.DataFrame:
     return published[published["gpu"].isin(gpus)]
 
 
+def bands(predicted: pd.DataFrame) -> pd.DataFrame:
+    """The peak of each step of the sweep ``predicted``, from fused kernels to op by op, beside torchtune's of its kind.
+
+    Torchtune published the memory of its own model. The width is that of the band, as a share of its middle.
+    """
+    same = ["model", "batch_size", "seq_len", "gpu", "experiment"]
+    published = pd.read_csv(HERE / "compiled.csv").set_index(same)["published_gib"]
+    rows = {}
+    for row in predicted.itertuples():
+        of, most = row.of, row.peak_allocated_mib / 1024
+        fused = most if pd.isna(row.fused_peak_allocated_mib) else row.fused_peak_allocated_mib / 1024
+        said = published.get((of.model, of.batch_size, of.seq_len, row.gpu, row.experiment))
+        rows[f"{of.model}, {row.experiment}"] = said, fused, most, 200 * (most - fused) / (most + fused)
+    columns = ["published [GiB]", "fused [GiB]", "op by op [GiB]", "width [%]"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+
+
 def stored_bytes(layer: torch.nn.Module) -> int:
     """Bytes that a 4-bit ``layer`` of bitsandbytes stores for its weight, with the codes of the number formats.
 

@@ -7,11 +7,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from memstudy.figures import small_multiples
+from memstudy.figures import MARKERS, small_multiples
 from memstudy.studies.glue.run import FineTuneRun
 from memstudy.studies.glue.significance import compare
 from memstudy.studies.glue.tasks import TASKS
@@ -92,24 +91,19 @@ def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mappin
     in the legend's order; ``label`` is that of the horizontal axis.
     """
     names = peak.index.intersection(points.index.unique("experiment"), sort=False)
-    colors: dict[str, object] = {"unchanged": "0.2"}
-    for kind, shades in (("lowrank", "Blues"), ("linformer", "Oranges")):
-        alike = [name for name in names if name.startswith(kind)]
-        colors |= zip(alike, sns.color_palette(shades, 2 + len(alike))[2:], strict=True)
+    colors = {name: "C0" if name.startswith("lowrank") else "C1" for name in names} | {"unchanged": "0.2"}
+    marks = dict(zip(names, MARKERS, strict=False))
     hollow = points["significant"].eq(False)
     panels = small_multiples(list(titles), columns=2, height=2.3, margin=0.6, sharex=True)
     for (task, name), point in points.iterrows():
-        look = {"fmt": "s", "markerfacecolor": "white"} if hollow[task, name] else {"fmt": "o"}
         span = [[point["difference"] - point["low"]], [point["high"] - point["difference"]]]
-        look |= {"color": colors[name], "markersize": 4, "capsize": 2}
-        panels[task].errorbar(peak[name], point["score"], yerr=span, **look)
+        look = {"fmt": marks[name], "color": colors[name], "markersize": 4, "capsize": 2}
+        panels[task].errorbar(peak[name], point.score, yerr=span, mfc="white" if hollow[task, name] else None, **look)
     for task, axes in panels.items():
         axes.axhline(points["score"][task, "unchanged"], color="0.3", linewidth=0.8, linestyle="--")
         axes.set_title(titles[task], loc="left")
     figure = axes.figure
-    dots = [
-        Line2D([], [], color=colors[name], marker="o", linestyle="", label=name.replace("_", " ")) for name in names
-    ]
+    dots = [Line2D([], [], c=colors[name], marker=marks[name], ls="", label=name.replace("_", " ")) for name in names]
     figure.legend(handles=dots, ncols=min(5, len(names)), loc="outside upper center", fontsize=7)
     figure.supxlabel(label, fontsize=9)
     figure.supylabel("score on held-out rows, measured", fontsize=9)

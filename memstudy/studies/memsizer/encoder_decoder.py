@@ -11,8 +11,6 @@ tokens, and the summary of the encoder's. The state's size does not depend on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, EncoderDecoderCache, MarianConfig, MarianMTModel
 from transformers.cache_utils import CacheLayerMixin
@@ -159,77 +157,3 @@ class Seq2SeqLM(LossInTraining, MarianMTModel):
 
 AutoConfig.register(Seq2SeqConfig.model_type, Seq2SeqConfig)
 AutoModelForSeq2SeqLM.register(Seq2SeqConfig, Seq2SeqLM)
-
-
-def check_places(places: Iterable[str]) -> None:
-    """Raise ValueError for the first place that is not in ``PLACES``."""
-    for place in places:
-        if place not in PLACES:
-            raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
-
-
-def encoder_decoder(
-    *,
-    vocab_size: int,
-    target_vocab_size: int,
-    n_layers: int,
-    hidden_size: int,
-    n_heads: int,
-    feed_forward: int,
-    max_len: int,
-    memsizer: Mapping[str, MemSizerConfig],
-    dropout: float,
-    pad_token: int,
-    eos_token: int,
-) -> Seq2SeqLM:
-    """An encoder-decoder with random weights (from torch's global generator).
-
-    Parameters
-    ----------
-    vocab_size, target_vocab_size : int
-        Tokens of the source and of the target; a target of 0 shares the source's vocabulary and embeddings.
-    n_layers : int
-        Layers of the encoder, and of the decoder.
-    hidden_size, n_heads, feed_forward : int
-        ``hidden_size`` must be a multiple of ``n_heads``.
-    max_len : int
-        Longest source or target [tokens].
-    memsizer : mapping
-        MemSizer's config by place (see ``PLACES``); other places are exact.
-    dropout : float
-        Probability, after each sublayer and the embeddings.
-    pad_token, eos_token : int
-        Token ids; the target starts with ``pad_token``, as in Marian.
-
-    Raises
-    ------
-    ValueError
-        For an unknown place.
-    """
-    check_places(memsizer)
-    return Seq2SeqLM(
-        Seq2SeqConfig(
-            vocab_size=vocab_size,
-            decoder_vocab_size=target_vocab_size or vocab_size,
-            share_encoder_decoder_embeddings=not target_vocab_size,
-            encoder_layers=n_layers,
-            decoder_layers=n_layers,
-            d_model=hidden_size,
-            encoder_attention_heads=n_heads,
-            decoder_attention_heads=n_heads,
-            encoder_ffn_dim=feed_forward,
-            decoder_ffn_dim=feed_forward,
-            max_position_embeddings=max_len,
-            activation_function="relu",
-            scale_embedding=True,
-            init_std=hidden_size**-0.5,
-            dropout=dropout,
-            pad_token_id=pad_token,
-            eos_token_id=eos_token,
-            decoder_start_token_id=pad_token,
-            memsizer={
-                place: {name: value for name, value in mixer.settings().items() if name != "variant"}
-                for place, mixer in memsizer.items()
-            },
-        )
-    )

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from memstudy.attention import MemSizerConfig
 from memstudy.attention.settings import mixer_of
 from memstudy.studies.memsizer import pairs, seq2seq
-from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, check_places, encoder_decoder
+from memstudy.studies.memsizer.encoder_decoder import PLACES, Seq2SeqConfig, Seq2SeqLM
 from memstudy.trainers.language_model import data_as_planned
 from memstudy.trainers.step import StepRun
 
@@ -22,7 +21,7 @@ class Seq2SeqRun(StepRun):
 
     ``memsizer`` maps ``encoder``, ``decoder`` and ``cross`` to MemSizer's settings; other places are exact. Sources
     have at most ``seq_len`` tokens from ``vocab_size``, targets at most ``target_len`` from ``target_vocab_size``; with
-    0 the target shares the source's vocabulary and embeddings.
+    0 the target shares the source's vocabulary and embeddings. ``dropout`` follows each sublayer and the embeddings.
 
     ``train_steps`` updates are made on the first ``train_rows`` rows (0: all) of ``dataset``; targets are then written
     for ``eval_rows`` rows of each test split, with ``num_beams`` beams. ``measure_steps`` steps are timed on random
@@ -53,33 +52,40 @@ class Seq2SeqRun(StepRun):
     def _consistent(self):
         if self.hidden_size % self.n_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of n_heads={self.n_heads}")
-        check_places(self.memsizer)
-        self.mixers()
+        for place, settings in self.memsizer.items():
+            if place not in PLACES:
+                raise ValueError(f"memsizer: unknown place {place!r}; known: {', '.join(PLACES)}")
+            mixer_of({"variant": "memsizer", **settings})
         if self.train_steps and not self.dataset:
             raise ValueError(f"train_steps={self.train_steps} needs a dataset")
         if not (self.train_steps or self.measure_steps or self.generated):
             raise ValueError("measure_steps, train_steps and generated are all 0: nothing to run")
         return self
 
-    def mixers(self) -> dict[str, MemSizerConfig]:
-        """MemSizer's config by place."""
-        return {place: mixer_of({"variant": "memsizer", **given}) for place, given in self.memsizer.items()}
-
     def make_model(self) -> Seq2SeqLM:
-        """The model with random weights."""
-        return encoder_decoder(
+        """The model with random weights, from torch's global generator; the target starts with ``PAD``, as Marian's."""
+        config = Seq2SeqConfig(
             vocab_size=self.vocab_size,
-            target_vocab_size=self.target_vocab_size,
-            n_layers=self.n_layers,
-            hidden_size=self.hidden_size,
-            n_heads=self.n_heads,
-            feed_forward=self.feed_forward,
-            max_len=max(self.seq_len, self.target_len, self.generated + 1),
-            memsizer=self.mixers(),
+            decoder_vocab_size=self.target_vocab_size or self.vocab_size,
+            share_encoder_decoder_embeddings=not self.target_vocab_size,
+            encoder_layers=self.n_layers,
+            decoder_layers=self.n_layers,
+            d_model=self.hidden_size,
+            encoder_attention_heads=self.n_heads,
+            decoder_attention_heads=self.n_heads,
+            encoder_ffn_dim=self.feed_forward,
+            decoder_ffn_dim=self.feed_forward,
+            max_position_embeddings=max(self.seq_len, self.target_len, self.generated + 1),
+            activation_function="relu",
+            scale_embedding=True,
+            init_std=self.hidden_size**-0.5,
             dropout=self.dropout,
-            pad_token=PAD,
-            eos_token=EOS,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            decoder_start_token_id=PAD,
+            memsizer=self.memsizer,
         )
+        return Seq2SeqLM(config)
 
     def make_batch(self) -> dict[str, torch.Tensor]:
         """A batch of random tokens, from torch's global generator; no padding."""

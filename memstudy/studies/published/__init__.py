@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 # the first, and the attention of the second was an Ampere GPU's.
 GPUS = {
     "ops": "A100-80GB", "inference": "V100-16GB", "bert": "V100-16GB", "fms": "A100-80GB", "notebook": "A10",
-    "peft": "L40S", "generation": "A100-80GB",
+    "peft": "L40S", "generation": "A100-80GB", "litgpt": "A100-40GB",
+    "torchtune": "A100-80GB",
 }  # fmt: skip
 Figures = Iterable[tuple[str, float, Callable[[], float]]]  # row, published [MiB], function that predicts it [MiB]
 

@@ -23,11 +23,19 @@ fms: FSDP1's units are computed anew          AFTER: code of transformers 4.48.1
                                               8 % low at the peak without it
 fms: santacoder's blocks return keys          AFTER: code of transformers 4.48.1, read for santacoder's peaks, 12 % low
                                               without it. It replaced a rule for the same rows (logits alive)
+fms: experts in layers of their own           BEFORE: code of transformers 4.48.1. No row that is given has experts
 fms: 4-bit weights, TRL, fp32 outputs         BEFORE: code of bitsandbytes 0.43.3, trl 0.13 and accelerate 1.0.1
                                               (sums by hand for the same rows were known)
 notebook: versions of the libraries           AFTER: on its model, forward and backward readings, all of them
 fms: one table for all second scales          AFTER: code of bitsandbytes 0.43.3, read for Mistral-7B's QLoRA at rest on
                                               1 GPU, 1 KiB a weight high without it
+lit-gpt: 4-bit layers keep their inputs       BEFORE: code of bitsandbytes 0.41.1
+lit-gpt: the commit that added the table      AFTER: on all Llama rows, 3 to 7 % low with the commit that the table
+                                              names, whose norms are in bf16
+lit-gpt: 4 bits packed from fp16              AFTER: code of Lightning, read for phi-1.5 with double quantisation, 5.4 %
+                                              low without it
+torchtune: a GB, layers that are copies       BEFORE: torchtune's code of the time
+torchtune: tokens of the longest batch        AFTER: on LoRA of rank 8 in training
 generation: cache, logits, tables of 2023     BEFORE: code of transformers 4.35.2 and of the benchmark. No constant
 generation: a forward pass's logits freed     AFTER: kept by mistake at first; found on "eager, 8 × (256 + 512),
                                               reserved", 6.6 % low with them, 0.3 % without
@@ -40,9 +48,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn.functional import dropout
+from torch import nn
+from torch.nn.functional import dropout, one_hot
 from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 from memstudy.profiler.cuda import TODAY, Semantics
 
@@ -235,6 +246,37 @@ def rotary_tables_in_each_layer(model: torch.nn.Module) -> None:
     for layer in model.model.layers:
         tables(layer.self_attn, model.config.max_position_embeddings)
         layer.self_attn.register_forward_pre_hook(rows, with_kwargs=True)
+
+
+class _Experts(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.chosen = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(MistralMLP(config) for _ in range(config.num_local_experts))
+
+    def forward(self, hidden_states):
+        tokens = hidden_states.flatten(0, 1)
+        weights, chosen = torch.softmax(self.gate(tokens), 1, torch.float32).topk(self.chosen)
+        weights /= weights.sum(-1, keepdim=True)
+        weights = weights.to(tokens.dtype)
+        mask = one_hot(chosen, len(self.experts)).permute(2, 1, 0)
+        mixed = torch.zeros_like(tokens)
+        for expert, chosen_by in zip(self.experts, mask, strict=True):
+            choice, row = chosen_by.new_zeros(2, chosen_by.numel() // len(self.experts))
+            made = expert(tokens[None, row].flatten(0, 1)) * weights[row, choice, None]
+            mixed.index_add_(0, row, made)
+        return mixed.view_as(hidden_states)
+
+
+def experts_in_layers(model: torch.nn.Module) -> None:
+    """Each expert of Mixtral had linear layers, so that it was quantised; here each is chosen equally often.
+
+    transformers 4.48.1, models/mixtral/modeling_mixtral.py, ``MixtralSparseMoeBlock``.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MixtralDecoderLayer):
+            layer.mlp = _Experts(model.config)
 
 
 AttentionInterface.register("unpadded_2025", flash_attention)

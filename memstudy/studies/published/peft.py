@@ -29,8 +29,8 @@ LENGTHS = 110, 690
 # Tokens of the longest of the ten batches that come before an evaluation, of all evaluations.
 EVALUATED = 626
 CHOSEN_ON = {  # lengths are not recorded: these are chosen so that one row comes out right each
-    "lora/llama-3.2-3B-rank32": "LENGTHS",
-    "prefixtuning/llama-3.2-3B-lr_0.005_zero_init": "EVALUATED",
+    "LENGTHS": "lora/llama-3.2-3B-rank32",
+    "EVALUATED": "prefixtuning/llama-3.2-3B-lr_0.005_zero_init",
 }
 QUESTIONS = 50, 120  # answered at once: of GSM8K's, with at most so many tokens by Llama 3's tokenizer
 PREFIXED = ("PREFIX_TUNING", "CARTRIDGE")  # peft's methods that make keys and values for all sequences at once

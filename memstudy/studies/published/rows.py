@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Collection
 from typing import Literal
 
 import pandas as pd
 from pydantic import model_validator
 from tqdm import tqdm
 
-from memstudy.studies.published import GPUS, Figures, bert, frame_of, generation, inference, ops, peft
-from memstudy.studies.published.modern import fms, notebook
+from memstudy.studies.published import GPUS, bert, frame_of, generation, inference, ops, peft
+from memstudy.studies.published.modern import fms, litgpt, notebook, torchtune
 from memstudy.trainers.base import ForetellingRun
 
-_FIGURES: dict[str, Callable[..., Figures]] = {
-    "ops": ops.figures, "inference": inference.figures, "bert": bert.figures, "fms": fms.figures,
-    "notebook": notebook.figures, "peft": peft.figures, "generation": generation.figures,
+_TABLES = {
+    "ops": ops, "inference": inference, "bert": bert, "fms": fms, "notebook": notebook, "peft": peft,
+    "generation": generation, "litgpt": litgpt, "torchtune": torchtune,
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def published(table: str) -> pd.Series:
     """
     if table not in GPUS:
         raise ValueError(f"unknown table {table!r}; known: {', '.join(GPUS)}")
-    return pd.Series({name: value for name, value, _ in _FIGURES[table]()})
+    return pd.Series({name: value for name, value, _ in _TABLES[table].figures()})
 
 
 def predicted_mib(table: str, row: str) -> float:
@@ -43,14 +44,14 @@ def predicted_mib(table: str, row: str) -> float:
     known = published(table)
     if row not in known:
         raise ValueError(f"unknown row {row!r} of table {table!r}; known: {'; '.join(known.index)}")
-    return next(predict_row for name, _, predict_row in _FIGURES[table]() if name == row)()
+    return next(predict_row for name, _, predict_row in _TABLES[table].figures() if name == row)()
 
 
 class PublishedRowRun(ForetellingRun):
     """The prediction of one published reading of a GPU's memory: the row ``of`` of ``table`` (`published.rows`)."""
 
     kind: Literal["published_row"] = "published_row"
-    table: Literal["ops", "inference", "bert", "fms", "notebook", "peft", "generation"]
+    table: Literal["ops", "inference", "bert", "fms", "notebook", "peft", "generation", "litgpt", "torchtune"]
     of: str
     gpu: str
 
@@ -82,16 +83,15 @@ def compared(predicted: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def chosen_on(table: str, row: str) -> bool:
-    """Whether the ``row`` of a ``table`` of fine-tuning chose a rule or a constant of its prediction."""
-    if table == "fms":
-        return bool(fms.chosen_on(row))
-    return table == "notebook" or row in peft.CHOSEN_ON
+def chosen_on(table: str, row: str) -> str:
+    """The rule or constant that the ``row`` of a ``table`` of fine-tuning chose for its prediction, or nothing."""
+    chosen = getattr(_TABLES[table], "CHOSEN_ON", {})
+    return next((rule for rule, rows in chosen.items() if re.fullmatch(rows, row)), "")
 
 
 def predicted_rows(table: str, only: Collection[str] | None = None, **options) -> pd.DataFrame:
     """Published and predicted figures of ``table`` side by side; ``only`` selects rows."""
-    figures = [figure for figure in _FIGURES[table](**options) if only is None or figure[0] in only]
+    figures = [figure for figure in _TABLES[table].figures(**options) if only is None or figure[0] in only]
     return frame_of(
         table, ((row, value, predict_row()) for row, value, predict_row in tqdm(figures, table, leave=False))
     )

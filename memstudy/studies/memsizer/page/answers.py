@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from memstudy.studies.memsizer.encoder_decoder import Seq2SeqLM, state_bytes
+from memstudy.studies.memsizer.encoder_decoder import PLACES, Seq2SeqLM, state_bytes
 from memstudy.studies.memsizer.run import Seq2SeqRun
 
 LOCK = threading.Lock()  # one question at a time: the models are shared, and timings would spoil each other
@@ -70,7 +70,7 @@ class Model:
 
 def name_of(run: Seq2SeqRun) -> str:
     """Transformer, MemSizer, or MemSizer in some places."""
-    places = [place for place in ("encoder", "decoder", "cross") if place in run.memsizer]
+    places = [place for place in PLACES if place in run.memsizer]
     if len(places) in (0, 3):
         return "MemSizer" if places else "Transformer"
     return f"MemSizer in {' and '.join(places)}"

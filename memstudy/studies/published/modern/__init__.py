@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from memstudy.studies.published.modern.table import published
 
-# The rows of class A that are not predicted: a query, and the cause.
+# The rows that are not predicted: a query, and the cause.
 OUTSIDE = {
     "source.str.contains('cell 27', regex=False)": (
         "made with transformers 4.38.0 or .1, by its buffer of masks, in other attention than the other cells'"
     ),
-    "source.str.contains('litgpt')": (
-        "lit-gpt's own code is not installed, and peft is no twin of its adapters: LoRA of a joint q, k, v makes a "
-        "tensor of zeros for all three, and the loss is made in chunks"
+    "metric.str.startswith('nvidia-smi')": "class B; a mean over time or GPUs",
+    "source.str.contains('torchtune') and method == 'QLoRA'": (
+        "class B; torchao's NF4Tensor of 2024 is a wrapper subclass, which predictions do not follow"
     ),
-    "source.str.contains('torchtune')": (
-        "torchtune's own models are not installed; the weights alone are 13.48 GB or 12.55 GiB, and what the "
-        "rest of the 13.96 is, is not known"
+    "source.str.contains('NeMo')": (
+        "class B; eight processes are no obstacle, but a step's peak is that of the longest of the first process's "
+        "texts, and only the sum of all processes' tokens is published"
     ),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -52,6 +51,7 @@ def fine_tune(model_id: str, method: str, batch: int, seq: int, processes: int) 
     config.use_cache = False
     with local_torch_dtype(torch.bfloat16):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="unpadded_2025")
+        eras.experts_in_layers(model)
     model.loss_function = eras.bf16_loss if santacoder else eras.fp32_loss
     model.activation_checkpointing_enable({"use_reentrant": True})
     quantised = method.startswith("QLoRA")
@@ -153,11 +153,6 @@ def run_of(row) -> tuple[str, str, int, int, int]:
 def name_of(row) -> str:
     model_id, method, batch, seq, _ = run_of(row)
     return f"{model_id.rpartition('/')[2]}, {method}, {batch} × {seq}, {row.parallel[:5]}, {READINGS[row.metric]}"
-
-
-def chosen_on(name: str) -> str:
-    """The rule that was chosen on the row of that ``name``, or nothing."""
-    return next((rule for rule, rows in CHOSEN_ON.items() if re.fullmatch(rows, name)), "")
 
 
 def _mib(run: tuple[str, str, int, int, int], reading: str) -> float:

@@ -1,4 +1,4 @@
-"""The table's rows of class A."""
+"""The table's rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import pandas as pd
 from memstudy.studies.published import HERE
 
 
-def published() -> pd.DataFrame:
-    """The rows of class A: configuration public, lengths exact, an allocator's counter."""
-    return pd.read_csv(HERE / "modern_memory.csv").query("`class` == 'A'")
+def published(classes: str = "A") -> pd.DataFrame:
+    """The rows of ``classes``.
+
+    A: configuration public, lengths exact, an allocator's counter. B: lengths depend on data, or coarser.
+    """
+    rows = pd.read_csv(HERE / "modern_memory.csv")
+    return rows[rows["class"].isin(list(classes))]

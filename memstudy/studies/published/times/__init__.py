@@ -13,8 +13,7 @@ from memstudy.profiler import find_gpu
 from memstudy.profiler.cuda import TODAY, Semantics
 from memstudy.profiler.prediction import follow, time_of
 from memstudy.profiler.roles import Step
-from memstudy.profiler.time import StepTime
-from memstudy.profiler.time.cost import constants
+from memstudy.profiler.time.cost import StepTime, constants
 
 HERE = Path(__file__).parent
 UNNAMED = (99, 0)  # a compute capability that no constant names; its tensor cores take every type
