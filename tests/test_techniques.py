@@ -28,6 +28,7 @@ from memstudy.techniques import (
 )
 from memstudy.techniques.pruning import FewerHeads, Masks, Narrow, _feed_forwards
 from memstudy.trainers.language_model import LanguageModelRun
+from memstudy.trainers.trainer import make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
@@ -318,6 +319,13 @@ def test_an_optimizers_state_is_its_closed_form(text, elements):
     report = with_technique(text)
     state = max(live["optimizer"] for _, _, live in report.timeline)
     assert state == 4 * elements
+
+
+def test_muon_and_adamw_beside_it_take_the_runs_rate(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    run = lm(("muon",), learning_rate=0.004)
+    trainer = make_trainer(run, run.make_model(), tmp_path, train_steps=1)
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.004, 0.004]
 
 
 @pytest.mark.parametrize(("text", "bits"), [("adamw_8bit_torchao", 8), ("adamw_4bit_torchao", 4)])

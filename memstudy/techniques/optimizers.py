@@ -124,6 +124,10 @@ class Muon(Optimizer):
 
         return Orthogonalised, {"params": _groups(model, use_muon=(True, False), use_adjusted_lr=(True, False))}
 
+    def attach(self, model, optimizer):
+        matrices, others = optimizer.param_groups
+        others["lr"] = matrices["lr"]  # pytorch_optimizer gives AdamW's group 0.0003, whatever rate is asked for
+
 
 @dataclass(frozen=True)
 class LowRank(Optimizer):
