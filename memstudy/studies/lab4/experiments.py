@@ -83,13 +83,18 @@ def leaders(grid: pd.DataFrame, seq_len: int) -> pd.Series:
 
 
 def learning_curves(rows: pd.DataFrame) -> pd.DataFrame:
-    """The validation perplexity on the way, by ``experiment``, ``seed`` and the ``tokens`` trained on; one row each."""
+    """The validation perplexity on the way, and its ``change`` from the baseline with the same seed [%].
+
+    One row for each ``experiment``, ``seed`` and number of ``tokens`` trained on [millions].
+    """
     points = [
-        (row["experiment"], row["seed"], updates * row["batch_size"] * row["seq_len"], math.exp(loss))
+        (row["experiment"], row["seed"], updates * row["batch_size"] * row["seq_len"] / 1e6, math.exp(loss))
         for row in rows[rows["status"] == "ok"].to_dict("records")
         for updates, loss in row["curves"]["validation_loss"]
     ]
-    return pd.DataFrame(points, columns=["experiment", "seed", "tokens", "perplexity"])
+    frame = pd.DataFrame(points, columns=["experiment", "seed", "tokens", "perplexity"]).set_index(["seed", "tokens"])
+    baseline = frame.loc[frame["experiment"] == "baseline", "perplexity"]
+    return frame.assign(change=100 * (frame["perplexity"] / baseline.reindex(frame.index) - 1)).reset_index()
 
 
 def runs(grid: pd.DataFrame, **choices: object) -> list[LanguageModelRun]:
