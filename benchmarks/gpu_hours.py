@@ -17,7 +17,7 @@ from memstudy.profiler import find_gpu
 
 GPUS = ("T4", "RTX4090", "A100-80GB", "H100-80GB")
 COLUMNS = ("study", "runs", "records, MB", *GPUS)
-WIDTHS = (18, 5, 12, *[25] * len(GPUS))
+WIDTHS = (19, 5, 12, *[25] * len(GPUS))
 
 
 def totals(study: str, scale: str, gpus: list[str]) -> dict[str, jobs.Total]:

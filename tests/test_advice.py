@@ -132,6 +132,21 @@ def test_the_first_rung_that_fits_is_found_after_asking_few(first):
     assert len(set(asked)) == len(asked) <= 5
 
 
+@pytest.mark.parametrize("guess", range(9))
+@pytest.mark.parametrize("first", [0, 1, 4, 8, None])
+def test_a_wrong_guess_is_corrected(first, guess):
+    rungs, asked = [(f"{n}",) for n in range(9)], []
+
+    def fits(rung):
+        asked.append(rung)
+        return first is not None and rungs.index(rung) >= first
+
+    assert advice.first_that_fits(rungs, fits, lambda rung: rungs.index(rung) >= guess) == first
+    assert len(set(asked)) == len(asked)
+    if first and first == guess:
+        assert asked == [rungs[0], rungs[first], *[rungs[first - 1]] * (first > 1)]
+
+
 @pytest.mark.parametrize(
     ("rung", "batch_size", "parts"),
     [
@@ -219,7 +234,7 @@ DEEP = [
 def test_few_layers_give_the_times_of_the_whole_model(family, layers, texts, tmp_path):
     card = find_gpu("H100-80GB")
     run = HubModelRun(experiment="a", model=config_file(tmp_path, family, **layers), batch_size=64, seq_len=64)
-    alone = advice.predicted_alone(run, texts, card)
+    alone = advice.predicted_alone(advice.estimates(run, card), texts)
     plain, *whole = (run.model_copy(update={"techniques": chosen}).foretell(card) for chosen in ((), *zip(texts)))
     times = [report.time.step_time_ms / plain.time.step_time_ms for report in whole]
     assert alone.times == pytest.approx(dict(zip(texts, times, strict=True)), rel=0.03)
@@ -229,14 +244,12 @@ def test_few_layers_give_the_times_of_the_whole_model(family, layers, texts, tmp
 
 
 @pytest.mark.parametrize("model", ["gpt2", "qwen2.5-7b", "gemma-3-1b", "t5-small"])
-def test_a_cut_model_differs_in_its_layers_alone(model, tmp_path):
-    config = model_config(model)
+def test_a_cut_model_differs_in_its_layers_alone(model):
+    run = {"experiment": "a", "model": model, "batch_size": 1, "seq_len": 8}
     with torch.device("meta"):
-        before, after = (
-            HubModelRun(experiment="a", model=name, batch_size=1, seq_len=8).make_model()
-            for name in (model, advice.cut(config, 2, tmp_path / "config.json"))
-        )
+        before, after = HubModelRun(**run).make_model(), advice.CutRun(**run, n_layers=2).make_model()
     shapes, left = ({name: weight.shape for name, weight in net.named_parameters()} for net in (before, after))
     assert left.items() < shapes.items()
     gone = shapes.keys() - left.keys()
-    assert {re.search(r"\.(\d+)\.", name)[1] for name in gone} == {str(n) for n in range(2, config.num_hidden_layers)}
+    n_layers = model_config(model).num_hidden_layers
+    assert {re.search(r"\.(\d+)\.", name)[1] for name in gone} == {str(n) for n in range(2, n_layers)}

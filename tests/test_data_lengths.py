@@ -61,6 +61,14 @@ def test_packs_are_filled_best_fit_decreasing():
     assert sorted(map(sorted, packs)) == [[2, 3, 5], [4, 6]]
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_parts_of_a_batch_come_in_its_order(sampler):
+    lengths = [7 * number % 41 + 1 for number in range(30)]
+    whole, parts = (batches(lengths, 8, sampler, longest=64, parts=number) for number in (1, 4))
+    assert [length for batch in parts for length in batch] == [length for batch in whole for length in batch]
+    assert len(parts) > 3 * (len(whole) - 1)
+
+
 def test_a_histogram_gives_its_texts_in_one_order():
     lengths = text_lengths("openorca")
     assert (len(lengths), max(lengths)) == (251, 1837)
@@ -86,7 +94,7 @@ def test_counts_are_read_with_or_without_a_name(text, tmp_path):
     [
         ("", "empty"), ("tokens\n", "no token counts below"), ("tokens\n4\n0\n", "line 3: '0'"),
         ("4\nfour\n", "line 2: 'four'"), ("4\n-1\n", "line 2: '-1'"), ("4\n2.5\n", "line 2: '2.5'"),
-        ("4\n\n5\n", "line 2: nan"), ("a,b\n1,2\n", "columns a, b: name"), ("\x00\xff", "lengths.csv"),
+        ("4\n\n5\n", "line 2: ''"), ("a,b\n1,2\n", "columns a, b: name"), ("\x00\xff", "lengths.csv"),
     ],
 )  # fmt: skip
 def test_bad_counts_are_named(text, said, tmp_path):
@@ -117,6 +125,13 @@ def test_bad_fields_are_named(fields, said, tokenizer, tmp_path):
 def test_what_is_not_there_is_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "texts.txt").write_text("some text\n")
+    for name in ("empty.csv", "empty.jsonl", "empty.txt"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"{name}: empty"):
+            token_lengths(str(tmp_path / name), tokenizer)
+    (tmp_path / "name.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"name\.csv"):
+        token_lengths(str(tmp_path / "name.csv"), tokenizer)
     with pytest.raises(ValueError, match="unknown data set 'nowhere'"):
         token_lengths("nowhere", tokenizer)
     with pytest.raises(ValueError, match="no such file"):

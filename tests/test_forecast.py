@@ -432,7 +432,7 @@ def test_on_a_gpu_the_quickest_by_prediction_comes_first(gpu, models):
         [text for text in reference.advised() if there(text)], model="gpt2", batch_size=2048, seq_len=64
     )
     run = HubModelRun(experiment="a", model=models["large gpt2"], batch_size=2048, seq_len=64)
-    alone = advice.predicted_alone(run, offered, profiler.find_gpu(gpu))
+    alone = advice.predicted_alone(advice.estimates(run, profiler.find_gpu(gpu)), offered)
     plan = advice.climb(alone, lambda rung: True, parts_of=2048, keep="exact")
     assert {tuple(row["techniques"]) for row in rows[:-1]} <= set(plan)  # the last line may leave techniques out again
     shown = advise(models["large gpt2"], *options[:-1], **sizes).stdout

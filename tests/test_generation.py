@@ -126,6 +126,13 @@ def test_a_window_bounds_the_cache(models):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["nf4_weights", "int8_weights"])
+def test_with_quantised_weights_each_token_takes_what_is_predicted(weights, models):
+    run = generation(models["llama"], dtype="bf16", techniques=(weights,))
+    assert run.foretell().iteration_peaks == measure(run.build(), iterations=1).iteration_peaks
+
+
+@pytest.mark.slow
 def test_four_bit_weights_take_a_quarter(models):
     whole, quarter = (
         generation(models["llama"], dtype="bf16", new=9, techniques=chosen).foretell("A100-80GB").peak_by_category

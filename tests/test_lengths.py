@@ -34,7 +34,7 @@ def models(tmp_path_factory):
 
 
 def step_of(model, **choices):
-    return HubModelRun(experiment="tiny", model=model, batch_size=2, seq_len=64, **choices)
+    return HubModelRun(**{"experiment": "tiny", "model": model, "batch_size": 2, "seq_len": 64} | choices)
 
 
 def shapes(count, longest, seed=0):
@@ -56,6 +56,24 @@ def test_each_of_fifty_steps_takes_what_is_predicted(model, techniques, longest,
     measured = measure(run.build(shapes=asked), iterations=50)
     assert predicted.step_peaks == measured.iteration_peaks
     assert predicted.traced < len(set(asked)) - 2  # the others follow
+
+
+@pytest.mark.parametrize("parts", slow_but([3], [2, 3, 5]))
+def test_each_part_of_an_accumulated_update_takes_what_is_predicted(parts, models):
+    run = step_of(models["gpt2"], techniques=(f"accumulation={parts}",), batch_size=2 * parts)
+    predicted = run.foretell_lengths(shapes(40, 40))
+    measured = measure(run.build(shapes=predicted.shapes), iterations=40)
+    assert predicted.step_peaks == measured.iteration_peaks
+    assert predicted.traced < len(set(predicted.shapes))  # the others follow
+
+
+@pytest.mark.slow
+def test_on_a_gpu_the_parts_of_updates_are_those_that_a_whole_trace_has(models):
+    run = step_of(models["llama"], techniques=("bf16", "accumulation=4"), batch_size=8)
+    followed = run.foretell_lengths(shapes(30, 400), "RTX4090")
+    whole = predict(run.build(gpu="RTX4090", shapes=followed.shapes), gpu="RTX4090", iterations=30)
+    assert followed.step_peaks == whole.iteration_peaks
+    assert max(followed.reserved_peaks) == whole.peak_reserved_bytes
 
 
 @pytest.mark.parametrize("expandable", slow_but([False], [False, True]))
@@ -207,7 +225,8 @@ def test_the_largest_batch_survives_the_whole_epoch(counts, models):
 
 @pytest.mark.slow
 def test_advice_begins_with_the_batches(counts, models):
-    asked = ("--model", models["llama"], "--batch", 4, "--lengths", counts, "--json")
+    counts.write_text("\n".join(str(7 * number % 41 + 1) for number in range(24)))  # fewer than 16 are not grouped
+    asked = ("--model", models["llama"], "--batch", 2, "--lengths", counts, "--json")
     way = ("shuffled", "grouped", "shuffled, without padding", "packed")
     found = json.loads(invoke("advise", *asked, "--budget-mib", 1).stdout)
     assert tuple(answer["batches"] for answer in found[:4]) == way
@@ -233,7 +252,7 @@ def test_advice_begins_with_the_batches(counts, models):
         (("--dataset", "nowhere", "--tokenizer", "./none"), ("unknown data set 'nowhere'",)),
         (("--seq-len", "64", "--sampler", "grouped"), ("--sampler is for batches of unequal lengths",)),
         (("--seq-len", "64", "--figure", "peaks.pdf"), ("--figure peaks.pdf",)),
-        (("--lengths", "long.csv", "--seq-len", "64", "--technique", "accumulation=2"), ("without accumulation",)),
+        (("--lengths", "long.csv", "--seq-len", "64", "--processes", "2"), ("one process", "leave --processes out")),
     ],
     ids=lambda given: given[0],
 )

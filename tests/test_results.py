@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memstudy.profiler.results import Results
+from memstudy.profiler.results import Results, with_real_strides
 
 ATEN = torch.ops.aten
 CASES = {
@@ -91,3 +91,22 @@ def test_what_does_not_follow_from_the_arguments_is_never_remembered(func, args)
 
 def test_a_real_tensor_has_no_key(fake):
     assert Results(fake).key(ATEN.add.Scalar, (torch.empty(2), 1), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "viewed"),
+    [
+        ((2, 1, 4, 32), (128, 32, 32, 1), (2, 1, 128)),
+        ((2, 1), (1, 5), (1, 2, 1)),
+        ((2, 1, 8), (8, 3, 1), (2, 1, 8)),
+        ((), (), (1, 1)),
+    ],
+)
+def test_a_fake_view_gets_the_strides_of_a_real_one(fake, shape, strides, viewed):
+    real = torch.empty_strided(shape, strides).view(viewed)
+    with fake:
+        given = torch.empty_strided(shape, strides)
+        result = with_real_strides(ATEN.view.default, (given, viewed), given.view(viewed))
+    assert result.stride() == real.stride()
+    assert result.shape == real.shape
+    assert result.untyped_storage()._cdata == given.untyped_storage()._cdata

@@ -3,8 +3,8 @@
 python benchmarks/prediction [ops|bert|inference|modern|generation]... [--rows TEXT] [--json FILE]
 
 ``modern`` is fine-tuning of 2023 to 2026: fms-acceleration's runs, fsdp_qlora's notebook, PEFT's comparison of methods,
-and where their code is on the path, lit-gpt's and torchtune's (``of_their_time.sh`` fetches both). All tables take six
-minutes and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
+and where their code is on the path, lit-gpt's and torchtune's (``of_their_time.sh`` fetches both). Generation takes six
+minutes, all else six more, and no GPU. How each constant was chosen: ``memstudy/studies/published/eras.py``.
 """
 
 from __future__ import annotations

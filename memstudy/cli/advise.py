@@ -49,7 +49,8 @@ def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep
             _finish(asked, batch, ways, [""] * len(ways))
             return
     elsewhere = None if asked.is_timed or asked.of_lengths else reference()
-    alone = asked.alone(batch)
+    figures = asked.estimates(batch)
+    alone = asked.alone(batch, figures)
     rungs = advice.climb(
         alone,
         partial(asked.takes, batch),
@@ -83,12 +84,23 @@ def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep
         times[rung] = str(report.time) if report.time else f"{measured:.2f} ×" if measured else ""
         return tried[rung]["fits"]
 
-    found = advice.first_that_fits(rungs, fits)
+    def likely(rung: tuple[str, ...], slack: float = 1.0) -> bool:
+        return figures(rung)[1] <= slack * asked.card().memory_mib
+
+    searched = figures and not asked.of_lengths
+    found = advice.first_that_fits(rungs, fits, likely if searched else None)
     climbed = [rung for rung in rungs[: None if found is None else found + 1] if rung in tried]
-    if found and asked.is_timed and not asked.of_lengths:
+    if found and searched:
         slow = [text for text in rungs[found] if alone.times.get(text, 0) > 1 or text.startswith("accumulation=")]
         loose = [text for text in slow if text not in asked.techniques]
-        climbed = list(dict.fromkeys([*climbed, asked.quickest(batch, rungs[found], loose, fits)]))
+        # Few layers understate the memory of all: the peak is the largest of several sums that are linear in layers.
+        quickest = advice.quickest(
+            rungs[found],
+            loose,
+            lambda rung: figures(rung)[0],
+            lambda rung: likely(rung, slack=1.1) and fits(rung),
+        )
+        climbed = list(dict.fromkeys([*climbed, quickest]))
     if ways:
         climbed = [rung for rung in climbed if rung != asked.techniques]  # among the ways already
     answers = ways + [tried[rung] for rung in climbed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
@@ -108,26 +108,25 @@ class Asked:
         suited = advice.suited(reference.advised(), batch_size=batch_size, **self.sizes())
         return [text for text in suited if self.takes(batch_size, (text,))]
 
-    def alone(self, batch_size: int) -> Alone:
-        """The advised techniques, each alone: predicted for the GPU if its speed is known, otherwise measured."""
+    def estimates(self, batch_size: int) -> Callable[[tuple[str, ...]], list[float]] | None:
+        """The `advice.estimates` of the step; None where no time is predicted."""
+        from memstudy.studies.ablation import advice
+
+        if not self.is_timed:
+            return None
+        return advice.estimates(self.run(batch_size, ()), self.card(), expandable_segments=self.expandable_segments)
+
+    def alone(self, batch_size: int, figures: Callable[[tuple[str, ...]], list[float]] | None) -> Alone:
+        """The advised techniques, each alone: predicted if there are the step's ``figures``, otherwise measured."""
         from rich.console import Console
 
         from memstudy.studies.ablation import advice, reference
 
         texts = self.advised(batch_size)
-        if not self.is_timed:
+        if figures is None:
             return advice.measured_alone(reference.reference().rows, texts)
         with Console(stderr=True).status(f"{self.model}: the time of each technique alone on {self.gpu}"):
-            return advice.predicted_alone(self.run(batch_size, ()), texts, self.card())
-
-    def quickest(
-        self, batch_size: int, techniques: tuple[str, ...], loose: Sequence[str], fits: Callable[..., bool]
-    ) -> tuple[str, ...]:
-        """The techniques without those of ``loose`` that only take time (`advice.quickest`)."""
-        from memstudy.studies.ablation import advice
-
-        with advice.estimates(self.run(batch_size, ()), self.card()) as figures:
-            return advice.quickest(techniques, loose, lambda texts: figures(texts)[0], fits)
+            return advice.predicted_alone(figures, texts)
 
     def takes(self, batch_size: int, techniques: tuple[str, ...]) -> bool:
         """Whether the step can be predicted with ``techniques``; tells on stderr which package is missing."""

@@ -198,7 +198,7 @@ def _additions(asked: Asked, batch: int, keep: str | None) -> list[tuple[str, ..
 
     parts = (f"accumulation={batch // asked.processes}",) if batch > asked.processes else ()
     rungs = advice.climb(
-        asked.alone(batch),
+        asked.alone(batch, asked.estimates(batch)),
         partial(asked.takes, batch),
         start=(*asked.techniques, *parts),
         keep=keep,

@@ -104,10 +104,25 @@ class OfLengths:
         return not (self.of_lengths and accumulates) and super().takes(batch_size, techniques)
 
     def batches(self, batch_size: int) -> list[tuple[int, ...]]:
-        """The lengths of the texts of each batch."""
+        """The lengths of the texts of each batch, or of each part of one that is accumulated."""
         from memstudy.data.lengths import batches
 
-        return batches(self.texts, batch_size, self.sampler or "shuffled", longest=self.seq_len, seed=self.seed)
+        return batches(
+            self.texts,
+            batch_size,
+            self.sampler or "shuffled",
+            longest=self.seq_len,
+            seed=self.seed,
+            parts=self.accumulation,
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """How many steps, each a part, make an update."""
+        from memstudy.techniques import parse
+
+        flags = (technique.flags() for technique in parse(self.techniques))
+        return next((each["gradient_accumulation_steps"] for each in flags if "gradient_accumulation_steps" in each), 1)
 
     @property
     def flattened(self) -> bool:
@@ -229,7 +244,8 @@ def show_epoch(asked: OfLengths, batch_size: int, report: LengthsReport) -> None
     from rich.table import Table
 
     count = len(report.shapes)
-    table = Table("", *QUANTILES, box=None, title=f"{count:,} steps on {report.device}, predicted")
+    steps = f"steps, {asked.accumulation} to an update," if asked.accumulation > 1 else "steps"
+    table = Table("", *QUANTILES, box=None, title=f"{count:,} {steps} on {report.device}, predicted")
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, values in quantiles(report).items():

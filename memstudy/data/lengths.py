@@ -21,7 +21,7 @@ from memstudy.data.sets import load
 
 Sampler = Literal["shuffled", "grouped", "buckets", "packed"]
 BUCKET_BATCHES = 20  # peft, method_comparison/MetaMathQA/run.py, ``BUCKET_FACTOR``
-READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+READERS = {".csv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 
 
 def read_lengths(path: Path, column: str | None = None) -> list[int]:
@@ -34,7 +34,9 @@ def read_lengths(path: Path, column: str | None = None) -> list[int]:
         whole numbers from 1 on.
     """
     try:
-        table = pd.read_csv(path, header=None, dtype=str, skipinitialspace=True, skip_blank_lines=False)
+        table = pd.read_csv(
+            path, header=None, dtype=str, skipinitialspace=True, skip_blank_lines=False, na_filter=False
+        )
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; the path of a .csv with token counts is needed") from None
     except pd.errors.EmptyDataError:
@@ -43,18 +45,18 @@ def read_lengths(path: Path, column: str | None = None) -> list[int]:
         raise ValueError(f"{path}: not a CSV: {error}") from None
     names, first = table.iloc[0].tolist(), 1
     if column is None and len(names) > 1:
-        raise ValueError(f"{path}: columns {', '.join(map(str, names))}: name that of the token counts with --field")
+        raise ValueError(f"{path}: columns {', '.join(names)}: name that of the token counts with --field")
     if column is None:
-        column = str(names[0])
+        column = names[0]
         first = 0 if column.lstrip("-").isdecimal() else 1
     elif column not in names:
-        raise ValueError(f"{path}: no column {column!r}, only {', '.join(map(str, names))}")
+        raise ValueError(f"{path}: no column {column!r}, only {', '.join(names)}")
     texts = table[names.index(column)].iloc[first:]
     if texts.empty:
         raise ValueError(f"{path}: no token counts below the name {column!r}")
     lengths = []
     for line, text in enumerate(texts, start=first + 1):
-        if not isinstance(text, str) or not text.isdecimal() or int(text) < 1:
+        if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{path}, line {line}: {text!r} is no token count: a whole number from 1 on is needed")
         lengths.append(int(text))
     return lengths
@@ -110,6 +112,8 @@ def _rows(name: str) -> datasets.Dataset:
                 ) from None
     if not path.is_file():
         raise ValueError(f"{name}: no such file")
+    if not path.stat().st_size:
+        raise ValueError(f"{name}: empty; texts are needed")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -130,7 +134,13 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def batches(
-    lengths: Sequence[int], batch_size: int, sampler: Sampler = "shuffled", *, longest: int | None = None, seed: int = 0
+    lengths: Sequence[int],
+    batch_size: int,
+    sampler: Sampler = "shuffled",
+    *,
+    longest: int | None = None,
+    seed: int = 0,
+    parts: int = 1,
 ) -> list[tuple[int, ...]]:
     """The batches of one epoch, each the lengths of its texts; the last may be smaller.
 
@@ -147,6 +157,8 @@ def batches(
     longest : int, optional
         The tokens of a pack; needed when packed.
     seed : int
+    parts : int
+        In how many batches an update is accumulated: each has that share of ``batch_size``.
 
     Raises
     ------
@@ -155,13 +167,13 @@ def batches(
     """
     if sampler not in get_args(Sampler):
         raise ValueError(f"unknown sampler {sampler!r}; known: {', '.join(get_args(Sampler))}")
-    generator = torch.Generator().manual_seed(seed)
+    generator, size = torch.Generator().manual_seed(seed), batch_size // parts
     if sampler == "packed":
         packs = _packs(lengths, longest or max(lengths))
         order = torch.randperm(len(packs), generator=generator).tolist()
         return [
-            tuple(length for place in order[start : start + batch_size] for length in packs[place])
-            for start in range(0, len(order), batch_size)
+            tuple(length for place in order[start : start + size] for length in packs[place])
+            for start in range(0, len(order), size)
         ]
     if sampler == "shuffled":
         order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -177,7 +189,7 @@ def batches(
             for place in np.argsort(keys, kind="stable")
         ]
     chosen = [lengths[place] for place in order]
-    return [tuple(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+    return [tuple(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
 def _packs(lengths: Sequence[int], longest: int) -> list[list[int]]:

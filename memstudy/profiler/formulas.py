@@ -30,12 +30,15 @@ class StepShape(NamedTuple):
         Whether any row is shorter than ``tokens`` and has padding.
     sequences : int
         How many sequences share a row without padding between; 0 where each row is one sequence.
+    part : {"", "first", "middle", "last"}
+        Which part of an update, whose gradients are accumulated; nothing where the batch is the whole update.
     """
 
     tokens: int
     rows: int = 1
     padded: bool = False
     sequences: int = 0
+    part: str = ""
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, flattened: bool = False) -> StepShape:
@@ -45,9 +48,19 @@ class StepShape(NamedTuple):
         return cls(max(lengths), len(lengths), min(lengths) < max(lengths))
 
     @property
-    def form(self) -> tuple[int, bool, bool, bool]:
+    def form(self) -> tuple[int, bool, bool, str, bool]:
         """What two shapes must have in common for blocks to follow from one to the other."""
-        return self.rows, self.padded, self.sequences > 0, self.tokens % ALIGNED == 0
+        return self.rows, self.padded, self.sequences > 0, self.part, self.tokens % ALIGNED == 0
+
+
+def accumulated(shapes: Sequence[StepShape], parts: int) -> list[StepShape]:
+    """``shapes`` as the parts of updates, ``parts`` in each; the last update may have fewer."""
+    named = []
+    for start in range(0, len(shapes), parts):
+        update = shapes[start : start + parts]
+        names = ["first", *["middle"] * (len(update) - 2), "last"] if len(update) > 1 else [""]
+        named += [shape._replace(part=name) for shape, name in zip(update, names, strict=True)]
+    return named
 
 
 def spread(stretch: list[StepShape], count: int) -> list[StepShape]:

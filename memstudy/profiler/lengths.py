@@ -8,7 +8,7 @@ lengths is halved.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from memstudy.profiler.prediction import follow
 from memstudy.profiler.programs import Program, Replay, programs_of
 from memstudy.profiler.roles import Step
 
-HEAD = 2  # steps traced as they come: the first makes the optimizer's state, the second frees what the first has left
+PARTS = ("first", "middle", "last")
 FEW, MORE = 4, 9  # lengths of a range that are traced: to find lines, and to find other formulas
 MOST_TRACED = 300  # lengths to trace before a sequence is refused
 
@@ -138,7 +138,7 @@ def over_lengths(
     for place, shape in enumerate(progress(wanted)):
         if empty_cache_every and place % empty_cache_every == 0:
             replayed.empty_cache()
-        replayed.step(*known.at(place, shape), name=shape if place >= HEAD else place)
+        replayed.step(*known.at(place, shape), name=shape if place >= known.head else place)
     besides, per_token, deviation = known.line(replayed.requested_peaks)
     recorder = known.recorder
     return LengthsReport(
@@ -167,6 +167,8 @@ class _Known:
     ----------
     exact : dict
         Program and sizes of each traced shape.
+    head : int
+        How many steps are traced as they come.
     """
 
     def __init__(self, build_for: Callable, wanted: tuple[StepShape, ...], card: Gpu | None):
@@ -174,15 +176,17 @@ class _Known:
         self._build_for, self._wanted, self._card = build_for, wanted, card
         self._formulas: dict[StepShape, Formulas] = {}
         self._same: dict[Program, Program] = {}
+        # The first update makes the optimizer's state, and the step that follows frees what that one has left.
+        self.head = next((place for place, shape in enumerate(wanted) if shape.part in ("", "last")), len(wanted)) + 2
         by_form: dict[tuple, list[StepShape]] = {}
-        for shape in sorted(set(wanted[HEAD:])):
+        for shape in sorted(set(wanted[self.head :])):
             by_form.setdefault(shape.form, []).append(shape)
         self._trace([shape for stretch in by_form.values() for shape in spread(stretch, FEW)])
         self._learn(list(by_form.values()))
 
     def at(self, place: int, shape: StepShape) -> tuple[Program, np.ndarray]:
         """Program and sizes of the step at ``place``."""
-        if place < HEAD:
+        if place < self.head:
             return self._head[place]
         if shape in self.exact:
             return self.exact[shape]
@@ -191,12 +195,14 @@ class _Known:
 
     def line(self, peaks: Sequence[int]) -> tuple[float, float, float]:
         """Bytes besides tokens and for each, and the worst deviation, of the ``peaks`` of the commonest form."""
-        steps = [(place, shape) for place, shape in enumerate(self._wanted) if place >= HEAD] or [(0, self._wanted[0])]
-        common = Counter(shape.form[:3] for _, shape in steps).most_common(1)[0][0]
+        steps = [(place, shape) for place, shape in enumerate(self._wanted) if place >= self.head] or [
+            (0, self._wanted[0])
+        ]
+        common = Counter(shape.form[:-1] for _, shape in steps).most_common(1)[0][0]
         points = {
             shape.tokens * shape.rows: peaks[place]
             for place, shape in steps
-            if shape.form[:3] == common and (shape in self.exact or place < HEAD)
+            if shape.form[:-1] == common and (shape in self.exact or place < self.head)
         }
         (low, least), (high, most) = min(points.items()), max(points.items())
         slope = (most - least) / (high - low) if high > low else 0.0
@@ -236,12 +242,25 @@ class _Known:
             raise ValueError(
                 f"the steps' blocks follow from no {MOST_TRACED} lengths: pad the lengths to multiples of 64"
             )
-        head = self._wanted[:HEAD]
-        closing = new[-1:]  # shows what the last one of them leaves to the next step
-        steps = [*head, *new, *closing]
+        head = self._wanted[: self.head]
+        steps = [*head, *self._in_turn(new, head[-1])]
+        closing = steps[-1]._replace(part="first" if steps[-1].part else "")  # shows what the last one leaves to it
+        steps.append(closing)
         self.recorder, events = follow(self._build_for(steps), len(steps), self._card, 1, cuda.TODAY)
         self.building, *told = programs_of(events)
         self._head = told[: len(head)]
-        for shape, (program, sizes) in zip(new, told[len(head) :], strict=False):
-            program.check_settled()
+        for shape, (program, sizes) in list(zip(steps, told, strict=True))[len(head) : -1]:
             self.exact[shape] = self._same.setdefault(program, program), sizes
+
+    def _in_turn(self, shapes: list[StepShape], before: StepShape) -> Iterator[StepShape]:
+        """``shapes`` as steps after ``before``: those that are parts of updates in whole updates."""
+        if before.part in ("first", "middle"):
+            yield before._replace(part="last")
+        yield from (shape for shape in shapes if not shape.part)
+        parts = [[shape for shape in shapes if shape.part == part] for part in PARTS]
+        for number in range(max(map(len, parts))):
+            for part, some in zip(PARTS, parts, strict=True):
+                if some:
+                    yield some[number % len(some)]
+                elif part != "middle":
+                    yield next(filter(None, parts))[0]._replace(part=part)

@@ -31,21 +31,19 @@ class Program:
     made : tuple
         Phase, module and stream of each block made, in order of slots; the blocks taken from earlier steps have the
         slots after.
-    taken : tuple of (steps ago, place)
-        The blocks of earlier steps that this one frees: the place is that in the earlier program's ``left``.
+    held : int
+        How many blocks of earlier steps are there that this step or a later one frees.
+    taken : tuple of int
+        Those that this one frees, by their places among them, the oldest first.
     left : tuple of int
         The slots of the blocks that later steps free.
     """
 
     turns: tuple[int, ...]
     made: tuple[tuple[str, str, int], ...]
-    taken: tuple[tuple[int, int], ...]
+    held: int
+    taken: tuple[int, ...]
     left: tuple[int, ...]
-
-    def check_settled(self) -> None:
-        """Raise ValueError unless the step frees just what one such step before has left."""
-        if self.taken != tuple((1, place) for place in range(len(self.left))):
-            raise ValueError("a step frees other blocks than the step before has left: predict each length by itself")
 
     @cached_property
     def signed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,19 +101,20 @@ def programs_of(events: Iterable[Event]) -> list[tuple[Program, np.ndarray]]:
             now["sizes"].append(event.bytes)
         elif event.kind == "free" and event.block in alive:
             free(event.block)
-    return [_program(told, number) for number in range(len(told))]
+    programs, held = [], []
+    for number, one in enumerate(told):
+        programs.append((_program(one, held), np.array(one["sizes"], dtype=np.int64)))
+        held = [block for block in held if block not in one["taken"]]
+        held += [(number, slot) for slot in sorted(one["left"])]
+    return programs
 
 
-def _program(told: list[dict], number: int) -> tuple[Program, np.ndarray]:
-    one = told[number]
+def _program(one: dict, held: list[tuple[int, int]]) -> Program:
     count = len(one["made"])
-    taken = {
-        (number - step, sorted(told[step]["left"]).index(slot)): turn for (step, slot), turn in one["taken"].items()
-    }
-    slots = {taken[where]: count + place for place, where in enumerate(sorted(taken))}
+    taken = [place for place, block in enumerate(held) if block in one["taken"]]
+    slots = {one["taken"][held[place]]: count + number for number, place in enumerate(taken)}
     turns = _sorted_frees([slots.get(turn, turn) for turn in one["turns"]], count)
-    program = Program(turns, tuple(one["made"]), tuple(sorted(taken)), tuple(sorted(one["left"])))
-    return program, np.array(one["sizes"], dtype=np.int64)
+    return Program(turns, tuple(one["made"]), len(held), tuple(taken), tuple(sorted(one["left"])))
 
 
 def _sorted_frees(turns: list[int], count: int) -> tuple[int, ...]:
@@ -170,7 +169,7 @@ class Replay:
             capacity=card.capacity_bytes, expandable_segments=expandable_segments
         )
         self._live = 0
-        self._left: list[list] = []  # sizes and blocks that each step has left to later ones
+        self._held: list[tuple] = []  # sizes and blocks that the steps have left to later ones
         self._known: dict[tuple, _Done] = {}
         self._run(*building, iteration=0)
 
@@ -211,21 +210,24 @@ class Replay:
         return max(0, int(self._changes(program, sizes).cumsum().max(initial=0)))
 
     def _changes(self, program: Program, sizes: np.ndarray) -> np.ndarray:
+        if program.held != len(self._held):
+            raise ValueError("a step frees other blocks than the steps before have left: predict each length by itself")
         slots, signs = program.signed
-        taken = [self._left[-back][place][0] for back, place in program.taken]
+        taken = [self._held[place][0] for place in program.taken]
         return signs * np.concatenate([sizes, np.array(taken, dtype=np.int64)])[slots]
 
     def _addresses(self) -> tuple:
-        return tuple((size, block and block.address) for size, block in self._left[-1])
+        return tuple((size, block and block.address) for size, block in self._held)
 
     def _run(self, program: Program, sizes: np.ndarray, *, iteration: int) -> None:
         self._live += int(self._changes(program, sizes).sum())
-        taken = [self._left[-back][place][1] for back, place in program.taken]
+        taken = [self._held[place][1] for place in program.taken]
         blocks = [*itertools.repeat(None, len(sizes)), *taken]
         asked = sizes.tolist()
         if self._allocator:
             self._request(program, asked, blocks, iteration)
-        self._left = [*self._left[-2:], [(asked[slot], blocks[slot]) for slot in program.left]]
+        self._held = [one for place, one in enumerate(self._held) if place not in program.taken]
+        self._held += [(asked[slot], blocks[slot]) for slot in program.left]
 
     def _request(self, program: Program, sizes: list[int], blocks: list, iteration: int) -> None:
         allocator, made, count = self._allocator, program.made, len(sizes)

@@ -29,7 +29,7 @@ from memstudy.profiler.internals import (
     tree_map_only,
 )  # fmt: skip
 from memstudy.profiler.issued import Issued
-from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors
+from memstudy.profiler.results import IN_PLACE, Results, is_engines_own, sums_in_place, tensors, with_real_strides
 from memstudy.profiler.values import MOST_IN_STEP, Values
 
 _ARRAY = "numbers that the step reads by .numpy() (taken at random)"
@@ -238,7 +238,8 @@ class Recorder(TorchDispatchMode):
                 )
         known, result = self._results.recall(key, args) if key else (False, None)
         if not known:
-            result = self._corrected(func, args, func(*args, **kwargs))
+            result = with_real_strides(func, args, func(*args, **kwargs))
+            result = self._corrected(func, args, result)
             if key:
                 self._results.remember(key, func, args, kwargs, result)
         self._values.follow(func, args, kwargs, result)

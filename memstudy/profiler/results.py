@@ -29,7 +29,23 @@ _PLAIN = {
 }  # fmt: skip
 # Ops whose results depend on data, or that change a tensor's metadata.
 _NEVER = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+_VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default}
 _CHANGES_STORAGE = {torch.ops.aten.set_, torch.ops.aten.resize_, torch.ops.aten.lift, torch.ops.aten.lift_fresh}
+
+
+def with_real_strides(func: OpOverload, args: Sequence, result: object) -> object:
+    """``result`` with the strides of a real view (TensorUtils.cpp, ``computeStride_impl``).
+
+    A fake view (``_reshape_view_helper``) has other ones where a side is 1, by which ``matmul`` decides
+    whether one token of each sequence takes a product of matrices or a batch of products.
+    """
+    if func not in _VIEWS or 1 not in result.shape:
+        return result
+    sides, strides = (*result.shape, 1), [*result.stride(), args[0].stride()[-1] if args[0].dim() else 1]
+    for place in reversed(range(result.dim())):
+        if sides[place] == 1:
+            strides[place] = sides[place + 1] * strides[place + 1]
+    return args[0].as_strided(result.shape, strides[:-1])
 
 
 @dataclass(frozen=True)

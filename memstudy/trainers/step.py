@@ -23,6 +23,7 @@ from transformers.modeling_utils import local_torch_dtype
 from memstudy import machine, techniques
 from memstudy.attention import Unavailable
 from memstudy.profiler import MIB, Gpu, LengthsReport, MemoryReport, StepShape, find_gpu, over_lengths, predict
+from memstudy.profiler.formulas import accumulated
 from memstudy.profiler.roles import Step
 from memstudy.profiler.search import steps_to_settle
 from memstudy.profiler.values import MOST_IN_STEP
@@ -154,18 +155,22 @@ class StepRun(Run):
                 keep = partial(accelerator.no_sync, model)
             trainer.current_gradient_accumulation_steps = self.accumulation
             batch = {} if shapes else self.make_batch()
-            of_shapes = map(self.batch_of, shapes)
+            waiting = iter(shapes)
             size = self.batch_size // self.accumulation
             share, place = size // self.processes, trainer.args.process_index  # this process's share of each part
             starts = range(place * share, self.batch_size, size)[:parts]
             split = [{name: tensor[start : start + share] for name, tensor in batch.items()} for start in starts]
 
             def step():
-                for number, part in enumerate([next(of_shapes)] if shapes else split, start=1):
+                shape = next(waiting) if shapes else None
+                if shape:
+                    trainer.current_gradient_accumulation_steps = 2 if shape.part else 1  # any number above 1
+                for number, part in enumerate([self.batch_of(shape)] if shape else split, start=1):
                     with nullcontext() if number == len(split) else keep():  # only the last part exchanges gradients
                         trainer.training_step(model, part)
-                optimizer.step()
-                optimizer.zero_grad()
+                if not shape or shape.part in ("", "last"):
+                    optimizer.step()
+                    optimizer.zero_grad()
 
             step.n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
             return step
@@ -205,12 +210,18 @@ class StepRun(Run):
         gpu: str | Gpu | None = None,
         **choices,
     ) -> LengthsReport:
-        """Predict steps with batches of ``shapes``; raises as `build`. ``choices`` are those of `over_lengths`."""
-        if self.accumulation > 1 or self.processes > 1:
-            raise ValueError("batches of unequal lengths are predicted without accumulation and for one process")
+        """Predict steps with batches of ``shapes``; raises as `build`. ``choices`` are those of `over_lengths`.
+
+        With accumulation, each of ``shapes`` is a part of an update, and so is each step of the report.
+        """
+        if self.processes > 1:
+            raise ValueError(
+                f"processes={self.processes}: batches of unequal lengths are predicted for one process, whose share "
+                "each process takes: leave --processes out and give one process's batch"
+            )
         return over_lengths(
             lambda some: self.build(gpu=gpu or None, shapes=some),
-            shapes,
+            accumulated(shapes, self.accumulation),
             gpu=gpu or None,
             **choices,
         )

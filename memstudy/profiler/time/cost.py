@@ -97,8 +97,9 @@ class StepTime:
 
 def step_time(issued: Sequence[tuple[str, Work]], gpu: Gpu, untimed: tuple[str, ...] = ()) -> StepTime:
     """The time of the ops ``issued``, each with its phase, on ``gpu``, whose ``speed`` must be known."""
-    alone = {id(work): kernel_us(work, gpu) for _, work in issued}
-    us = {id(work): step_us(work, gpu) for _, work in issued}
+    works = {id(work): work for _, work in issued}  # equal ops share one
+    alone = {key: kernel_us(work, gpu) for key, work in works.items()}
+    us = {key: step_us(work, gpu) for key, work in works.items()}
     fast, typical, slow = (_run(issued, us, host) for host in ("fast", "typical", "slow"))
     total = sum(typical.values())
     by_kind = dict.fromkeys(KINDS, 0.0)

@@ -11,14 +11,11 @@ from __future__ import annotations
 import bisect
 import copy
 import functools
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-import transformers
+from pydantic import PositiveInt
 
 from memstudy import techniques
 from memstudy.profiler import Gpu
@@ -146,17 +143,26 @@ def in_more_parts(rung: Sequence[str], batch_size: int) -> list[tuple[str, ...]]
     return lists
 
 
-def first_that_fits(rungs: Sequence[tuple[str, ...]], fits: Callable[[tuple[str, ...]], bool]) -> int | None:
+def first_that_fits(
+    rungs: Sequence[tuple[str, ...]],
+    fits: Callable[[tuple[str, ...]], bool],
+    likely: Callable[[tuple[str, ...]], bool] | None = None,
+) -> int | None:
     """Index of the first of ``rungs`` that fits, or None, with few calls of ``fits``.
 
-    After the first and the last rung the search bisects, since each rung saves memory over the one before. The rung
-    before the result does not fit; an earlier one might, if a technique saves no memory.
+    The search bisects, since each rung saves memory over the one before: with a guess that costs less, ``likely``, by
+    that. The rung before the result does not fit; an earlier one might, if a technique saves no memory.
     """
-    if fits(rungs[0]):
+    known = functools.cache(fits)
+    if known(rungs[0]):
         return 0
-    if not fits(rungs[-1]):
+    if likely is None and not known(rungs[-1]):
         return None
-    return 1 + bisect.bisect_left(range(1, len(rungs) - 1), True, key=lambda place: fits(rungs[place]))
+    guess = 1 + bisect.bisect_left(range(1, len(rungs) - 1), True, key=lambda place: (likely or known)(rungs[place]))
+    found = next((place for place in range(guess, len(rungs)) if known(rungs[place])), None)
+    while found and found > 1 and known(rungs[found - 1]):
+        found -= 1
+    return found
 
 
 def quickest(
@@ -215,62 +221,54 @@ def measured_alone(rows: Mapping[frozenset[str], Mapping[str, float]], texts: Se
     return _relative(figures)
 
 
-def predicted_alone(plain: HubModelRun, texts: Sequence[str], card: Gpu) -> Alone:
-    """The techniques ``texts``, each added alone to the step ``plain``, predicted for a ``card`` of known speed."""
-    with estimates(plain, card) as figures:
-        return _relative({text: figures((text,) if text else ()) for text in ("", *texts)})
+def predicted_alone(figures: Callable[[tuple[str, ...]], list[float]], texts: Sequence[str]) -> Alone:
+    """The techniques ``texts``, each added alone to a step whose `estimates` are ``figures``."""
+    return _relative({text: figures((text,) if text else ()) for text in ("", *texts)})
 
 
-@contextmanager
-def estimates(plain: HubModelRun, card: Gpu) -> Iterator[Callable[[tuple[str, ...]], list[float]]]:
-    """Within the block, a function from techniques to the step time [ms] and the memory [MiB] of ``plain`` with them.
+class CutRun(HubModelRun):
+    """A step of a model's first ``n_layers`` layers (of its encoder, if it has two stacks).
+
+    A model with cross-attention keeps all layers of its decoder.
+    """
+
+    n_layers: PositiveInt
+
+    def config(self):
+        whole = super().config()
+        short = copy.deepcopy(whole)
+        for name, value in vars(whole).items():
+            if isinstance(value, list) and len(value) == whole.num_hidden_layers:  # a kind of layer for each
+                setattr(short, name, value[: self.n_layers])
+        short.num_hidden_layers = self.n_layers
+        return short
+
+
+def estimates(plain: HubModelRun, card: Gpu, **choices: bool) -> Callable[[tuple[str, ...]], list[float]]:
+    """A function from techniques to the step time [ms] and the memory [MiB] of ``plain`` with them, on ``card``.
+
+    ``choices`` are those of `HubModelRun.foretell`.
 
     Steps of all layers would take a minute in all. Time is linear in the number of layers, and memory nearly so, hence
     two steps of a few layers of the model give the whole one. A model whose configuration does not say how many layers
     it has, or that has few, is predicted whole.
     """
-    config = plain.config()
-    n_layers = getattr(config, "num_hidden_layers", 0)
-    with tempfile.TemporaryDirectory() as folder:
-        models = {}
-        if n_layers > max(CUTS):
-            models = {number: cut(config, number, Path(folder, f"{number}.json")) for number in CUTS}
+    n_layers = getattr(plain.config(), "num_hidden_layers", 0)
 
-        @functools.cache
-        def figures(texts: tuple[str, ...]) -> list[float]:
-            at = {
-                number: _figures(HubModelRun(**dict(plain) | {"techniques": texts, "model": model}), card)
-                for number, model in (models or {n_layers: plain.model}).items()
-            }
-            return _on_line(at, n_layers)
+    def foretold(run: HubModelRun) -> list[float]:
+        report = run.foretell(card, **choices)
+        return [report.time.step_time_ms, report.whole_gpu_mib]
 
-        yield figures
+    @functools.cache
+    def figures(texts: tuple[str, ...]) -> list[float]:
+        chosen = dict(plain) | {"techniques": texts}
+        if n_layers <= max(CUTS):
+            return foretold(HubModelRun(**chosen))
+        low, high = CUTS
+        pairs = zip(*(foretold(CutRun(**chosen, n_layers=number)) for number in CUTS), strict=True)
+        return [first + (n_layers - low) / (high - low) * (last - first) for first, last in pairs]
 
-
-def cut(config: transformers.PretrainedConfig, n_layers: int, path: Path) -> str:
-    """Write at ``path`` the config.json of a model's first ``n_layers`` layers (of its encoder, if it has two stacks).
-
-    A model with cross-attention keeps all layers of its decoder.
-    """
-    short = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:  # a kind of layer for each
-            setattr(short, name, value[:n_layers])
-    short.num_hidden_layers = n_layers
-    short.to_json_file(path, use_diff=False)
-    return str(path)
-
-
-def _figures(run: HubModelRun, card: Gpu) -> list[float]:
-    report = run.foretell(card)
-    return [report.time.step_time_ms, report.whole_gpu_mib]
-
-
-def _on_line(at: Mapping[int, Sequence[float]], place: int) -> list[float]:
-    """The figures at ``place`` on the lines through those ``at`` one or two places."""
-    (low, first), (high, last) = min(at.items()), max(at.items())
-    share = (place - low) / (high - low) if high > low else 0.0
-    return [one + share * (other - one) for one, other in zip(first, last, strict=True)]
+    return figures
 
 
 def _relative(figures: Mapping[str, Sequence[float]]) -> Alone:

@@ -67,9 +67,10 @@ class EpochRun(ForetellingRun):
         return self
 
     def batches(self) -> list[tuple[int, ...]]:
-        """The lengths of the texts of each batch."""
+        """The lengths of the texts of each batch, or of each part of one that is accumulated."""
         cut = [min(length, self.of.seq_len) for length in text_lengths(self.dataset)]
-        made = batches(cut, self.of.batch_size, self.sampler, longest=self.of.seq_len, seed=self.seed)
+        parts = self.of.accumulation
+        made = batches(cut, self.of.batch_size, self.sampler, longest=self.of.seq_len, seed=self.seed, parts=parts)
         return made[: self.steps]
 
     def execute(self, checkpoints):
