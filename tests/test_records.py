@@ -54,9 +54,8 @@ def imported_by_python(code: str, *, cwd: Path = ROOT, **environment: str) -> su
 
 
 def fork_server() -> psutil.Process:
-    """The process that forks the runs; started if there is none."""
-    forker(0)
-    return next(child for child in psutil.Process().children() if "memstudy.cli.worker" in child.cmdline())
+    """The process that forks the runs; started if there is none. Earlier tests may have started a second one."""
+    return psutil.Process(forker(0)._process.pid)
 
 
 def wait_for_run() -> psutil.Process:

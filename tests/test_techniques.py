@@ -492,7 +492,7 @@ def test_each_can_be_predicted_for_a_gpu(name, plain_on_a_gpu):
 )
 def test_torchaos_optimizers_are_predicted_alike_with_and_without_it(name):
     """The records were predicted with torchao's optimizers, and before cast weights' gradients counted as gradients."""
-    record = records.read_record(records.ROOT / "results" / "memory_ablation" / f"{name}.json")
+    record = records.read_record(*(records.ROOT / "results").glob(f"*/{name}.json"))
     run = parse_run(record["config"])
     assert any("torchao" in technique.packages for technique in run.of.parsed_techniques())
     found = run.of.foretell(run.gpu).scalars()

@@ -40,7 +40,8 @@ def fit(
     """Find the largest batch that fits, by prediction.
 
     \b
-    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 --advise
+    memstudy fit --model gpt2-large --seq-len 1024 --gpu RTX4090 \\
+        --effective-batch 64 --advise
     memstudy fit --model qwen2.5-7b --gpu RTX4090 \\
         --prompt 30720 --generate 2048 --search seq-len
     memstudy fit --model gpt2-large --gpu RTX4090 --lengths lengths.csv

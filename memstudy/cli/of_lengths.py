@@ -119,10 +119,9 @@ class OfLengths:
     @property
     def accumulation(self) -> int:
         """How many steps, each a part, make an update."""
-        from memstudy.techniques import parse
+        from memstudy.techniques import accumulation_of, parse
 
-        flags = (technique.flags() for technique in parse(self.techniques))
-        return next((each["gradient_accumulation_steps"] for each in flags if "gradient_accumulation_steps" in each), 1)
+        return accumulation_of(parse(self.techniques))
 
     @property
     def flattened(self) -> bool:

@@ -124,6 +124,11 @@ def parse(texts: Sequence[str], *, trained: bool = True) -> tuple[Technique, ...
     return techniques
 
 
+def accumulation_of(techniques: Sequence[Technique]) -> int:
+    """Number of parts that a batch is run in with ``techniques``; 1 without accumulation."""
+    return max((technique.flags().get("gradient_accumulation_steps", 1) for technique in techniques), default=1)
+
+
 def excluded(texts: Sequence[str]) -> str:
     """Why the techniques that ``texts`` name can't be combined; empty if they can."""
     try:

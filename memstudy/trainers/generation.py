@@ -16,8 +16,6 @@ from memstudy.profiler.generation import predict_generation
 from memstudy.techniques.base import check_dtype
 from memstudy.trainers.hub_model import CAUSAL, HubModelRun
 
-CacheKind = Literal["growing", "static", "fp8", "quanto4", "quanto2"]
-
 
 def generate(model: PreTrainedModel, prompt: torch.Tensor, tokens: int, total: int, **options) -> None:
     """Generate the first ``tokens`` of a text that ends at ``total``; each is an iteration to the profiler."""
@@ -39,14 +37,14 @@ class GenerationRun(HubModelRun):
     """Every choice of one run of transformers' ``generate``, which chooses the likeliest token.
 
     ``seq_len`` counts the prompt's tokens and the ``new_tokens`` generated. The ``cache`` grows with each token, or is
-    ``static``: as long as the whole text from the beginning. It grows quantised as ``fp8``, or as optimum-quanto's of 4
-    or 2 bits, which keeps up to 128 tokens as they are; of that one, each token is followed. Prefill computes the
-    logits of the last token alone, as the installed transformers does (``logits_to_keep``).
+    ``static``: as long as the whole text from the beginning. ``fp8``, ``quanto4`` and ``quanto2`` grow and are
+    quantised; optimum-quanto's two keep up to 128 tokens unquantised, so a prediction follows each token. Prefill
+    computes the logits of the last token alone, as the installed transformers does (``logits_to_keep``).
     """
 
     kind: Literal["generation"] = "generation"
     new_tokens: PositiveInt
-    cache: CacheKind = "growing"
+    cache: Literal["growing", "static", "fp8", "quanto4", "quanto2"] = "growing"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     measure_steps: PositiveInt = 1
     processes: Literal[1] = 1

@@ -90,8 +90,7 @@ class StepRun(Run):
     @property
     def accumulation(self) -> int:
         """Number of parts that a batch is run in."""
-        flags = (technique.flags() for technique in self.parsed_techniques())
-        return next((f[k] for f in flags for k in f if k == "gradient_accumulation_steps"), 1)
+        return techniques.accumulation_of(self.parsed_techniques())
 
     def emulated(self) -> bool:
         """Whether a technique multiplies in bfloat16 and this machine only emulates bfloat16."""

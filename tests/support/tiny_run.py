@@ -37,6 +37,9 @@ from memstudy.study import Study
 class Planned(dict):
     timed = True
 
+    def __iter__(self):  # as a run, which gives its fields by name
+        return iter(self.items())
+
     def model_dump(self, *, mode):
         return dict(self)
 
