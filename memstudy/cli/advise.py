@@ -15,7 +15,7 @@ from memstudy.cli.of_lengths import AskedOfTraining
 
 @about_a_step
 def advise(asked: AskedOfTraining, batch: Batch, budget_mib: Budget = None, keep: Keep = None) -> None:
-    """Find the techniques that make a batch fit, those that change least first.
+    """Find techniques that make a batch fit. Those that change least come first.
 
     \b
     memstudy advise --model llama-3-8b --gpu RTX4090 --batch 8 --seq-len 2048

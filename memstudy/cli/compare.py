@@ -49,7 +49,7 @@ def compare(
         typer.Option(help="Names as in `memstudy predict`, comma-separated: a row. Repeat it for more rows."),
     ] = None,
 ) -> None:
-    """Compare GPUs, and sets of techniques, by the predicted memory and time of a training step; nothing is run.
+    """Compare GPUs, and sets of techniques, by memory and step time. Both are predicted; nothing is run.
 
     \b
     memstudy compare --model gpt2-xl --batch 8 --seq-len 1024 \\

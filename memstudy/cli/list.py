@@ -22,7 +22,7 @@ def list_(
     what: Annotated[Listing, typer.Argument(help="What to list.")],
     results: Annotated[Path, typer.Option(help=RESULTS)] = records.ROOT / "results",
 ) -> None:
-    """List variants, techniques, datasets, gpus, models, studies or the runs recorded so far."""
+    """List variants, techniques, datasets, GPUs, models, studies or runs."""
     from rich.console import Console
     from rich.table import Table
 

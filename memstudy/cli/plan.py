@@ -23,7 +23,7 @@ def plan(
     results: Annotated[Path, typer.Option(help=RESULTS)] = records.ROOT / "results",
     gpu: Annotated[str, typer.Option(help="The jobs' GPU, a name from memstudy list gpus; empty: none.")] = "",
 ) -> None:
-    """Write a study's missing runs as job files, with what each job needs, by prediction; print what all would take.
+    """Write a study's missing runs as job files. Predicts what each job needs, and prints what all would take.
 
     \b
     memstudy plan lab4_grid --scale gpu --gpu T4          what it would take

@@ -31,7 +31,7 @@ def predict(
         Path | None, typer.Option(help="Write a Chrome trace (JSON) there, for ui.perfetto.dev: memory, and ops.")
     ] = None,
 ) -> None:
-    """Predict the memory of a training step or of generation, whether it fits, and how long it takes; nothing is run.
+    """Predict memory and time of a training step or of generation. The step is followed; nothing is run.
 
     \b
     memstudy predict --model bert-base-uncased --batch 16 --seq-len 128 \\

@@ -37,7 +37,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     train: Annotated[bool, typer.Option("--train", help="Train two small models first, in about six minutes.")] = False,
 ) -> None:
-    """Answer questions about digits on a web page: Transformer, MemSizer, or both side by side.
+    """Answer questions about digits on a web page. Models: Transformer, MemSizer, or both side by side.
 
     The models are the newest of each kind that the MemSizer study trained here. If there are none, --train trains two
     small ones first. Ctrl-C stops the server.

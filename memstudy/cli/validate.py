@@ -23,7 +23,7 @@ def validate(
     quick: Annotated[bool, typer.Option("--quick", help="A few of the steps, in a minute.")] = False,
     results: Annotated[Path, typer.Option(help="Folder for the record.")] = records.ROOT / "results" / "validation",
 ) -> None:
-    """Compare predictions with this machine's GPU: some 30 training steps, in five minutes.
+    """Compare predictions with this machine's GPU. Runs some 30 training steps, in five minutes.
 
     memstudy validate --quick
 

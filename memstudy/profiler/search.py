@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -161,10 +160,10 @@ def _largest(needed: Callable[[int], float], sizes: Sequence[int], budget: float
 
     Memory is nearly linear in the batch, except for small batches, whose peak is in the optimizer, and for jumps in
     reserved memory. So a line gives the next size: through the last two sizes while all fit, then through the nearest
-    on either side. Every fourth turn bisects instead, so that jumps do not slow the search down.
+    on either side. A turn that did not halve what is left is followed by a bisection, so that jumps cost few turns.
     """
-    before, fits, refused, place = 0, 0, len(sizes) + 1, 1
-    for turn in itertools.count(1):
+    before, fits, refused, place, left = 0, 0, len(sizes) + 1, 1, math.inf
+    while True:
         if needed(sizes[place - 1]) <= budget:
             before, fits = fits, place
         else:
@@ -175,11 +174,11 @@ def _largest(needed: Callable[[int], float], sizes: Sequence[int], budget: float
             place = min(4, len(sizes))
         elif refused > len(sizes):
             place = min(_on_line(needed, sizes, budget, before, fits), 16 * fits, len(sizes))
-        elif turn % 4:
+        elif refused - fits <= left / 2:
             place = min(_on_line(needed, sizes, budget, fits, refused), refused - 1)
         else:
             place = (fits + refused) // 2
-        place = max(place, fits + 1)
+        place, left = max(place, fits + 1), refused - fits
 
 
 def _on_line(needed, sizes, budget, low: int, high: int) -> int:
