@@ -106,12 +106,14 @@ class Study:
             return ["bf16"] if there == "bf16" else []
         return ["bf16"] if machine.bf16_is_fast() else []
 
-    def sweep(self, runs: Iterable[Run]) -> pd.DataFrame:
+    def sweep(self, runs: Iterable[Run], *, any_machine: bool = False) -> pd.DataFrame:
         """One row per run, in the order given; runs without a record are run now, untimed ones two at a time.
 
         A run that is killed, runs out of memory or raises becomes a row with that ``status``; the other runs continue.
         Columns: ``run_id``, ``status``, ``reason``, the run's fields, its metrics, ``curves`` (a mapping),
         ``data_source``, ``device``, ``commit``.
+
+        With ``any_machine``, records of other machines count too, as is right where no time is shown.
 
         Raises
         ------
@@ -120,7 +122,7 @@ class Study:
         """
         planned = {records.run_id(run.model_dump(mode="json")): run for run in runs}
         configs = {name: run.model_dump(mode="json") for name, run in planned.items()}
-        known = self._known(configs)
+        known = self._known(configs, any_machine)
         missing = [name for name in configs if name not in known]
         for name in missing if self._plan else ():
             Path(self._plan, f"{name}.json").write_text(json.dumps(configs[name]), encoding="utf-8")
@@ -264,8 +266,10 @@ class Study:
             raise ValueError(f"no published figures {name!r}; there are: {known}")
         return pd.read_csv(path)
 
-    def _known(self, configs: dict[str, dict]) -> dict[str, dict]:
+    def _known(self, configs: dict[str, dict], any_machine: bool) -> dict[str, dict]:
         """Records of ``configs`` that count: settled records of one machine, and predictions valid on that machine.
+
+        With ``any_machine``, the records of other machines fill the gaps.
 
         The machine is this one; if nothing may be run, it is the machine with most records in the first sweep, so that
         no table mixes timings of two machines. A prediction for a GPU is valid wherever the packages are the same.
@@ -286,7 +290,7 @@ class Study:
         known: dict[str, dict] = {}
         for record in settled:
             where = record["provenance"]
-            usable = where["device"] == self._machine
+            usable = where["device"] == self._machine or (any_machine and record["run_id"] not in known)
             if provenance.is_prediction(record) and not usable:
                 same = versions.items() <= where["packages"].items() and record["config"].get("gpu")
                 usable = record["status"] == "ok" and (same or not self._run_missing) and record["run_id"] not in known

@@ -145,6 +145,14 @@ def test_timings_of_another_machine_are_used_only_when_nothing_may_be_run(swept,
     assert rows["device"].tolist() == [machine.device()]
 
 
+def test_a_row_without_times_may_come_from_another_machine_if_this_one_has_none(swept, folder, tmp_path):
+    from_another_machine(folder, tmp_path / "lab4_grid")
+    assert make_study(tmp_path).sweep(PLANNED[:1], any_machine=True)["device"].tolist() == ["another GPU"]
+    name = records.run_id(PLANNED[0].model_dump(mode="json"))
+    shutil.copy(folder / "lab4_grid" / f"{name}.json", tmp_path / "lab4_grid" / f"{name}-here.json")
+    assert make_study(tmp_path).sweep(PLANNED[:1], any_machine=True)["device"].tolist() == [machine.device()]
+
+
 def test_where_nothing_may_be_run_the_machine_with_most_records_is_used_alone(swept, folder, tmp_path):
     place = tmp_path / "lab4_grid"
     from_another_machine(folder, place)
@@ -309,7 +317,7 @@ def test_values_are_those_given_and_what_every_caption_says(printed):
     assert values["lab4_grid.n_runs"] == str(len(PLANNED))
     assert values["lab4_grid.n_predictions"] == "0"
     assert values["lab4_grid.vocab_size"] == "10,000"
-    assert values["lab4_grid.learning_rate"] == "0.001"
+    assert values["lab4_grid.slowest"] == "1.5"
     assert values["lab4_grid.paper_gpu"] == "RTX5090"
     assert "lab4_grid.results_dir" not in values
     assert re.fullmatch("[0-9a-f]{8}", values["lab4_grid.parameters_hash"])
@@ -326,7 +334,7 @@ def test_each_cell_of_a_table_and_each_row_of_a_series_is_a_value(swept, printed
 
 def test_the_parameters_hash_tells_parameters_apart_but_not_places(swept, folder, tmp_path):
     hashes = []
-    for out, changed in (("a", {}), ("b", {}), ("c", {"learning_rate": 0.5})):
+    for out, changed in (("a", {}), ("b", {}), ("c", {"slowest": 0.5})):
         places = {"results_dir": str(folder), "out_dir": str(tmp_path / out), "run_missing": False}
         study = Study("lab4_grid", notebook_parameters("lab4_grid") | places | changed)
         study.sweep(PLANNED[:1])
@@ -355,7 +363,7 @@ def test_provenance_has_the_machine_the_versions_and_every_run(printed):
     text = plain((printed / "report/tables/lab4_grid_provenance.tex").read_text("utf-8"))
     assert f"Machine: {escape(machine.device())}" in text
     assert f"torch {torch.__version__}" in text
-    assert escape("learning_rate = 0.001") in text
+    assert escape("slowest = 1.5") in text
     assert "results" not in text.partition("Parameters:")[2].partition("\n")[0]
     identifiers = [records.run_id(run.model_dump(mode="json")) for run in PLANNED]
     assert re.findall(r"\\run{lab4_grid}{(\w+)}", text) == identifiers

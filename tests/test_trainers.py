@@ -311,6 +311,47 @@ def test_a_training_goes_on_from_its_checkpoint_as_if_nothing_had_been(technique
     assert without_times(resumed) == without_times(whole)  # to the last digit
 
 
+@pytest.mark.slow
+def test_a_scheduled_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    run = training(LONG, schedule="cosine", validations=3)
+    whole = run.execute(tmp_path / "whole")
+
+    def killed(trainer, logs, *args, **kwargs):
+        if trainer.state.global_step > SHORT:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(language_model.make_trainer.__globals__["TechniqueTrainer"], "log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.execute(tmp_path / "cut")
+    monkeypatch.undo()
+    resumed = run.execute(tmp_path / "cut")
+    assert resumed["curves"]["validation_loss"][-1] == whole["curves"]["validation_loss"][-1]
+    assert resumed["metrics"]["test_loss"] == whole["metrics"]["test_loss"]
+
+
+def test_a_scheduled_learning_rate_rises_and_falls(tmp_path):
+    run = training(20, schedule="cosine", learning_rate=1e-2)
+    rows = datasets.Dataset.from_dict({"input_ids": torch.randint(run.vocab_size, (40, run.seq_len)).tolist()})
+    trainer = make_trainer(run, run.make_model(), tmp_path, train_steps=20, train=rows)
+    trainer.go_on()
+    rates = [rate for _, rate in trainer.curve("learning_rate")]
+    assert max(rates) == 1e-2
+    assert rates.index(1e-2) in (1, 2)  # the warm-up is two updates
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 5e-4
+
+
+@pytest.mark.parametrize("technique", ["optimizer_in_backward", "accumulation=2", "chunked_loss", "checkpointing"])
+def test_an_exact_technique_has_the_curves_of_a_scheduled_training(technique, tmp_path):
+    choices = {"schedule": "cosine", "validations": 2, "learning_rate": 1e-2}
+    plain, other = (
+        training(8, techniques=chosen, **choices).execute(tmp_path)["curves"] for chosen in ((), (technique,))
+    )
+    assert [step for step, _ in plain["validation_loss"]] == [4, 8]
+    for name, curve in plain.items():
+        assert other[name] == [[step, pytest.approx(loss, abs=2e-4)] for step, loss in curve]
+
+
 def test_the_time_of_updates_before_a_kill_is_counted(tmp_path):
     training(SHORT).execute(tmp_path)
     path = tmp_path / f"checkpoint-{SHORT}" / "trainer_state.json"

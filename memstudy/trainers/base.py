@@ -23,7 +23,7 @@ MARGIN = 2  # factor on the upper end of the predicted time, for evaluation and 
 # Fields that change how many steps are taken, and on what, but not the memory and time of one.
 BESIDE_THE_STEP = {
     "experiment", "seed", "learning_rate", "measure_steps", "budget_mib", "dataset", "data_hash", "train_steps",
-    "train_rows", "epochs", "eval_rows", "eval_blocks", "validations",
+    "schedule", "train_rows", "epochs", "eval_rows", "eval_blocks", "validations",
 }  # fmt: skip
 _FORETOLD: dict[tuple[str, str], object] = {}
 T = TypeVar("T")

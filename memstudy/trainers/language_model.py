@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import Dataset
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerFast, set_seed
 
@@ -22,7 +21,9 @@ from memstudy.trainers.trainer import make_trainer
 class LanguageModelRun(StepRun):
     """Every choice of one run of the studies' decoder language model.
 
-    ``train_steps`` updates are made on ``dataset``; ``train_steps`` or ``measure_steps`` may be 0.
+    ``train_steps`` updates are made on ``dataset``; ``train_steps`` or ``measure_steps`` may be 0. ``schedule`` is the
+    course of the learning rate: constant, or up in the first tenth of the updates and down to 0 along a cosine. The
+    loss on validation rows is computed ``validations`` times in training.
     """
 
     kind: Literal["language_model"] = "language_model"
@@ -35,6 +36,8 @@ class LanguageModelRun(StepRun):
         default_factory=lambda: {"variant": "softmax", "implementation": "eager"}
     )
     train_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    validations: NonNegativeInt = 0
     eval_blocks: PositiveInt = 32
     dataset: str = ""
     data_hash: str = ""
@@ -66,6 +69,9 @@ class LanguageModelRun(StepRun):
             attention=self.mixer(),
         )
 
+    def flags(self):
+        return {} if self.schedule == "constant" else {"lr_scheduler_type": self.schedule, "warmup_steps": 0.1}
+
     def make_batch(self) -> dict[str, torch.Tensor]:
         """A batch of random tokens, from torch's global generator."""
         tokens = torch.randint(self.vocab_size, (self.batch_size, self.seq_len))
@@ -87,19 +93,15 @@ class LanguageModelRun(StepRun):
             self._train(checkpoints, result)
         return result
 
-    def _validated(self, rows: Dataset) -> dict:
-        """Options of `make_trainer` for validation on ``rows`` in training."""
-        return {}
-
     def _train(self, checkpoints: Path, result: dict) -> None:
         techniques.check_available(self.parsed_techniques())
         loaded = self.load_data()
         blocks = data.blocks(loaded, self.tokenizer(loaded), self.seq_len)
         held_back = {name: rows.select(range(min(self.eval_blocks, len(rows)))) for name, rows in blocks.items()}
         set_seed(self.seed)
-        validated = self._validated(held_back["validation"])
+        watched = {"validation": held_back["validation"], "validations": self.validations} if self.validations else {}
         trainer = make_trainer(
-            self, self.make_model(), checkpoints, train_steps=self.train_steps, train=blocks["train"], **validated
+            self, self.make_model(), checkpoints, train_steps=self.train_steps, train=blocks["train"], **watched
         )
         seconds = trainer.go_on()
         result["metrics"] |= {
@@ -117,7 +119,7 @@ class LanguageModelRun(StepRun):
                 f"{split}_tokens": len(rows) * (self.seq_len - 1),
             }
         result["curves"]["train_loss"] = trainer.curve("loss")
-        if validated:
+        if watched:
             result["curves"]["validation_loss"] = trainer.curve("eval_loss")
         result["data"] = loaded.provenance()
 

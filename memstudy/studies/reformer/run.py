@@ -19,8 +19,7 @@ class ReformerRun(LanguageModelRun):
     autograd keeps their activations. Positions are learned, one for each of ``max_positions`` (0: ``seq_len``), or
     axial if ``axial_shape`` is given: rows × columns = ``seq_len``, with vectors of the widths ``axial_widths``.
 
-    ``vocabulary`` names the text that the tokenizer of ``vocab_size`` pieces is trained on, or is ``bytes``. The loss
-    on validation rows is computed ``validations`` times in training.
+    ``vocabulary`` names the text that the tokenizer of ``vocab_size`` pieces is trained on, or is ``bytes``.
     """
 
     kind: Literal["reformer"] = "reformer"
@@ -34,7 +33,6 @@ class ReformerRun(LanguageModelRun):
     optimizer: Literal["adamw", "adafactor"] = "adafactor"
     vocabulary: str = ""
     vocabulary_hash: str = ""
-    validations: NonNegativeInt = 0
     processes: Literal[1] = 1  # DDP and FSDP do not support reversible layers
 
     @model_validator(mode="after")
@@ -97,13 +95,11 @@ class ReformerRun(LanguageModelRun):
         return ReformerLM(config)
 
     def flags(self):
-        return {"weight_decay": 0.01} | ({} if self.optimizer == "adamw" else {"optim": self.optimizer})
+        optimizer = {} if self.optimizer == "adamw" else {"optim": self.optimizer}
+        return super().flags() | {"weight_decay": 0.01} | optimizer
 
     def tokenizer(self, loaded):
         if self.vocabulary == "bytes":
             return data.train_tokenizer(loaded.splits["train"]["text"][:1], 257)
         pieces = data_as_planned("vocabulary", self.vocabulary, self.vocabulary_hash)
         return data.train_tokenizer(pieces.splits["train"]["text"], self.vocab_size, unit="character")
-
-    def _validated(self, rows):
-        return {"validation": rows, "validations": self.validations} if self.validations else {}
