@@ -1,13 +1,17 @@
 """The largest batch by prediction: equal to a search over all batches, with few predictions; a run makes it tested."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.tiers import cover, slow_but
 from support.tiny_run import tiny_run
 from torch import nn
 
 from memstudy.profiler import MIB, Gpu, find_gpu, fit, measure, predict
-from memstudy.profiler.search import LIMIT
+from memstudy.profiler.search import LIMIT, _largest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "young_garbage_only")
 
@@ -108,6 +112,25 @@ def test_on_a_gpu_whose_allocator_goes_in_steps_some_more_do(memory_mib):
     found = fit(counted, gpu=small_gpu(memory_mib))
     assert found.batch_size > 3 * memory_mib
     assert len(set(counted.batches)) == len(counted.batches) <= 15
+
+
+PLACES = st.floats(0, 16).map(lambda power: int(2**power))
+
+
+@given(
+    slope=st.floats(0, 10), jumps=st.lists(st.tuples(PLACES, st.floats(0.1, 1e4)), max_size=40), share=st.floats(0, 1)
+)
+def test_where_memory_jumps_each_halving_of_what_is_left_takes_two_predictions_at_most(slope, jumps, share):
+    asked = {}
+
+    def memory(size):
+        return asked.setdefault(size, 1 + slope * size + sum(jump for place, jump in jumps if size >= place))
+
+    budget = 1 + share * (memory(LIMIT) - 1)
+    found = _largest(memory, range(1, LIMIT + 1), budget)
+    assert len(asked) <= 2 * math.log2(LIMIT) + 4
+    assert found == 0 or memory(found) <= budget
+    assert found == LIMIT or memory(found + 1) > budget
 
 
 def test_no_batch_beyond_the_limit_is_looked_at():
