@@ -25,7 +25,7 @@ from memstudy.profiler import MIB, measure
 from memstudy.techniques import Bf16
 from memstudy.trainers import language_model
 from memstudy.trainers.step import TIMELINE_POINTS
-from memstudy.trainers.trainer import SAVE_STEPS, last_whole_checkpoint, make_trainer
+from memstudy.trainers.trainer import SAVE_STEPS, TechniqueTrainer, last_whole_checkpoint, make_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
 
@@ -320,7 +320,7 @@ def test_a_scheduled_training_goes_on_where_it_was_killed(tmp_path, monkeypatch)
         if trainer.state.global_step > SHORT:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(language_model.make_trainer.__globals__["TechniqueTrainer"], "log", killed)
+    monkeypatch.setattr(TechniqueTrainer, "log", killed)
     with pytest.raises(KeyboardInterrupt):
         run.execute(tmp_path / "cut")
     monkeypatch.undo()
