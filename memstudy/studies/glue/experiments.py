@@ -94,7 +94,7 @@ def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mappin
     colors = {name: "C0" if name.startswith("lowrank") else "C1" for name in names} | {"unchanged": "0.2"}
     marks = dict(zip(names, MARKERS, strict=False))
     hollow = points["significant"].eq(False)
-    panels = small_multiples(list(titles), columns=2, height=2.3, margin=0.6, sharex=True)
+    panels = small_multiples(list(titles), columns=3, height=1.7, margin=0.6, sharex=True)
     for (task, name), point in points.iterrows():
         span = [[point["difference"] - point["low"]], [point["high"] - point["difference"]]]
         look = {"fmt": marks[name], "color": colors[name], "markersize": 4, "capsize": 2}
