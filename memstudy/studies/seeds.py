@@ -30,5 +30,4 @@ def interval(values: pd.DataFrame) -> pd.DataFrame:
 def _shown(n: int) -> float:
     """The true mean, in standard errors, that Student's test on ``n`` values tells from 0 with `POWER`."""
     least = stats.t.ppf(1 - LEVEL / 2, n - 1)
-
     return optimize.brentq(lambda mean: stats.nct.sf(least, n - 1, mean) - POWER, 0, 3 * least)
