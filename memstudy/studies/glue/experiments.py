@@ -84,6 +84,16 @@ def differences(rows: pd.DataFrame, baseline: str = "unchanged") -> pd.DataFrame
     return pd.DataFrame([asdict(one) | {"significant": one.significant} for one in found.values()], index=index)
 
 
+def constant_answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a model ``constant`` that always gives a task's most frequent label, from ``rows`` of one model."""
+
+    def answered(curves: Mapping) -> dict:
+        values, counts = np.unique(curves["labels"], return_counts=True)
+        return {"labels": curves["labels"], "predictions": np.full(len(curves["labels"]), values[counts.argmax()])}
+
+    return rows.assign(experiment="constant", curves=rows["curves"].map(answered))
+
+
 def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mapping[str, str], label: str) -> Figure:
     """Draw scores against memory: a panel a task, by ``titles``, with the interval of each difference.
 
