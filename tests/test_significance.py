@@ -1,11 +1,13 @@
 """Whether two models differ: the test and the interval by hand, and their error rates."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn import metrics
 
 from memstudy.studies.glue import significance
+from memstudy.studies.glue.experiments import constant_answers, differences
 from memstudy.studies.glue.significance import compare, mcnemar
 
 
@@ -220,3 +222,22 @@ def test_shapes_that_do_not_match_are_refused(ours, theirs, labels):
 def test_a_metric_that_cannot_be_compared_is_refused(metric):
     with pytest.raises(ValueError, match=f"metric '{metric}' can't be compared; known: accuracy, matthews, pearson"):
         compare(np.zeros((1, 5)), np.zeros((1, 5)), np.zeros(5), metric)
+
+
+# --- the constant answer
+
+
+def test_a_model_that_learned_beats_the_most_frequent_label_and_one_that_answers_it_does_not(few_resamples):
+    generator = np.random.default_rng(5)
+    labels = (generator.random(300) < 0.3).astype(int)
+    answers = {"unchanged": guesses(generator, labels, 2, 0.9), "lazy": np.zeros((2, 300), int)}
+    rows = pd.DataFrame(
+        {"dataset": "glue/wnli", "experiment": name, "seed": seed, "curves": {"labels": labels, "predictions": answer}}
+        for name, of_seeds in answers.items()
+        for seed, answer in enumerate(of_seeds)
+    )
+    constant = constant_answers(rows.query("experiment == 'unchanged'"))
+    found = differences(pd.concat([rows, constant]), baseline="constant").loc["wnli"]
+    assert found["significant"].to_dict() == {"unchanged": True, "lazy": False}
+    right = (answers["unchanged"] == labels).mean()
+    assert right - found.at["unchanged", "difference"] == pytest.approx((labels == 0).mean())

@@ -84,6 +84,16 @@ def differences(rows: pd.DataFrame, baseline: str = "unchanged") -> pd.DataFrame
     return pd.DataFrame([asdict(one) | {"significant": one.significant} for one in found.values()], index=index)
 
 
+def constant_answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a model ``constant`` that always gives a task's most frequent label, from ``rows`` of one model."""
+
+    def answered(curves: Mapping) -> dict:
+        values, counts = np.unique(curves["labels"], return_counts=True)
+        return {"labels": curves["labels"], "predictions": np.full(len(curves["labels"]), values[counts.argmax()])}
+
+    return rows.assign(experiment="constant", curves=rows["curves"].map(answered))
+
+
 def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mapping[str, str], label: str) -> Figure:
     """Draw scores against memory: a panel a task, by ``titles``, with the interval of each difference.
 
@@ -94,7 +104,7 @@ def quality_against_memory(points: pd.DataFrame, peak: pd.Series, titles: Mappin
     colors = {name: "C0" if name.startswith("lowrank") else "C1" for name in names} | {"unchanged": "0.2"}
     marks = dict(zip(names, MARKERS, strict=False))
     hollow = points["significant"].eq(False)
-    panels = small_multiples(list(titles), columns=2, height=2.3, margin=0.6, sharex=True)
+    panels = small_multiples(list(titles), columns=3, height=1.7, margin=0.6, sharex=True)
     for (task, name), point in points.iterrows():
         span = [[point["difference"] - point["low"]], [point["high"] - point["difference"]]]
         look = {"fmt": marks[name], "color": colors[name], "markersize": 4, "capsize": 2}
