@@ -57,6 +57,15 @@ def on_tasks(
     return runs
 
 
+def at_rates(runs: Iterable[FineTuneRun], factors: Iterable[float]) -> list[FineTuneRun]:
+    """Each of ``runs`` at multiples of its learning rate, as the experiment ``rate × <factor>``."""
+    return [
+        run.model_copy(update={"experiment": f"rate × {factor:g}", "learning_rate": factor * run.learning_rate})
+        for factor in factors
+        for run in runs
+    ]
+
+
 def one_layer_at_a_time(layers: Iterable[int], rank: int, seeds: Iterable[int], **choices) -> list[FineTuneRun]:
     """Fine-tunings of the unchanged model, of models with one of ``layers`` factored at ``rank``, and with all."""
     factors = {"variant": "lowrank", "rank": rank}
