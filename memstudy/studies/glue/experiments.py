@@ -93,6 +93,12 @@ def differences(rows: pd.DataFrame, baseline: str = "unchanged") -> pd.DataFrame
     return pd.DataFrame([asdict(one) | {"significant": one.significant} for one in found.values()], index=index)
 
 
+def in_hundredths(differences: pd.DataFrame) -> pd.Series:
+    """Each row of `differences` as text: the difference and its interval, in hundredths of the score."""
+    texts = [f"{100 * d.difference:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]" for d in differences.itertuples()]
+    return pd.Series(texts, differences.index)
+
+
 def constant_answers(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of a model ``constant`` that always gives a task's most frequent label, from ``rows`` of one model."""
 
