@@ -21,6 +21,7 @@ _SETTING = {
     "updates": "{train_steps:,}",
     "epochs": "{epochs:.1f}",
     "batch [sequences]": "{batch_size}",
+    "target tokens, padding included": "{target_tokens:,}",
     "source + target [tokens]": "{seq_len} + {target_len}",
     "vocabulary [tokens]": "{vocab_size:,}",
     "layers × width, each side": "{n_layers} × {hidden_size}",
@@ -144,6 +145,7 @@ def setting(rows: pd.DataFrame) -> pd.DataFrame:
     """The choices of each data set's trainings (columns), as texts, from `judged` rows."""
     columns = {}
     for row in rows.drop_duplicates("dataset").to_dict("records"):
+        row["target_tokens"] = row["train_steps"] * row["batch_size"] * row["target_len"]
         columns[row["dataset"]] = {title: text.format(**row) for title, text in _SETTING.items()}
     return pd.DataFrame(columns)
 
