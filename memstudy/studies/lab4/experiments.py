@@ -68,6 +68,11 @@ def experiments(
     return grid[grid.index.isin(kept)].copy()
 
 
+def within(texts: Sequence[str], precision: Sequence[str]) -> tuple[str, ...]:
+    """The techniques ``texts`` without bf16, unless ``precision`` has bf16."""
+    return tuple(text for text in texts if text != "bf16" or text in precision)
+
+
 def leaders(grid: pd.DataFrame, seq_len: int) -> pd.Series:
     """By experiment of ``grid``, the first one that computes the same: exact techniques and kernels only add rounding.
 
