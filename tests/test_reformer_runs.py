@@ -1,8 +1,10 @@
 """Runs of the Reformer: refused choices, results, predicted memory, and learning."""
 
+import itertools
 import json
 import math
 
+import pandas as pd
 import pytest
 from pydantic import ValidationError
 from support.tiers import slow_but
@@ -11,6 +13,7 @@ from memstudy import data
 from memstudy.attention import LSHConfig
 from memstudy.kinds import parse_run
 from memstudy.profiler import measure, predict
+from memstudy.studies.reformer.experiments import changes, quality_lost
 from memstudy.studies.reformer.run import ReformerRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
@@ -103,3 +106,19 @@ def test_training_learns_and_is_validated_on_the_way(changes, tmp_path):
 def test_another_vocabulary_than_planned_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary 'miniature' has content hash .*, the run was planned with 0ff"):
         training(vocabulary_hash="0ff").execute(tmp_path)
+
+
+def test_a_change_of_perplexity_pairs_the_seeds_and_counts_as_lost_only_if_told():
+    loss = {"Reformer": {"ptb": 1.1, "enwik8": 1.0}, "exact": {"ptb": 1.0, "enwik8": 1.0}, "axial": {"ptb": 2.2}}
+    seeds = {0: 10, 1: 11, 2: 12}
+    rows = pd.DataFrame(
+        [
+            {"experiment": name, "dataset": text, "seq_len": 64, "seed": seed, "test_perplexity": factor * scale}
+            for (name, of_text), (seed, scale) in itertools.product(loss.items(), seeds.items())
+            for text, factor in of_text.items()
+        ]
+    )
+    assert changes(rows, "Reformer", "exact")["mean"].to_dict() == pytest.approx({("enwik8", 64): 0, ("ptb", 64): 10})
+    assert changes(rows, "axial", "Reformer")["mean"].to_dict() == pytest.approx({("ptb", 64): 100})
+    assert quality_lost(rows).to_dict() == pytest.approx({64: 10})
+    assert quality_lost(rows[rows["seed"] == 0]).isna().all()

@@ -27,6 +27,28 @@ def interval(values: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(shown=error * _shown(n) if n > 1 else np.nan)
 
 
+def told(change: pd.DataFrame) -> pd.Series:
+    """Whether each interval of ``change`` (`interval`) tells a change from none; false for one seed."""
+    return change["low"] * change["high"] > 0
+
+
+def shown(change: pd.DataFrame) -> str:
+    """The true changes [%] that the seeds would have shown, from least to most, where they tell none; or a dash."""
+    untold = change.loc[~told(change), "shown"].dropna()
+    return f"{untold.min():.1f} to {untold.max():.1f} %" if len(untold) else "–"
+
+
+def plus_minus(values: pd.DataFrame, form: str) -> pd.Series:
+    """Each mean of ``values`` (`interval`) in the format ``form``, with half its interval; for one seed, without."""
+
+    def text(row: pd.Series) -> str | None:
+        half = row["high"] - row["mean"]
+        spread = "" if np.isnan(half) else f" ± {half:{form.removeprefix('+')}}"
+        return None if np.isnan(row["mean"]) else f"{row['mean']:{form}}{spread}"
+
+    return values.apply(text, axis=1)
+
+
 def _shown(n: int) -> float:
     """The true mean, in standard errors, that Student's test on ``n`` values tells from 0 with `POWER`."""
     least = stats.t.ppf(1 - LEVEL / 2, n - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -57,7 +58,7 @@ def experiments(
         "selective_gradcp": (EAGER, (*fp32, "selective_checkpointing=0.5")),
         "offload_activations": (EAGER, (*fp32, "offload_activations")),
         "optimizer_in_backward": (EAGER, (*fp32, "optimizer_in_backward")),
-        "best_of_all": (fused, ()),
+        "best_of_all": (fused, fp32),  # until found: a plan trains no more for this row
     }
     unknown = {*only, *skip} - set(rows)
     if unknown:
@@ -65,6 +66,40 @@ def experiments(
     kept = {"baseline", *(set(only or rows) - set(skip))}
     grid = pd.DataFrame.from_dict(rows, orient="index", columns=["attention", "techniques"]).rename_axis("experiment")
     return grid[grid.index.isin(kept)].copy()
+
+
+def within(texts: Sequence[str], precision: Sequence[str]) -> tuple[str, ...]:
+    """The techniques ``texts`` without bf16, unless ``precision`` has bf16."""
+    return tuple(text for text in texts if text != "bf16" or text in precision)
+
+
+def leaders(grid: pd.DataFrame, seq_len: int) -> pd.Series:
+    """By experiment of ``grid``, the first one that computes the same: exact techniques and kernels only add rounding.
+
+    A window of ``seq_len`` or more tokens is no window.
+    """
+    first: dict[tuple, str] = {}
+
+    def leader(row: pd.Series) -> str:
+        inexact = frozenset(text for text in row["techniques"] if not techniques.parse([text])[0].exact)
+        return first.setdefault((min(row["attention"].get("window", seq_len), seq_len), inexact), row.name)
+
+    return grid.apply(leader, axis=1)
+
+
+def learning_curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """The validation perplexity on the way, and its ``change`` from the baseline with the same seed [%].
+
+    One row for each ``experiment``, ``seed`` and number of ``tokens`` trained on [millions].
+    """
+    points = [
+        (row["experiment"], row["seed"], updates * row["batch_size"] * row["seq_len"] / 1e6, math.exp(loss))
+        for row in rows[rows["status"] == "ok"].to_dict("records")
+        for updates, loss in row["curves"]["validation_loss"]
+    ]
+    frame = pd.DataFrame(points, columns=["experiment", "seed", "tokens", "perplexity"]).set_index(["seed", "tokens"])
+    baseline = frame.loc[frame["experiment"] == "baseline", "perplexity"]
+    return frame.assign(change=100 * (frame["perplexity"] / baseline.reindex(frame.index) - 1)).reset_index()
 
 
 def runs(grid: pd.DataFrame, **choices: object) -> list[LanguageModelRun]:

@@ -13,6 +13,7 @@ from memstudy.figures import small_multiples
 from memstudy.huggingface.catalogue import model_config
 from memstudy.profiler import MIB
 from memstudy.studies.reformer.run import ReformerRun
+from memstudy.studies.seeds import interval, told
 from memstudy.trainers.hub_model import HubModelRun
 from memstudy.trainers.step import StepRun
 
@@ -126,6 +127,25 @@ def first_below(one: pd.Series, other: pd.Series) -> int | None:
     """The length from which on ``one`` stays below ``other``, both by length; None where there is none."""
     longest_above = max(one.index[one >= other], default=0)
     return min(one.index[one.index > longest_above], default=None)
+
+
+def changes(rows: pd.DataFrame, experiment: str, base: str) -> pd.DataFrame:
+    """The `interval` of the change of ``experiment``'s test perplexity from ``base``'s with the same seed [%].
+
+    One row for each data set and length at which both were trained.
+    """
+    by_seed = rows.pivot(index="seed", columns=["experiment", "dataset", "seq_len"], values="test_perplexity")
+    ratio = by_seed[experiment].astype(float) / by_seed[base].astype(float)
+    return interval(100 * (ratio - 1)).dropna(subset="mean")
+
+
+def quality_lost(rows: pd.DataFrame) -> pd.Series:
+    """By length, the Reformer's largest rise of perplexity from exact attention's [%], over texts.
+
+    A change that the seeds do not tell from none counts as none; missing for one seed.
+    """
+    change = changes(rows, "Reformer", "exact")
+    return change["mean"].where(told(change), 0).where(change["low"].notna()).groupby("seq_len").max()
 
 
 def loss_curves(rows: pd.DataFrame, label: str) -> Figure:
