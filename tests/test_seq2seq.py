@@ -187,6 +187,13 @@ def test_texts_are_cleaned():
     assert pairs.clean("  Ein »Test«: (kurz) –  Über 3,5 %!") == "ein test kurz über 3,5 !"
 
 
+def test_the_gap_pairs_the_seeds():
+    rows = pd.DataFrame({"experiment": ["Transformer", "MemSizer", "MemSizer, decoder", "MemSizer", "Transformer"]})
+    rows = rows.assign(seed=[0, 1, 0, 0, 1], updates=[1000, 1500, 0, 700, 1800])
+    assert experiments.gap(rows, "updates", "+,.0f") == "-300 ± 0"
+    assert experiments.gap(rows[rows["seed"] == 0], "updates", "+,.0f") == "-300"
+
+
 @pytest.mark.parametrize(
     ("ratios", "found", "verdict"),
     [

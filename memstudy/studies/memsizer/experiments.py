@@ -12,6 +12,7 @@ import pandas as pd
 from memstudy.data import place_value
 from memstudy.studies.memsizer import pairs
 from memstudy.studies.memsizer.run import Seq2SeqRun
+from memstudy.studies.seeds import interval, plus_minus
 from memstudy.study import verdict
 
 SCORES = {"bleu": "BLEU", "chrf": "chrF", "rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "perplexity": "perplexity"}
@@ -181,6 +182,12 @@ def timed(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     first = [next((look for look in curves["right"] if look[2] >= share), [math.nan] * 3) for curves in rows["curves"]]
     updates, seconds, _ = zip(*first, strict=True)
     return rows.assign(epoch_s=rows["train_time_s"] / rows["epochs"], updates_to=updates, seconds_to=seconds)
+
+
+def gap(rows: pd.DataFrame, column: str, form: str) -> str:
+    """How much more of ``column`` MemSizer has than the Transformer with the same seed, by `plus_minus` in ``form``."""
+    of_model = rows.set_index(["experiment", "seed"])[[column]].astype(float)
+    return plus_minus(interval(of_model.loc["MemSizer"] - of_model.loc["Transformer"]), form)[column]
 
 
 def speed_claims(said: pd.Series, predicted: pd.Series, tolerance: float) -> list[tuple[str, str, str, str, str]]:
