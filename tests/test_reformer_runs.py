@@ -13,7 +13,7 @@ from memstudy import data
 from memstudy.attention import LSHConfig
 from memstudy.kinds import parse_run
 from memstudy.profiler import measure, predict
-from memstudy.studies.reformer.experiments import changes, quality_lost
+from memstudy.studies.reformer.experiments import changes, quality_lost, trend_claim
 from memstudy.studies.reformer.run import ReformerRun
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache", "young_garbage_only")
@@ -122,3 +122,16 @@ def test_a_change_of_perplexity_pairs_the_seeds_and_counts_as_lost_only_if_told(
     assert changes(rows, "axial", "Reformer")["mean"].to_dict() == pytest.approx({("ptb", 64): 100})
     assert quality_lost(rows).to_dict() == pytest.approx({64: 10})
     assert quality_lost(rows[rows["seed"] == 0]).isna().all()
+
+
+def test_a_trend_of_seeds_needs_each_step_to_be_told():
+    said = pd.Series({256: 10.0, 2048: 20.0, 16384: 30.0})
+    seeds = pd.DataFrame({256: [30.0, 32.0, 28.0], 2048: [31.0, 31.0, 31.0], 16384: [80.0, 79.0, 81.0]})
+    verdicts = {
+        "each length once": trend_claim("", said, seeds.mean())[-1],
+        "three seeds": trend_claim("", said, seeds.mean(), by_seed=seeds)[-1],
+        "one seed": trend_claim("", said, seeds.loc[0], by_seed=seeds.loc[[0]])[-1],
+        "the other way": trend_claim("", -said, seeds.mean(), by_seed=seeds)[-1],
+        "one length": trend_claim("", said.loc[[256]], seeds[256].to_frame().mean())[-1],
+    }
+    assert list(verdicts.values()) == ["reproduced", "partly", "reproduced", "not reproduced", "not testable here"]

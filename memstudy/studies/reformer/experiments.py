@@ -176,17 +176,27 @@ def listed(values: pd.Series, unit: str = "", *, digits: int = 0, separator: str
 
 
 def trend_claim(
-    claim: str, published: pd.Series, found: pd.Series, unit: str = "", digits: int = 0, kind: str = "measured"
+    claim: str,
+    published: pd.Series,
+    found: pd.Series,
+    unit: str = "",
+    digits: int = 0,
+    kind: str = "measured",
+    by_seed: pd.DataFrame | None = None,
 ) -> tuple:
     """A row of the ledger of claims, on a trend with the length, by which both series are indexed.
 
     Reproduced: ``found``, measured or predicted (``kind``), goes the published way from each length to the next;
-    partly: from the first to the last.
+    partly: from the first to the last. Where ``by_seed`` has a row for each of several seeds and a column for each
+    length, a change counts only if the seeds tell it from none.
     """
     published, found = published.sort_index(), found.sort_index()
     way = np.sign(published.iloc[-1] - published.iloc[0])
-    changes = way * np.diff(found)
-    verdict = "reproduced" if (changes > 0).all() else "partly" if changes.sum() > 0 else "not reproduced"
+    rows = found.to_frame().T if by_seed is None else by_seed[found.index]
+    steps = rows.diff(axis=1).iloc[:, 1:].assign(whole=rows.iloc[:, -1] - rows.iloc[:, 0])
+    changes = interval(way * steps)
+    goes = changes["mean"].gt(0) & (told(changes) | changes["low"].isna())
+    verdict = "reproduced" if goes.all() else "partly" if goes["whole"] else "not reproduced"
     there, here = (listed(values, unit, digits=digits) for values in (published, found))
     results = {"predicted": "–", "measured": "–", kind: here}
-    return claim, there, *results.values(), verdict if len(changes) else "not testable here"
+    return claim, there, *results.values(), verdict if len(found) > 1 else "not testable here"
