@@ -184,8 +184,8 @@ def timed(rows: pd.DataFrame, share: float) -> pd.DataFrame:
     return rows.assign(epoch_s=rows["train_time_s"] / rows["epochs"], updates_to=updates, seconds_to=seconds)
 
 
-def gap(rows: pd.DataFrame, column: str, form: str) -> str:
-    """How much more of ``column`` MemSizer has than the Transformer with the same seed, by `plus_minus` in ``form``."""
+def gap(rows: pd.DataFrame, column: str, form: str) -> str | None:
+    """``column`` of MemSizer less that of the Transformer with the same seed: `seeds.plus_minus` with ``form``."""
     of_model = rows.set_index(["experiment", "seed"])[[column]].astype(float)
     return plus_minus(interval(of_model.loc["MemSizer"] - of_model.loc["Transformer"]), form)[column]
 
