@@ -17,13 +17,14 @@ import pandas as pd
 import torch
 from torch.utils.benchmark import Timer
 
-from memstudy import machine
+from memstudy import machine, project
 from memstudy.attention import Unavailable
 from memstudy.kinds import parse_run
 from memstudy.profiler.catalogue import Gpu, Speed
 from memstudy.profiler.time.cost import constants
 
 RESULTS = Path(__file__).parents[2] / "results"
+SIZE = "n_layers", "hidden_size", "n_heads", "feed_forward", "vocab_size", "seq_len", "batch_size"
 CPU = Gpu(name="this CPU", compute_capability=(8, 0), memory_mib=2**20, context_mib=0)  # a capability that has bf16
 # What must not limit, and a link that no technique here uses.
 BESIDE = {"tf32_tflops": None, "watts": 1e6, "l2_mib": 1, "pcie_gb_s": 1, "speed_source": "measured here"}
@@ -51,10 +52,12 @@ def this_cpu() -> Gpu:
 
 def main() -> None:
     gpu, rows = this_cpu(), {}
+    reference = project.read_parameters("memory_ablation", "full")  # records of smaller scales may lie beside
     for path in RESULTS.glob("memory_[ac]*/*.json"):
         record = json.loads(path.read_text("utf-8"))
         config, ms = record["config"], record["metrics"].get("step_time_ms")
-        if config["kind"] == "language_model" and ms and not config.get("train_steps"):
+        same_size = all(config.get(name) == reference[name] for name in SIZE)
+        if config["kind"] == "language_model" and same_size and ms and not config.get("train_steps"):
             try:
                 predicted_ms = parse_run(config).foretell(gpu).time.step_time_ms
             except Unavailable as error:
