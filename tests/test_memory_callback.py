@@ -21,6 +21,7 @@ from torch import nn
 
 from memstudy.huggingface.callback import MemoryCallback
 from memstudy.huggingface.out_of_memory import is_out_of_memory, request
+from memstudy.profiler import measurement
 from memstudy.profiler.local import find_by_cuda_name
 
 pytestmark = [
@@ -333,7 +334,24 @@ def test_an_out_of_memory_error_is_explained_and_advised_on(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_training_that_finds_its_batch_size_is_followed_again(tmp_path):
+def test_a_training_that_finds_its_batch_size_is_followed_again(tmp_path, monkeypatch):
+    class Range(measurement.record_function):
+        def __enter__(self):
+            open_ranges.append(self)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            open_ranges.remove(self)
+            return super().__exit__(*error)
+
+    def end(recording, *error):
+        left_open.append(len(open_ranges))
+        return exit_recording(recording, *error)
+
+    open_ranges, left_open, exit_recording = [], [], measurement.Recording.__exit__
+    monkeypatch.setattr(measurement, "record_function", Range)
+    monkeypatch.setattr(measurement.Recording, "__exit__", end)
+
     class Fussy(hf.LlamaForCausalLM):
         def forward(self, input_ids, labels):
             if len(input_ids) > 3:
@@ -346,6 +364,8 @@ def test_a_training_that_finds_its_batch_size_is_followed_again(tmp_path):
     assert made.state.train_batch_size == 3
     assert callback.predicted.peak_by_category == callback.measured.peak_by_category
     assert not any(module._forward_hooks for module in made.model.modules())
+    assert len(left_open) > 1  # one recording for each batch size
+    assert not any(left_open)  # else torch's profiler crashes, now and then
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ class MemoryCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if self._recording:
-            self._step.__exit__(None, None, None)
+            self._end_step()
             self._updates += 1
             if self._updates == MEASURED:
                 self._log(self._by_category(), control)
@@ -164,8 +164,14 @@ class MemoryCallback(TrainerCallback):
     def _break_off(self) -> None:
         """End a recording whose training has ended before its second update."""
         if self._recording:
+            if self._step:  # a range that ends later writes to memory that the profiler has freed
+                self._end_step()
             self._recording.__exit__(None, None, None)
             self._recording = None
+
+    def _end_step(self) -> None:
+        self._step.__exit__(None, None, None)
+        self._step = None
 
 
 def _say(text: str) -> None:
